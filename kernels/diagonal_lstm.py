@@ -1,0 +1,199 @@
+"""The scan of the Diagonal BiLSTM (van den Oord et al. 2016, 1601.06759, section 3.2).
+
+Legend: b batch · h w rows, columns · d direction (2) · k input features · f hidden features · i j a row, a column.
+Gates stand in the order o f i g, so `4f` is cut in four parts of f.
+
+At pixel (i, j), with `left` = (i, j−1) and `up` = (i−1, j), zeros outside the image:
+
+    [o f i g] = [σ σ σ tanh](input_weight · u(i, j) + bias + state_weight · [hidden(left), hidden(up)])
+    cell      = f ⊙ cell(left) + i ⊙ g
+    hidden    = o ⊙ tanh(cell)
+
+Direction 0 reads the image from left to right, direction 1 its mirror image: `left` is (i, j+1) there.
+
+All pixels of one diagonal i + j = t are computed together, from those of t − 1. The torch form below packs the
+pixels diagonal after diagonal, so that every diagonal, and every diagonal's neighbours, is one slice; pixels
+outside the image do not exist there, and no state can pass through them.
+"""
+
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+from einops import rearrange
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+
+def diagonal_lstm_reference(u: Tensor, input_weight: Tensor, bias: Tensor, state_weight: Tensor) -> Tensor:
+    """The same as `diagonal_lstm`, pixel by pixel as the equations are written: slow, differentiable, the oracle."""
+    b, h, w, _ = u.shape
+    f = state_weight.shape[1] // 4
+    zeros = u.new_zeros(b, f)
+    directions = []
+    for direction in range(2):
+        columns = range(w) if direction == 0 else range(w - 1, -1, -1)
+        hidden, cell = {}, {}
+        for i in range(h):
+            left = None
+            for j in columns:
+                states = torch.cat([hidden.get((i, left), zeros), hidden.get((i - 1, j), zeros)], dim=1)
+                gates = u[:, i, j] @ input_weight[direction].T + bias[direction] + states @ state_weight[direction].T
+                o, forget, i_gate, g = gates.split(f, dim=1)
+                cell[i, j] = forget.sigmoid() * cell.get((i, left), zeros) + i_gate.sigmoid() * g.tanh()
+                hidden[i, j] = o.sigmoid() * cell[i, j].tanh()
+                left = j
+        rows = [torch.stack([hidden[i, j] for j in range(w)], dim=1) for i in range(h)]
+        directions.append(torch.stack(rows, dim=1))
+    return torch.stack(directions, dim=3)
+
+
+class Diagonal(NamedTuple):
+    """One diagonal of the packed order; every number counts pixels."""
+
+    start: int  # where it begins
+    size: int  # how many pixels it has
+    left: int  # where its first pixel with a left neighbour begins the slice of those neighbours
+    num_left: int  # its first `num_left` pixels have a left neighbour
+    up: int  # where the slice of upper neighbours begins
+    num_up: int  # its last `num_up` pixels have an upper neighbour
+
+
+@lru_cache(maxsize=32)
+def diagonals(h: int, w: int) -> tuple[Diagonal, ...]:
+    """The diagonals of an h × w image; pixels of one lie in the order of their rows."""
+    out, start, above, above_size, above_first = [], 0, 0, 0, 0
+    for t in range(h + w - 1):
+        first, last = max(0, t - w + 1), min(t, h - 1)
+        size = last - first + 1
+        num_left = min(last, t - 1) - first + 1  # all but the pixel in column 0
+        num_up = last - max(first, 1) + 1  # all but the pixel in row 0
+        left = above + first - above_first
+        up = above + max(first, 1) - 1 - above_first
+        out.append(Diagonal(start, size, left, num_left, up, num_up))
+        start, above, above_size, above_first = start + size, start, size, first
+    return tuple(out)
+
+
+@lru_cache(maxsize=32)
+def packing(h: int, w: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Index maps of the packed order: pixels (2 hw), its inverse (2 hw), and neighbours (2 hw).
+
+    `pixels[d, p]` is the raster position of packed pixel p of direction d. `neighbours[0, p]` and `[1, p]` are the
+    packed positions of p's left and upper neighbours, or hw where there is none.
+    """
+    cells = [(i, t - i) for t in range(h + w - 1) for i in range(max(0, t - w + 1), min(t, h - 1) + 1)]
+    where = {cell: p for p, cell in enumerate(cells)}
+    pixels = torch.tensor([[i * w + j for i, j in cells], [i * w + w - 1 - j for i, j in cells]])
+    neighbours = [[where.get((i, j - 1), h * w) for i, j in cells], [where.get((i - 1, j), h * w) for i, j in cells]]
+    return pixels.to(device), pixels.argsort(dim=1).to(device), torch.tensor(neighbours).to(device)
+
+
+def pack(u: Tensor) -> Tensor:
+    """(b h w k), or (b h w d k) with its own features for each direction → packed (d hw·b k)."""
+    b, h, w = u.shape[:3]
+    pixels, _, _ = packing(h, w, u.device)
+    u = rearrange(u, "b h w k -> (h w) b k") if u.dim() == 4 else rearrange(u, "b h w d k -> d (h w) b k")
+    parts = [(u if u.dim() == 3 else u[d]).index_select(0, pixels[d]) for d in range(2)]
+    return torch.stack(parts).flatten(1, 2)
+
+
+def unpack(packed: Tensor, b: int, h: int, w: int) -> Tensor:
+    """Packed (d hw·b k) → (d hw b k) in raster order."""
+    _, inverse, _ = packing(h, w, packed.device)
+    packed = packed.unflatten(1, (h * w, b))
+    return torch.stack([packed[d].index_select(0, inverse[d]) for d in range(2)])
+
+
+def with_zero(packed: Tensor, b: int) -> Tensor:
+    """Packed (d hw·b f) → (d hw+1 b f), whose last pixel is zero: what a missing neighbour is read from."""
+    return torch.cat([packed, packed.new_zeros(2, b, packed.shape[2])], dim=1).unflatten(1, (-1, b))
+
+
+class DiagonalLSTM(torch.autograd.Function):
+    """The torch form. Products over all pixels stand outside the scan; the scan does what depends on states."""
+
+    @staticmethod
+    def forward(ctx, u, input_weight, bias, state_weight):
+        b, h, w, _ = u.shape
+        f = state_weight.shape[1] // 4
+        packed = pack(u)
+        gates = torch.baddbmm(bias[:, None], packed, input_weight.mT)  # (d hw·b 4f), activated in place below
+        left_weight, up_weight = state_weight.mT.split(f, dim=1)  # (d f 4f) each
+        hidden, cell, tanh_cell = (gates.new_empty(2, h * w * b, f) for _ in range(3))
+        for diagonal in diagonals(h, w):
+            start, size, left, num_left, up, num_up = (b * n for n in diagonal)
+            now = gates.narrow(1, start, size)
+            if num_left:
+                now.narrow(1, 0, num_left).baddbmm_(hidden.narrow(1, left, num_left), left_weight)
+            if num_up:
+                now.narrow(1, size - num_up, num_up).baddbmm_(hidden.narrow(1, up, num_up), up_weight)
+            now.narrow(2, 0, 3 * f).sigmoid_()
+            o, forget, i, g = now.split(f, dim=2)
+            g.tanh_()
+            c = torch.mul(i, g, out=cell.narrow(1, start, size))
+            if num_left:
+                c.narrow(1, 0, num_left).addcmul_(forget.narrow(1, 0, num_left), cell.narrow(1, left, num_left))
+            tanh_c = torch.tanh(c, out=tanh_cell.narrow(1, start, size))
+            torch.mul(o, tanh_c, out=hidden.narrow(1, start, size))
+        ctx.save_for_backward(packed, input_weight, state_weight, gates, hidden, cell, tanh_cell)
+        ctx.shape = b, h, w
+        return rearrange(unpack(hidden, b, h, w), "d (h w) b f -> b h w d f", h=h)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, d_out):
+        packed, input_weight, state_weight, gates, hidden, cell, tanh_cell = ctx.saved_tensors
+        b, h, w = ctx.shape
+        f = hidden.shape[2]
+        _, _, (left_of, up_of) = packing(h, w, gates.device)
+        o, forget, i, g = gates.split(f, dim=2)
+
+        # What each gate's gradient is, but for the factor d_hidden (o) or d_cell (f i g) that only the scan knows.
+        d_gates = torch.empty_like(gates)  # (d hw·b 4f)
+        cell_left = with_zero(cell, b).index_select(1, left_of).flatten(1, 2)
+        sigmoid_backward, tanh_backward = torch.ops.aten.sigmoid_backward, torch.ops.aten.tanh_backward
+        for gate, (factor, value) in enumerate(((tanh_cell, o), (cell_left, forget), (g, i))):
+            sigmoid_backward.grad_input(factor, value, grad_input=d_gates.narrow(2, gate * f, f))
+        tanh_backward.grad_input(i, g, grad_input=d_gates.narrow(2, 3 * f, f))
+        d_cell_d_hidden = tanh_backward(o, tanh_cell)
+
+        d_hidden, d_cell = pack(d_out), torch.zeros_like(cell)
+        left_weight, up_weight = state_weight.split(f, dim=2)  # (d 4f f) each
+        for diagonal in reversed(diagonals(h, w)):
+            start, size, left, num_left, up, num_up = (b * n for n in diagonal)
+            dh, dc, dg = (x.narrow(1, start, size) for x in (d_hidden, d_cell, d_gates))
+            dc.addcmul_(dh, d_cell_d_hidden.narrow(1, start, size))
+            dg.narrow(2, 0, f).mul_(dh)
+            dg.narrow(2, f, 3 * f).unflatten(2, (3, f)).mul_(dc.unsqueeze(2))
+            if num_left:
+                forget_left = forget.narrow(1, start, num_left)
+                torch.mul(dc.narrow(1, 0, num_left), forget_left, out=d_cell.narrow(1, left, num_left))
+                d_hidden.narrow(1, left, num_left).baddbmm_(dg.narrow(1, 0, num_left), left_weight)
+            if num_up:
+                d_hidden.narrow(1, up, num_up).baddbmm_(dg.narrow(1, size - num_up, num_up), up_weight)
+
+        states = with_zero(hidden, b)
+        d_state_weight = torch.cat(
+            [d_gates.mT @ states.index_select(1, of).flatten(1, 2) for of in (left_of, up_of)], dim=2
+        )
+        d_u = unpack(d_gates @ input_weight, b, h, w).sum(0)
+        d_u = rearrange(d_u, "(h w) b k -> b h w k", h=h)
+        return d_u, d_gates.mT @ packed, d_gates.sum(1), d_state_weight
+
+
+def diagonal_lstm(u: Tensor, input_weight: Tensor, bias: Tensor, state_weight: Tensor) -> Tensor:
+    """Run both directions of the Diagonal BiLSTM's scan over an image.
+
+    Args:
+        u: features (b h w k). To condition on a map, append it to the features and its weights to `input_weight`.
+        input_weight: input-to-state weights (2 4f k), masked by the caller.
+        bias: of the gates (2 4f).
+        state_weight: state-to-state weights (2 4f 2f), the left neighbour's before the upper one's.
+
+    Returns:
+        The hidden states (b h w 2 f), each direction at the pixel it belongs to, not yet moved down a row.
+
+    Source: 1601.06759, section 3.2 and equation 3.
+    """
+    return DiagonalLSTM.apply(u, input_weight, bias, state_weight)

@@ -1,0 +1,222 @@
+"""Diagonal BiLSTM (1601.06759, section 3.2): a context of everything before, in both directions.
+
+Legend: b batch · h w rows, columns · d direction (2) · f = hidden features · g group · i j a row, a column.
+
+A layer, from 2f features to 2f; `kernels/diagonal_lstm.py` has the recurrence:
+
+    hidden (d f) = diagonal_lstm(u)                          input-to-state 1×1 mask B, state-to-state no mask
+    u(i, j) ← u(i, j) + up(hidden_0(i, j) + hidden_1(i−1, j))       up 1×1 f→2f, mask B
+
+Direction 1 comes from the right, so its state at (i, j) has seen what lies right of j in row i: it is moved down one
+row, where all of that is past.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import kernels
+from models.base import AutoregressiveModel
+from models.layers import MaskedLinear, colour_mask, group_slices, initialise
+
+
+class DiagonalLSTMLayer(nn.Module):
+    """Both directions of one layer's LSTM: (b h w 2f) → the sum of both, the second moved down a row (b h w f)."""
+
+    def __init__(self, hidden: int, groups: int):
+        super().__init__()
+        mask = colour_mask("B", 2 * hidden, 4 * hidden, groups, parts=4)
+        self.register_buffer("mask", mask, persistent=False)
+        self.input_weight = nn.Parameter(torch.empty(2, 4 * hidden, 2 * hidden))  # gates o f i g
+        self.state_weight = nn.Parameter(torch.empty(2, 4 * hidden, 2 * hidden))  # left, up
+        self.bias = nn.Parameter(torch.zeros(2, 4 * hidden))
+        for direction in range(2):
+            initialise(self.input_weight[direction], mask)
+            initialise(self.state_weight[direction], torch.ones_like(mask))
+        with torch.no_grad():
+            self.bias[:, hidden : 2 * hidden] = 1.0  # forget gate: open at first
+
+    def masked_input_weight(self) -> Tensor:
+        return self.input_weight * self.mask
+
+    def forward(self, u: Tensor) -> Tensor:
+        hidden = kernels.diagonal_lstm(u, self.masked_input_weight(), self.bias, self.state_weight)
+        forward, mirrored = hidden.unbind(3)
+        return forward + F.pad(mirrored[:, :-1], (0, 0, 0, 0, 1, 0))
+
+
+class DiagonalLSTMs(nn.Module):
+    """The body: `layers` layers, (b h w 2f) → (b h w 2f)."""
+
+    def __init__(self, hidden: int, layers: int, groups: int, residual: bool, skip: bool, dropout: float):
+        super().__init__()
+        self.hidden, self.groups, self.residual, self.skip, self.dropout = hidden, groups, residual, skip, dropout
+        gain = (2 * layers) ** -0.5 if residual else 1.0
+        self.lstm = nn.ModuleList(DiagonalLSTMLayer(hidden, groups) for _ in range(layers))
+        self.up = nn.ModuleList(MaskedLinear(hidden, 2 * hidden, groups, gain=gain) for _ in range(layers))
+        self.to_head = nn.ModuleList(
+            MaskedLinear(hidden, 2 * hidden, groups, gain=gain) for _ in range(layers if skip else 0)
+        )
+
+    def forward(self, u: Tensor) -> Tensor:
+        skips = 0
+        for layer, (lstm, up) in enumerate(zip(self.lstm, self.up, strict=True)):
+            hidden = F.dropout(lstm(u), self.dropout, self.training)
+            u = u + up(hidden) if self.residual else up(hidden)
+            if self.skip:
+                skips = skips + self.to_head[layer](hidden)
+        return u + skips
+
+    def scan(self, b: int, width: int) -> "DiagonalLSTMsScan":
+        return DiagonalLSTMsScan(self, b, width)
+
+
+class DiagonalLSTMsScan:
+    """All layers at one pixel, group by group.
+
+    Once a row, for all columns and all layers: the mirrored direction over the row just finished (its inputs are known
+    by then), and the upper neighbour's product of direction 0. A sub-pixel then costs a layer the left neighbour's
+    product with the input-to-state (one product: both stand side by side in `row`), the gates, and the 1×1 up.
+
+    Slot j of `row` holds [hidden_0(j − 1) (f), u(j) (2f)]. Gates are sorted by group here: o f i g of group 0, then of
+    group 1, ….
+    """
+
+    def __init__(self, body: DiagonalLSTMs, b: int, width: int):
+        layers, f, groups = len(body.lstm), body.hidden, body.groups
+        new = body.up[0].weight.new_zeros
+        self.b, self.width, self.f = b, width, f
+        gates = group_slices(4 * f, groups, parts=4)
+        sort = torch.cat([torch.arange(4 * f)[s] for slices in gates for s in slices])
+        input_weight = torch.stack([lstm.masked_input_weight() for lstm in body.lstm])  # (layers d 4f 2f)
+        state_weight = torch.stack([lstm.state_weight for lstm in body.lstm])
+        bias = torch.stack([lstm.bias for lstm in body.lstm])  # (layers d 4f)
+
+        self.row = new(layers, b, width + 1, 3 * f)
+        self.cell = new(layers, b, f)
+        self.above = new(layers, b * width, 4 * f)  # what direction 0's gates get from the row above, and the bias
+        self.above_weight = state_weight[:, 0, sort, f:].mT.contiguous()
+        self.above_bias = bias[:, 0, None, sort]
+        # The mirrored direction: gates o f i g of a whole row, one matrix for [hidden_1(i−1, j), u(i, j)].
+        self.started = False
+        self.mirrored = new(layers, b, width, f)  # hidden_1 of the row above
+        self.mirrored_inputs = new(layers, b, width, 3 * f)
+        self.mirrored_gates = new(layers, b * width, 4 * f)
+        self.mirrored_weight = torch.cat([state_weight[:, 1, :, f:], input_weight[:, 1]], dim=2).mT.contiguous()
+        self.mirrored_bias = bias[:, 1, None].contiguous()
+        self.mirrored_left = state_weight[:, 1, :, :f].mT.contiguous()
+        self.mirrored_cell = new(layers, b, f)
+        self.mirrored_tanh = new(layers, b, f)
+
+        up, to_head = ([m.steps() for m in part] for part in (body.up, body.to_head))
+        wide, narrow = (group_slices(n, groups) for n in (2 * f, f))
+        self.residual, self.skip = body.residual, body.skip
+        self.skips = [new(b, s.stop - s.start) for (s,) in wide]
+        self.out = [torch.zeros_like(s) for s in self.skips]
+        summed = new(layers, b, f)
+        above = self.above.view(layers, b, width, 4 * f)
+        self.inputs = [[self.row[0, :, j, f + w.start : f + w.stop] for (w,) in wide] for j in range(width)]
+        self.plan = [[[] for _ in range(groups)] for _ in range(width)]
+        for g, ((w,), (n,)) in enumerate(zip(wide, narrow, strict=True)):
+            size = n.stop - n.start
+            gate, tanh = new(b, 4 * size), new(b, size)
+            o, forget, i, candidate = gate.split(size, dim=1)
+            columns = slice(4 * n.start, 4 * n.stop)
+            for layer in range(layers):
+                weight = torch.cat([state_weight[layer, 0, :, :f], input_weight[layer, 0, :, : w.stop]], dim=1)
+                weight = weight[sort[columns]].T.contiguous()  # (left and known input, gates of group g)
+                for j in range(width):
+                    u = self.row[layer, :, j, f + w.start : f + w.stop]
+                    following = self.row[layer + 1, :, j, f + w.start : f + w.stop] if layer + 1 < layers else self.out[g]
+                    self.plan[j][g].append(
+                        (
+                            above[layer, :, j, columns],
+                            self.row[layer, :, j, : f + w.stop],
+                            weight,
+                            gate,
+                            gate[:, : 3 * size],
+                            (o, forget, i, candidate),
+                            self.cell[layer, :, n],
+                            tanh,
+                            self.row[layer, :, j + 1, n],
+                            self.mirrored[layer, :, j, n],
+                            summed[layer, :, n],
+                            summed[layer, :, : n.stop],
+                            u,
+                            *up[layer][g],
+                            following,
+                            to_head[layer][g] if self.skip else None,
+                        )
+                    )
+
+    def begin_row(self) -> None:
+        f = self.f
+        if self.started:
+            self.finish_row()
+        self.started = True
+        hidden = self.row[:, :, 1:, :f].reshape(-1, self.b * self.width, f)
+        torch.baddbmm(self.above_bias, hidden, self.above_weight, out=self.above)
+        self.cell.zero_()
+
+    def finish_row(self) -> None:
+        """Run the mirrored direction over the row just finished, all layers side by side."""
+        f, layers = self.f, len(self.row)
+        self.mirrored_inputs[..., :f] = self.mirrored
+        self.mirrored_inputs[..., f:] = self.row[:, :, : self.width, f:]
+        inputs = self.mirrored_inputs.view(layers, -1, 3 * f)
+        torch.baddbmm(self.mirrored_bias, inputs, self.mirrored_weight, out=self.mirrored_gates)
+        gates_of_row = self.mirrored_gates.view(layers, self.b, self.width, 4 * f)
+        cell, tanh = self.mirrored_cell.zero_(), self.mirrored_tanh
+        for j in range(self.width - 1, -1, -1):
+            gates = gates_of_row[:, :, j]
+            if j < self.width - 1:
+                gates.baddbmm_(self.mirrored[:, :, j + 1], self.mirrored_left)
+            gates[..., : 3 * f].sigmoid_()
+            o, forget, i, candidate = gates.split(f, dim=2)
+            cell.mul_(forget).addcmul_(i, candidate.tanh_())
+            torch.mul(o, torch.tanh(cell, out=tanh), out=self.mirrored[:, :, j])
+
+    def step(self, j: int, g: int) -> Tensor:
+        """From group g of the stem at column j, in `inputs[j][g]`, to group g of the head's input (b 2f_g)."""
+        skips = self.skips[g]
+        if self.skip:
+            skips.zero_()
+        for (
+            above, known, weight, gate, sigmoids, (o, forget, i, candidate), cell, tanh, hidden, mirrored,
+            summed_out, summed, u, up_w, up_b, following, to_head,
+        ) in self.plan[j][g]:  # fmt: skip
+            torch.addmm(above, known, weight, out=gate)
+            sigmoids.sigmoid_()
+            candidate.tanh_()
+            cell.mul_(forget).addcmul_(i, candidate)
+            torch.tanh(cell, out=tanh)
+            torch.mul(o, tanh, out=hidden)
+            torch.add(hidden, mirrored, out=summed_out)
+            if self.residual:
+                torch.addmm(u, summed, up_w, out=following).add_(up_b)
+            else:
+                torch.addmm(up_b, summed, up_w, out=following)
+            if self.skip:
+                skips.addmm_(summed, to_head[0]).add_(to_head[1])
+        return self.out[g].add_(skips) if self.skip else self.out[g]
+
+
+class DiagBiLSTM(AutoregressiveModel):
+    """Diagonal BiLSTM. Arguments: see `AutoregressiveModel`."""
+
+    def __init__(
+        self,
+        channels: int,
+        levels: int,
+        height: int,
+        width: int,
+        hidden: int,
+        layers: int,
+        residual: bool = True,
+        skip: bool = False,
+        head_features: int = 32,
+        dropout: float = 0.0,
+    ):
+        super().__init__(
+            DiagonalLSTMs, channels, levels, height, width, hidden, layers, residual, skip, head_features, dropout
+        )

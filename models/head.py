@@ -1,0 +1,60 @@
+"""Heads: what turns the body's features into a likelihood.
+
+Legend: b batch · c channel · h w rows, columns · f features · v levels · g group.
+"""
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from models.layers import MaskedLinear, group_slices
+
+
+class SoftmaxHead(nn.Module):
+    """(ReLU, 1×1 mask B) twice, then a softmax over the v levels of each sub-pixel (1601.06759, section 3.1)."""
+
+    def __init__(self, inputs: int, features: int, channels: int, levels: int):
+        super().__init__()
+        self.channels, self.levels = channels, levels
+        self.first = MaskedLinear(inputs, features, channels)
+        self.logits = MaskedLinear(features, channels * levels, channels)
+
+    def forward(self, u: Tensor) -> Tensor:
+        """Features (b h w f) → logits (b h w c v)."""
+        logits = self.logits(self.first(u.relu()).relu())
+        return logits.unflatten(-1, (self.channels, self.levels))
+
+    def nats(self, logits: Tensor, x: Tensor) -> Tensor:
+        """Logits (b h w c v), images (b c h w) → nats of each image (b,)."""
+        target = rearrange(x, "b c h w -> (b h w c)").long()
+        nats = F.cross_entropy(logits.flatten(0, 3).float(), target, reduction="none")
+        return nats.view(len(x), -1).sum(1)
+
+    def conditionals(self, logits: Tensor) -> Tensor:
+        """Logits (b h w c v) → log-probabilities (b c h w v)."""
+        return rearrange(logits.float().log_softmax(-1), "b h w c v -> b c h w v")
+
+    def scan(self, b: int) -> "SoftmaxHeadScan":
+        return SoftmaxHeadScan(self, b)
+
+
+class SoftmaxHeadScan:
+    """The head at one pixel, group by group: `step(u_g, g)` → logits of colour g (b v)."""
+
+    def __init__(self, head: SoftmaxHead, b: int):
+        new = head.first.weight.new_zeros
+        self.u, self.hidden = new(b, head.first.inputs), new(b, head.first.outputs)
+        self.out = new(b, head.levels)
+        self.plan = []
+        for g in range(head.channels):
+            (u_g,), (hidden_g,) = (group_slices(m.inputs, m.groups)[g] for m in (head.first, head.logits))
+            first, logits = head.first.steps()[g], head.logits.steps()[g]
+            u, hidden = self.u[:, : u_g.stop], self.hidden[:, : hidden_g.stop]
+            self.plan.append((self.u[:, u_g], u, *first, self.hidden[:, hidden_g], hidden, *logits))
+
+    def step(self, u_g: Tensor, g: int) -> Tensor:
+        u_out, u, w1, b1, hidden_out, hidden, w2, b2 = self.plan[g]
+        torch.clamp_min(u_g, 0, out=u_out)
+        torch.addmm(b1, u, w1, out=hidden_out).relu_()
+        return torch.addmm(b2, hidden, w2, out=self.out)

@@ -1,0 +1,162 @@
+"""Masked convolutions over groups of colours (1601.06759, section 3.4).
+
+Legend: b batch · h w rows, columns · f features · g group · i j a row, a column.
+
+Features are cut in `groups` contiguous parts, one a colour. The output at a pixel sees all groups of the pixels
+above and to the left; at the pixel itself, group g sees the groups before g (mask A) or up to g (mask B).
+
+Everything is channels last: features (b h w f). A kernel keeps only its rows up to the centre; of the last row,
+the taps right of the centre are masked.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def group_sizes(features: int, groups: int) -> list[int]:
+    """Cut `features` in `groups` parts that differ by at most one: 128 in 3 → 43 43 42."""
+    if features < groups:
+        raise ValueError(f"{features} features cannot be cut in {groups} groups: at least one a group is needed")
+    return [features // groups + (g < features % groups) for g in range(groups)]
+
+
+def group_slices(features: int, groups: int, parts: int = 1) -> list[list[slice]]:
+    """Where group g's features stand, once in each of `parts` equal stretches of features (an LSTM has 4 gates)."""
+    each = features // parts
+    starts = [sum(group_sizes(each, groups)[:g]) for g in range(groups + 1)]
+    return [
+        [slice(part * each + starts[g], part * each + starts[g + 1]) for part in range(parts)]
+        for g in range(groups)
+    ]
+
+
+def group_index(features: int, groups: int, parts: int = 1) -> Tensor:
+    """The group that each feature belongs to (f,)."""
+    sizes = torch.tensor(group_sizes(features // parts, groups))
+    return torch.repeat_interleave(torch.arange(groups), sizes).repeat(parts)
+
+
+def colour_mask(kind: str, inputs: int, outputs: int, groups: int, parts: int = 1) -> Tensor:
+    """Which input features each output feature may see at the same pixel: (outputs inputs), of mask A or B."""
+    out, into = group_index(outputs, groups, parts)[:, None], group_index(inputs, groups)[None]
+    return out > into if kind == "A" else out >= into
+
+
+def initialise(weight: Tensor, mask: Tensor, gain: float = 1.0) -> None:
+    """Uniform numbers of variance gain² / (3 · number of live inputs), output by output: masked inputs do not count."""
+    live = mask.flatten(1).sum(1).clamp(min=1).view(-1, *[1] * (mask.dim() - 1))
+    with torch.no_grad():
+        weight.uniform_(-1, 1).mul_(gain / live.sqrt())
+
+
+class MaskedLinear(nn.Module):
+    """A 1×1 convolution with mask B: (… inputs) → (… outputs). `parts` stretches of outputs carry groups each."""
+
+    def __init__(self, inputs: int, outputs: int, groups: int, parts: int = 1, gain: float = 1.0):
+        super().__init__()
+        self.inputs, self.outputs, self.groups, self.parts = inputs, outputs, groups, parts
+        self.register_buffer("mask", colour_mask("B", inputs, outputs, groups, parts), persistent=False)
+        self.weight = nn.Parameter(torch.empty(outputs, inputs))
+        self.bias = nn.Parameter(torch.zeros(outputs))
+        initialise(self.weight, self.mask, gain)
+
+    def masked_weight(self) -> Tensor:
+        return self.weight * self.mask
+
+    def forward(self, u: Tensor) -> Tensor:
+        return F.linear(u, self.masked_weight(), self.bias)
+
+    def steps(self) -> list[tuple[Tensor, Tensor]]:
+        """For each group, what computes its outputs alone: weight (prefix outputs_g) and bias (outputs_g).
+
+        The inputs that group g sees are the first `prefix` features: groups are contiguous and in order.
+        """
+        weight, out = self.masked_weight(), []
+        for into, rows in zip(
+            group_slices(self.inputs, self.groups), group_slices(self.outputs, self.groups, self.parts), strict=True
+        ):
+            prefix = into[0].stop
+            out.append(
+                (
+                    torch.cat([weight[r, :prefix] for r in rows]).T.contiguous(),
+                    torch.cat([self.bias[r] for r in rows]),
+                )
+            )
+        return out
+
+
+class MaskedConv(nn.Module):
+    """A k×k convolution of mask A or B: (b h w inputs) → (b h w outputs).
+
+    `weight` is (outputs, inputs, (k+1)/2, k): the rows above and the centre row.
+    """
+
+    def __init__(self, kind: str, kernel: int, inputs: int, outputs: int, groups: int):
+        super().__init__()
+        assert kind in ("A", "B") and kernel % 2 == 1
+        self.reach, self.groups = kernel // 2, groups
+        mask = torch.ones(outputs, inputs, self.reach + 1, kernel, dtype=torch.bool)
+        mask[:, :, -1, self.reach] = colour_mask(kind, inputs, outputs, groups)
+        mask[:, :, -1, self.reach + 1 :] = False
+        self.register_buffer("mask", mask, persistent=False)
+        self.weight = nn.Parameter(torch.empty(mask.shape))
+        self.bias = nn.Parameter(torch.zeros(outputs))
+        initialise(self.weight, self.mask)
+
+    def masked_weight(self) -> Tensor:
+        return self.weight * self.mask
+
+    def forward(self, u: Tensor) -> Tensor:
+        r = self.reach
+        u = F.pad(u, (0, 0, r, r, r, 0)).permute(0, 3, 1, 2)  # a view (b f h w) whose memory is channels last
+        return F.conv2d(u, self.masked_weight(), self.bias).permute(0, 2, 3, 1)
+
+
+class MaskedConvScan:
+    """A mask-A convolution of an image of `groups` colours, at one pixel, group by group.
+
+    Once a row, all taps of the rows above, for all columns. A sub-pixel then costs one product: the left taps and the
+    colours already known of the pixel itself stand side by side in a row of `image`.
+
+    Args:
+        conv: the convolution; its inputs are the colours themselves.
+        b, height, width: how many images of which size.
+        outputs: where to write, a view (b f_g) for each column and group.
+    """
+
+    def __init__(self, conv: MaskedConv, b: int, height: int, width: int, outputs: list[list[Tensor]]):
+        weight, reach = conv.masked_weight(), conv.reach
+        features, colours = weight.shape[:2]
+        self.reach, self.colours, self.outputs = reach, colours, outputs
+        self.image = weight.new_zeros(b, height + reach, width + 2 * reach, colours)  # zeros outside
+        self.above_weight, self.above_bias = weight[:, :, :reach].contiguous(), conv.bias
+        self.above = weight.new_zeros(b, width, features)
+        taps = weight[:, :, reach, : reach + 1].permute(2, 1, 0).flatten(0, 1)  # (left to centre · colour, features)
+        groups = [s for (s,) in group_slices(features, colours)]
+        self.weights = [taps[: reach * colours + g, s].contiguous() for g, s in enumerate(groups)]
+        self.above_parts = [[self.above[:, j, s] for s in groups] for j in range(width)]
+
+    def begin_row(self, i: int) -> None:
+        self.row = self.image[:, i + self.reach].flatten(1)  # (b, padded width · colours)
+        rows = self.image[:, i : i + self.reach].permute(0, 3, 1, 2)
+        self.above.copy_(F.conv2d(rows, self.above_weight, self.above_bias)[:, :, 0].mT)
+
+    def step(self, j: int, g: int) -> None:
+        start, stop = j * self.colours, (j + self.reach) * self.colours + g
+        torch.addmm(self.above_parts[j][g], self.row[:, start:stop], self.weights[g], out=self.outputs[j][g])
+
+    def put(self, j: int, g: int, values: Tensor) -> None:
+        """Make known the scaled values (b,) of colour g at column j."""
+        self.row[:, (j + self.reach) * self.colours + g] = values
+
+
+def check(name: str, value, kind: type, low, high=math.inf) -> None:
+    """Raise ValueError unless `value` is a `kind` in [low, high]."""
+    right = isinstance(value, kind) or (kind is float and isinstance(value, int))
+    if isinstance(value, bool) != (kind is bool) or not right or not low <= value <= high:
+        names = {int: "an integer", float: "a number", bool: "true or false"}
+        limits = "" if kind is bool else f" of at least {low}" if high == math.inf else f" from {low} to {high}"
+        raise ValueError(f"{name}={value!r} is not allowed: {names[kind]}{limits} is")

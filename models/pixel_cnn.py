@@ -1,0 +1,142 @@
+"""PixelCNN (1601.06759, section 3.5): residual blocks of masked convolutions.
+
+Legend: b batch · h w rows, columns · f = hidden features · g group · i j a row, a column.
+
+A block (Figure 5, left), from 2f features to 2f:
+
+    u ← u + up(ReLU(conv(ReLU(down(ReLU(u))))))        down 1×1 2f→f · conv 3×3 f→f · up 1×1 f→2f, all mask B
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.base import AutoregressiveModel
+from models.layers import MaskedConv, MaskedLinear, group_slices
+
+
+class ResidualBlocks(nn.Module):
+    """The body: `layers` blocks, (b h w 2f) → (b h w 2f)."""
+
+    def __init__(self, hidden: int, layers: int, groups: int, residual: bool, skip: bool, dropout: float):
+        super().__init__()
+        self.hidden, self.groups, self.residual, self.skip, self.dropout = hidden, groups, residual, skip, dropout
+        gain = (2 * layers) ** -0.5 if residual else 1.0
+        self.down = nn.ModuleList(MaskedLinear(2 * hidden, hidden, groups) for _ in range(layers))
+        self.conv = nn.ModuleList(MaskedConv("B", 3, hidden, hidden, groups) for _ in range(layers))
+        self.up = nn.ModuleList(MaskedLinear(hidden, 2 * hidden, groups, gain=gain) for _ in range(layers))
+        self.to_head = nn.ModuleList(
+            MaskedLinear(hidden, 2 * hidden, groups, gain=gain) for _ in range(layers if skip else 0)
+        )
+
+    def forward(self, u: Tensor) -> Tensor:
+        skips = 0
+        for layer, (down, conv, up) in enumerate(zip(self.down, self.conv, self.up, strict=True)):
+            mid = conv(down(u.relu()).relu()).relu()
+            mid = F.dropout(mid, self.dropout, self.training)
+            u = u + up(mid) if self.residual else up(mid)
+            if self.skip:
+                skips = skips + self.to_head[layer](mid)
+        return u + skips
+
+    def scan(self, b: int, width: int) -> "ResidualBlocksScan":
+        return ResidualBlocksScan(self, b, width)
+
+
+class ResidualBlocksScan:
+    """All blocks at one pixel, group by group.
+
+    Once a row, the three upper taps of every block's 3×3, for all columns: one batched product. A sub-pixel then
+    costs a block its 1×1 down, left and centre tap, and 1×1 up, each for group g's features alone.
+
+    `row` holds ReLU(down(·)) of the row in hand, with a zero column at either end. The left tap's features and the
+    centre's known groups stand side by side in it, so that both taps are one product.
+    """
+
+    def __init__(self, body: ResidualBlocks, b: int, width: int):
+        layers, f, groups = len(body.down), body.hidden, body.groups
+        new = body.down[0].weight.new_zeros
+        self.row, self.above = new(layers, b, width + 2, f), new(layers, b * width, f)
+        conv_weight = torch.stack([conv.masked_weight() for conv in body.conv])  # (layers out in 2 3)
+        self.above_weight = conv_weight[:, :, :, 0].permute(0, 3, 2, 1).flatten(1, 2).contiguous()
+        self.above_bias = torch.stack([conv.bias for conv in body.conv])[:, None]
+        self.taps = new(layers, b * width, 3 * f)
+
+        relu_u, mid = new(layers, b, 2 * f), new(layers, b, f)
+        down, up, to_head = ([m.steps() for m in part] for part in (body.down, body.up, body.to_head))
+        wide, narrow = (group_slices(n, groups) for n in (2 * f, f))
+        above, row = self.above.view(layers, b, width, f), self.row.flatten(2)
+        self.residual, self.skip = body.residual, body.skip
+        self.u = [new(b, s.stop - s.start) for (s,) in wide]
+        self.skips = [torch.zeros_like(u) for u in self.u]
+        self.inputs = [self.u] * width
+        self.plan = [[[] for _ in range(groups)] for _ in range(width)]
+        for g, ((w,), (n,)) in enumerate(zip(wide, narrow, strict=True)):
+            step = new(b, n.stop - n.start)
+            for layer in range(layers):
+                left_centre = conv_weight[layer, n, :, 1, :2]  # (n_g, in, left and centre)
+                left_centre = torch.cat([left_centre[:, :, 0], left_centre[:, : n.stop, 1]], dim=1).T.contiguous()
+                for j in range(width):
+                    self.plan[j][g].append(
+                        (
+                            relu_u[layer, :, w],
+                            relu_u[layer, :, : w.stop],
+                            *down[layer][g],
+                            step,
+                            row[layer, :, (j + 1) * f + n.start : (j + 1) * f + n.stop],
+                            row[layer, :, j * f : (j + 1) * f + n.stop],
+                            above[layer, :, j, n],
+                            left_centre,
+                            mid[layer, :, n],
+                            mid[layer, :, : n.stop],
+                            *up[layer][g],
+                            to_head[layer][g] if self.skip else None,
+                        )
+                    )
+
+    def begin_row(self) -> None:
+        layers, b, padded, f = self.row.shape
+        torch.cat([self.row[:, :, k : k + padded - 2] for k in range(3)], dim=3, out=self.taps.view(layers, b, -1, 3 * f))
+        torch.baddbmm(self.above_bias, self.taps, self.above_weight, out=self.above)
+
+    def step(self, j: int, g: int) -> Tensor:
+        """From group g of the stem at column j, in `inputs[j][g]`, to group g of the head's input (b 2f_g)."""
+        u, skips = self.u[g], self.skips[g]
+        if self.skip:
+            skips.zero_()
+        for (
+            relu_out, relu_u, down_w, down_b, step, row_out, row, above, conv_w, mid_out, mid, up_w, up_b, to_head,
+        ) in self.plan[j][g]:  # fmt: skip
+            torch.clamp_min(u, 0, out=relu_out)
+            torch.addmm(down_b, relu_u, down_w, out=step)
+            torch.clamp_min(step, 0, out=row_out)
+            torch.addmm(above, row, conv_w, out=step)
+            torch.clamp_min(step, 0, out=mid_out)
+            if self.residual:
+                u.addmm_(mid, up_w).add_(up_b)
+            else:
+                torch.addmm(up_b, mid, up_w, out=u)
+            if self.skip:
+                skips.addmm_(mid, to_head[0]).add_(to_head[1])
+        return u.add_(skips) if self.skip else u
+
+
+class PixelCNN(AutoregressiveModel):
+    """PixelCNN. Arguments: see `AutoregressiveModel`."""
+
+    def __init__(
+        self,
+        channels: int,
+        levels: int,
+        height: int,
+        width: int,
+        hidden: int,
+        layers: int,
+        residual: bool = True,
+        skip: bool = False,
+        head_features: int = 32,
+        dropout: float = 0.0,
+    ):
+        super().__init__(
+            ResidualBlocks, channels, levels, height, width, hidden, layers, residual, skip, head_features, dropout
+        )
