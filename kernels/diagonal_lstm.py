@@ -38,7 +38,11 @@ def diagonal_lstm_reference(u: Tensor, input_weight: Tensor, bias: Tensor, state
             left = None
             for j in columns:
                 states = torch.cat([hidden.get((i, left), zeros), hidden.get((i - 1, j), zeros)], dim=1)
-                gates = u[:, i, j] @ input_weight[direction].T + bias[direction] + states @ state_weight[direction].T
+                gates = (
+                    u[:, i, j] @ input_weight[direction].T
+                    + bias[direction]
+                    + states @ state_weight[direction].T
+                )
                 o, forget, i_gate, g = gates.split(f, dim=1)
                 cell[i, j] = forget.sigmoid() * cell.get((i, left), zeros) + i_gate.sigmoid() * g.tanh()
                 hidden[i, j] = o.sigmoid() * cell[i, j].tanh()
@@ -85,7 +89,10 @@ def packing(h: int, w: int, device: torch.device) -> tuple[Tensor, Tensor, Tenso
     cells = [(i, t - i) for t in range(h + w - 1) for i in range(max(0, t - w + 1), min(t, h - 1) + 1)]
     where = {cell: p for p, cell in enumerate(cells)}
     pixels = torch.tensor([[i * w + j for i, j in cells], [i * w + w - 1 - j for i, j in cells]])
-    neighbours = [[where.get((i, j - 1), h * w) for i, j in cells], [where.get((i - 1, j), h * w) for i, j in cells]]
+    neighbours = [
+        [where.get((i, j - 1), h * w) for i, j in cells],
+        [where.get((i - 1, j), h * w) for i, j in cells],
+    ]
     return pixels.to(device), pixels.argsort(dim=1).to(device), torch.tensor(neighbours).to(device)
 
 
@@ -133,7 +140,9 @@ class DiagonalLSTM(torch.autograd.Function):
             g.tanh_()
             c = torch.mul(i, g, out=cell.narrow(1, start, size))
             if num_left:
-                c.narrow(1, 0, num_left).addcmul_(forget.narrow(1, 0, num_left), cell.narrow(1, left, num_left))
+                c.narrow(1, 0, num_left).addcmul_(
+                    forget.narrow(1, 0, num_left), cell.narrow(1, left, num_left)
+                )
             tanh_c = torch.tanh(c, out=tanh_cell.narrow(1, start, size))
             torch.mul(o, tanh_c, out=hidden.narrow(1, start, size))
         ctx.save_for_backward(packed, input_weight, state_weight, gates, hidden, cell, tanh_cell)

@@ -20,7 +20,13 @@ class ResidualBlocks(nn.Module):
 
     def __init__(self, hidden: int, layers: int, groups: int, residual: bool, skip: bool, dropout: float):
         super().__init__()
-        self.hidden, self.groups, self.residual, self.skip, self.dropout = hidden, groups, residual, skip, dropout
+        self.hidden, self.groups, self.residual, self.skip, self.dropout = (
+            hidden,
+            groups,
+            residual,
+            skip,
+            dropout,
+        )
         gain = (2 * layers) ** -0.5 if residual else 1.0
         self.down = nn.ModuleList(MaskedLinear(2 * hidden, hidden, groups) for _ in range(layers))
         self.conv = nn.ModuleList(MaskedConv("B", 3, hidden, hidden, groups) for _ in range(layers))
@@ -75,7 +81,9 @@ class ResidualBlocksScan:
             step = new(b, n.stop - n.start)
             for layer in range(layers):
                 left_centre = conv_weight[layer, n, :, 1, :2]  # (n_g, in, left and centre)
-                left_centre = torch.cat([left_centre[:, :, 0], left_centre[:, : n.stop, 1]], dim=1).T.contiguous()
+                left_centre = torch.cat(
+                    [left_centre[:, :, 0], left_centre[:, : n.stop, 1]], dim=1
+                ).T.contiguous()
                 for j in range(width):
                     self.plan[j][g].append(
                         (
@@ -96,7 +104,11 @@ class ResidualBlocksScan:
 
     def begin_row(self) -> None:
         layers, b, padded, f = self.row.shape
-        torch.cat([self.row[:, :, k : k + padded - 2] for k in range(3)], dim=3, out=self.taps.view(layers, b, -1, 3 * f))
+        torch.cat(
+            [self.row[:, :, k : k + padded - 2] for k in range(3)],
+            dim=3,
+            out=self.taps.view(layers, b, -1, 3 * f),
+        )
         torch.baddbmm(self.above_bias, self.taps, self.above_weight, out=self.above)
 
     def step(self, j: int, g: int) -> Tensor:
@@ -138,5 +150,15 @@ class PixelCNN(AutoregressiveModel):
         dropout: float = 0.0,
     ):
         super().__init__(
-            ResidualBlocks, channels, levels, height, width, hidden, layers, residual, skip, head_features, dropout
+            ResidualBlocks,
+            channels,
+            levels,
+            height,
+            width,
+            hidden,
+            layers,
+            residual,
+            skip,
+            head_features,
+            dropout,
         )

@@ -18,7 +18,6 @@ from models.base import AutoregressiveModel
 from models.layers import MaskedConvScan, check
 
 
-
 class RowScan:
     """Logits from cached activations: rows above are finished, so a sub-pixel costs one step along the row."""
 
@@ -121,7 +120,9 @@ class Record:
         return values
 
 
-def pixel_loop(model: AutoregressiveModel, method: str, rule: Callable, b: int, tell: Callable = lambda: None) -> Tensor:
+def pixel_loop(
+    model: AutoregressiveModel, method: str, rule: Callable, b: int, tell: Callable = lambda: None
+) -> Tensor:
     """Visit all sub-pixels of b images in order and return what the rule chose (b c h w) int64.
 
     Args:
@@ -156,7 +157,9 @@ def noise(seed: int, images: range, shape: tuple[int, int, int]) -> Tensor:
     Those of image k depend on `seed` and k alone: a counter-based generator has the pair as its key.
     """
     draws = [
-        np.random.Generator(np.random.Philox(key=np.array([seed, k], dtype=np.uint64))).random(shape, dtype=np.float32)
+        np.random.Generator(np.random.Philox(key=np.array([seed, k], dtype=np.uint64))).random(
+            shape, dtype=np.float32
+        )
         for k in images
     ]
     return torch.from_numpy(np.stack(draws))
@@ -202,7 +205,9 @@ def sample(
     if known is not None:
         x, mask = known
         if len(x) != n or mask.shape != x.shape:
-            raise ValueError(f"known images are {tuple(x.shape)}, their mask {tuple(mask.shape)}: {n} of each are needed")
+            raise ValueError(
+                f"known images are {tuple(x.shape)}, their mask {tuple(mask.shape)}: {n} of each are needed"
+            )
         model.check(x)
     device, out = model.stem.weight.device, []
     for start in range(0, n, batch_size):

@@ -1,0 +1,87 @@
+"""Runs a command under Hydra so that a user's mistake ends in one line and exit status 2, without a traceback."""
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
+from hydra.types import RunMode
+from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
+
+from conf import schema
+
+MISTAKES = (ValueError, OSError, HydraException, OmegaConfBaseException)
+
+
+class Stopped(Exception):
+    """The command was stopped on purpose, or cannot go on: its text is the last line, `status` the exit status."""
+
+    def __init__(self, text: str, status: int):
+        super().__init__(text)
+        self.status = status
+
+
+def one_line(error: BaseException) -> str:
+    """What an error says, in one line; Hydra says some of it in the error's cause, and adds lists of folders."""
+    texts = [str(error)]
+    if isinstance(error, HydraException) and error.__cause__ is not None:
+        texts.append(str(error.__cause__))
+    lines = []
+    for text in texts:
+        for line in text.splitlines():
+            line = line.strip()
+            if line.startswith(
+                ("Config search path", "provider=", "full_key:", "object_type=", "Set the env")
+            ):
+                continue
+            lines.append(line)
+    if isinstance(error, OSError) and error.strerror and error.filename:
+        lines = [f"{error.filename}: {error.strerror}"]
+    return " ".join(line for line in lines if line) or type(error).__name__
+
+
+def run(
+    name: str, main: Callable[[DictConfig], None], prepare: Callable[[list[str]], list[str]] = list
+) -> None:
+    """Compose conf/NAME.yaml with the command line, call main(cfg), and end the process.
+
+    Exit status: 0, or 2 after a mistake of the user's (one line on stderr), or what `Stopped` says.
+    HYDRA_FULL_ERROR=1 shows the traceback instead of the line.
+
+    Args:
+        prepare: maps the command line's arguments to those that Hydra is to see.
+    """
+    show_traceback = os.environ.get("HYDRA_FULL_ERROR") == "1"
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra is to raise its errors, not to print them
+
+    def task(cfg: DictConfig) -> None:
+        try:
+            main(cfg)
+        except (*MISTAKES, Stopped) as error:
+            if show_traceback or HydraConfig.get().mode == RunMode.MULTIRUN:
+                raise  # a sweep's other runs go on first
+            leave(error)
+
+    try:
+        schema.register()
+        sys.argv[1:] = prepare(sys.argv[1:])
+        hydra.main(version_base="1.3", config_path=str(Path(__file__).parent), config_name=name)(task)()
+    except (*MISTAKES, Stopped) as error:
+        if show_traceback:
+            raise
+        leave(error)
+    except KeyboardInterrupt:
+        leave(Stopped("interrupted", 130))
+
+
+def leave(error: BaseException) -> None:
+    """Print the error's line and exit."""
+    if isinstance(error, Stopped):
+        print(error, file=sys.stderr)
+        sys.exit(error.status)
+    print(f"error: {one_line(error)}", file=sys.stderr)
+    sys.exit(2)

@@ -1,0 +1,67 @@
+"""The keys of each command's config, with their types: a misspelt key or a value of another type is refused.
+
+What stands inside `model` and `dataset` is checked by the constructors that it is for.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import MISSING
+
+
+@dataclass
+class Train:
+    model: Any = MISSING
+    dataset: Any = MISSING
+    optimizer: Any = MISSING
+    experiment: Any = None
+
+    steps: int = MISSING
+    batch_size: int = MISSING
+    seed: int = MISSING
+    device: str = MISSING
+    bf16: bool = MISSING
+    resume: str | None = None
+
+    warmup: int = MISSING
+    decay: str = MISSING
+    clip: float | None = None
+    ema: float = MISSING
+
+    log_every: int = MISSING
+    evaluate_every: int = MISSING
+    save_every: int = MISSING
+    sample_every: int = MISSING
+    samples: int = MISSING
+
+
+@dataclass
+class Sample:
+    checkpoint: str | None = None
+    n: int = MISSING
+    method: str = MISSING
+    temperature: float = MISSING
+    seed: int = MISSING
+    out: str = MISSING
+    npy: str | None = None
+    columns: int | None = None
+    batch_size: int = MISSING
+    device: str = MISSING
+
+
+@dataclass
+class Evaluate:
+    checkpoint: str | None = None
+    split: str = MISSING
+    root: str | None = None
+    batch_size: int = MISSING
+    seed: int = MISSING
+    device: str = MISSING
+
+
+def register() -> None:
+    """Make the schemas known to Hydra, as train_schema, sample_schema and evaluate_schema."""
+    store = ConfigStore.instance()
+    for schema in (Train, Sample, Evaluate):
+        store.store(name=f"{schema.__name__.lower()}_schema", node=schema)

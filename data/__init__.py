@@ -1,0 +1,58 @@
+"""Data sets by name: whatever the source, integer images (n c h w) with labels, in train, val and test.
+
+    dataset = data.build({"name": "mnist", "root": None, "binarize": "none"})
+    x, labels = dataset.train.batch(index)
+
+One file a kind of source; each loader is a function whose keyword arguments are the options of that data set.
+"""
+
+import inspect
+from collections.abc import Mapping
+
+from data.amat import binary_mnist
+from data.arrays import npy
+from data.cifar import cifar10
+from data.digits import digits
+from data.folder import image_folder
+from data.idx import fashion_mnist, mnist
+from data.imagenet import imagenet32, imagenet64
+from data.splits import Dataset, Split, choice
+
+LOADERS = {
+    loader.__name__: loader
+    for loader in (
+        digits,
+        mnist,
+        binary_mnist,
+        fashion_mnist,
+        cifar10,
+        imagenet32,
+        imagenet64,
+        npy,
+        image_folder,
+    )
+}
+
+__all__ = ["LOADERS", "Dataset", "Split", "build"]
+
+
+def build(config: Mapping) -> Dataset:
+    """Load the data set that `config` describes.
+
+    Args:
+        config: `name`, one of LOADERS, and any of that loader's keyword arguments.
+
+    Raises:
+        ValueError: an unknown name, option or value, or a damaged file; it names that and what is allowed.
+        FileNotFoundError: files are missing and cannot be downloaded; it says which to put where.
+
+    Either is a single line.
+    """
+    # get, not items: a Hydra config raises an error of several lines on a value that is still "???".
+    options = {key: config.get(key) for key in config}
+    name = choice("dataset.name", options.pop("name", None), LOADERS)
+    allowed = inspect.signature(LOADERS[name]).parameters
+    for key in options:
+        if key not in allowed:
+            raise ValueError(f"dataset.{key}: {name} has no such option; it has {', '.join(allowed)}")
+    return LOADERS[name](**options)

@@ -1,0 +1,111 @@
+"""Images from any integer array in a .npy file: codes of another model, medical pictures, maps."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from data import cache
+from data.splits import Dataset, integer, shuffled, sizes, three_way
+
+BLOCK = 1 << 24  # values in memory at a time
+
+
+def _open(path: Path, option: str) -> np.ndarray:
+    """Memory-map a user's .npy file of integers; FileNotFoundError or ValueError with one line."""
+    if not path.is_file():
+        raise FileNotFoundError(f"dataset.{option}: there is no file {path}")
+    try:
+        array = np.lib.format.open_memmap(path, mode="r")
+    except (ValueError, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"{path}: not a whole .npy file of numbers ({reason})") from None
+    if array.dtype.kind not in "iub":
+        raise ValueError(f"{path}: expected integers, found {array.dtype}")
+    return array
+
+
+def _blocks(images: np.ndarray) -> Iterator[slice]:
+    """Slices of rows with about BLOCK values each."""
+    step = max(1, BLOCK // max(1, images[0].size))
+    return (slice(start, start + step) for start in range(0, len(images), step))
+
+
+def count_levels(images: np.ndarray, levels: int | None, path: Path) -> int:
+    """Return `levels`, or for None the largest value + 1 (at least 2); ValueError: a value is outside."""
+    largest = 0
+    for rows in _blocks(images):
+        low, high = int(images[rows].min()), int(images[rows].max())
+        largest = max(largest, high)
+        for value in (low, high):
+            if value < 0 or (levels is not None and value >= levels):
+                allowed = "integers from 0 on" if levels is None else f"0..{levels - 1} with levels={levels}"
+                raise ValueError(f"{path}: holds the value {value}; allowed are {allowed}")
+    return max(2, largest + 1) if levels is None else levels
+
+
+def _convert(
+    path: Path, raw: np.ndarray, levels: int | None, seed: int, folder: Path
+) -> tuple[np.ndarray, int]:
+    """Return (images, levels): (n c h w) in a random order, memory-mapped, written once into `folder`."""
+    target = folder / f"{cache.key(path.resolve(), cache.stamp(path), levels, seed)}.npy"
+    if not target.is_file():
+        counted = count_levels(raw, levels, path)
+        images = raw[:, None] if raw.ndim == 3 else np.moveaxis(raw, 3, 1)  # (n c h w)
+        order, dtype = shuffled(len(images), seed), np.uint8 if counted <= 256 else np.int64
+        with cache.exclusive(folder):
+            if not target.is_file():
+                cache.store(target, (images[order[rows]].astype(dtype) for rows in _blocks(images)))
+    images = cache.load(target)
+    return images, max(2, int(images.max()) + 1) if levels is None else levels
+
+
+def _labels(path: Path, n: int) -> np.ndarray:
+    """Read n labels: (n,) int64."""
+    labels = _open(path, "labels")
+    if labels.shape != (n,) or labels.min() < 0:
+        low = f" with the value {labels.min()}" if labels.size and labels.min() < 0 else ""
+        raise ValueError(f"{path}: expected ({n},) labels from 0 on, found shape {labels.shape}{low}")
+    return labels.astype(np.int64)
+
+
+def npy(
+    *,
+    path: str | os.PathLike | None = None,
+    levels: int | None = None,
+    labels: str | os.PathLike | None = None,
+    val: float = 0.1,
+    test: float = 0.1,
+    seed: int = 0,
+    root: str | os.PathLike | None = None,
+) -> Dataset:
+    """An integer array (n h w) or (n h w c) from a .npy file.
+
+    Args:
+        path: the file. It is converted once to root/npy/KEY.npy, (n c h w) uint8 (int64 where levels > 256)
+            with the images in a random order, and memory-mapped from there.
+        levels: values a sub-pixel takes; None: the largest value in the file + 1.
+        labels: a .npy file with (n,) integers from 0 on, or None.
+        val, test: the fractions of the images that these parts get.
+        seed: decides which image is in which part.
+        root: see `path`; None is ~/.cache/pixelrnn.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not such an array; or a value outside 0..levels-1, which it names.
+    """
+    path = cache.source("path", path, "npy", "FILE.npy")
+    if levels is not None:
+        integer("dataset.levels", levels, 2)
+    integer("dataset.seed", seed, 0)
+    raw = _open(path, "path")
+    if raw.ndim not in (3, 4) or 0 in raw.shape:
+        raise ValueError(f"{path}: expected shape (n h w) or (n h w c), found {raw.shape}")
+    counts = sizes(len(raw), val, test, path)
+    its_labels, classes = None, None
+    if labels is not None:
+        its_labels = _labels(cache.source("labels", labels, "npy", "FILE.npy"), len(raw))
+        classes, its_labels = int(its_labels.max()) + 1, its_labels[shuffled(len(raw), seed)]
+    images, levels = _convert(path, raw, levels, seed, cache.folder(root, "npy"))
+    return Dataset("npy", levels=levels, classes=classes, **three_way(images, its_labels, *counts))

@@ -1,0 +1,389 @@
+"""What `data` promises about files that users bring: .npy arrays, folders of pictures, ImageNet's batches."""
+
+import os
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import data
+from data import arrays, cache, folder, imagenet
+
+
+def one_line(error) -> str:
+    text = str(error.value)
+    assert text and "\n" not in text
+    return text
+
+
+def mapped(array: np.ndarray) -> bool:
+    """Whether the array, or what it is a view of, is a file."""
+    return isinstance(array, np.memmap) and array.filename is not None
+
+
+def everything(dataset: data.Dataset) -> np.ndarray:
+    return np.concatenate([dataset.split(name).images for name in ("train", "val", "test")])
+
+
+# ------------------------------------------------------------------------------------------------------ store
+
+
+def test_store_writes_what_numpy_reads(tmp_path):
+    blocks = [np.arange(12).reshape(2, 3, 2), np.arange(6).reshape(1, 3, 2)]
+    cache.store(tmp_path / "a.npy", (block for block in blocks))
+    assert np.array_equal(np.load(tmp_path / "a.npy"), np.concatenate(blocks))
+    assert mapped(cache.load(tmp_path / "a.npy"))
+
+
+def test_store_that_fails_midway_leaves_nothing(tmp_path):
+    def blocks():
+        yield np.zeros((1000, 10), np.uint8)
+        raise RuntimeError("power cut")
+
+    with pytest.raises(RuntimeError, match="power cut"):
+        cache.store(tmp_path / "a.npy", blocks())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_damaged_conversion_is_named(tmp_path):
+    cache.store(tmp_path / "a.npy", [np.zeros((1000, 10), np.uint8)])
+    os.truncate(tmp_path / "a.npy", 5000)
+    with pytest.raises(ValueError, match=r"a\.npy: damaged .*delete it") as error:
+        cache.load(tmp_path / "a.npy")
+    one_line(error)
+
+
+def test_a_root_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "file").touch()
+    np.save(tmp_path / "x.npy", np.zeros((30, 2, 2), np.uint8))
+    with pytest.raises(ValueError, match=r"file/npy: cannot write there .*dataset\.root") as error:
+        data.build({"name": "npy", "path": tmp_path / "x.npy", "root": tmp_path / "file"})
+    one_line(error)
+
+
+def test_without_a_root_the_home_cache_is_used(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert cache.folder(None, "mnist") == tmp_path / ".cache" / "pixelrnn" / "mnist"
+    assert cache.folder("~/data", "mnist") == tmp_path / "data" / "mnist"
+
+
+# -------------------------------------------------------------------------------------------------------- npy
+
+
+def save(tmp_path: Path, array: np.ndarray) -> dict:
+    """Write the array and return the config that reads it."""
+    np.save(tmp_path / "images.npy", array)
+    return {"name": "npy", "path": str(tmp_path / "images.npy"), "root": str(tmp_path / "cache")}
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int32, ">i8", np.uint16])
+@pytest.mark.parametrize("channels", [None, 1, 3])
+def test_npy_keeps_every_image_in_c_h_w(tmp_path, dtype, channels):
+    shape = (50, 4, 5) if channels is None else (50, 4, 5, channels)
+    raw = np.random.RandomState(0).randint(0, 7, shape).astype(dtype)
+    raw[0], raw.flat[-1] = 0, 6
+    npy = data.build(save(tmp_path, raw))
+    assert npy.shape == {"channels": channels or 1, "height": 4, "width": 5, "levels": 7}
+    assert [len(npy.split(name)) for name in ("train", "val", "test")] == [40, 5, 5]
+    want = np.moveaxis(raw.reshape(50, 4, 5, -1), 3, 1).astype(np.uint8)
+    got = everything(npy)
+    assert got.dtype == np.uint8 and all(mapped(npy.split(name).images) for name in ("train", "val", "test"))
+    assert sorted(image.tobytes() for image in got) == sorted(image.tobytes() for image in want)
+    assert not np.array_equal(got, want), "files are often sorted by class: the split has to be random"
+
+
+def test_npy_in_many_blocks_is_the_same(tmp_path, monkeypatch):
+    config = save(tmp_path, np.random.RandomState(0).randint(0, 9, (50, 4, 5)))
+    whole = everything(data.build(config))
+    monkeypatch.setattr(arrays, "BLOCK", 70)
+    assert np.array_equal(everything(data.build({**config, "root": str(tmp_path / "other")})), whole)
+
+
+def test_npy_with_many_levels_is_int64(tmp_path):
+    npy = data.build(save(tmp_path, np.arange(40 * 9, dtype=np.uint16).reshape(40, 3, 3)))
+    assert npy.levels == 360 and npy.train.images.dtype == np.int64
+    assert (
+        data.build({**save(tmp_path, np.zeros((9, 2, 2), np.uint8)), "levels": 512}).train.images.dtype
+        == np.int64
+    )
+
+
+def test_npy_split_depends_on_the_seed_alone(tmp_path):
+    config = save(tmp_path, np.random.RandomState(0).randint(0, 256, (50, 4, 5), np.uint8))
+    first, again, other = (data.build({**config, "seed": seed}) for seed in (0, 0, 1))
+    assert np.array_equal(first.test.images, again.test.images)
+    assert not np.array_equal(first.test.images, other.test.images)
+    wider = data.build({**config, "val": 0.3})
+    assert len(wider.val) == 15 and np.array_equal(first.test.images, wider.test.images)
+
+
+def test_npy_labels_follow_their_images(tmp_path):
+    config = save(tmp_path, np.arange(50, dtype=np.uint8).repeat(4).reshape(50, 2, 2))
+    np.save(tmp_path / "labels.npy", np.arange(50, dtype=np.int16) // 10)
+    npy = data.build({**config, "labels": str(tmp_path / "labels.npy")})
+    assert npy.classes == 5 and npy.train.labels.dtype == np.int64
+    for name in ("train", "val", "test"):
+        part = npy.split(name)
+        assert np.array_equal(part.labels, part.images[:, 0, 0, 0] // 10)
+
+
+def test_npy_is_converted_once_and_anew_when_the_file_changes(tmp_path, monkeypatch):
+    config = save(tmp_path, np.ones((30, 2, 2), np.uint8))
+    data.build(config)
+    with monkeypatch.context() as patch:
+        patch.setattr(cache, "store", lambda *_: pytest.fail("converted a second time"))
+        assert data.build(config).levels == 2
+    assert data.build(save(tmp_path, np.full((31, 2, 2), 3, np.uint8))).levels == 4
+
+
+@pytest.mark.parametrize(
+    ("raw", "options", "words"),
+    [
+        (np.full((30, 2, 2), 4), {"levels": 4}, ["value 4", "0..3", "levels=4"]),
+        (np.full((30, 2, 2), -3), {}, ["value -3", "from 0 on"]),
+        (np.zeros((30, 2, 2)), {}, ["integer", "float64"]),
+        (np.zeros((30, 4), int), {}, ["(n h w)", "(n h w c)", "(30, 4)"]),
+        (np.zeros((30, 0, 4), int), {}, ["(30, 0, 4)"]),
+        (np.zeros((2, 2, 2), int), {}, ["2 images", "val=0.1"]),
+        (np.zeros((30, 2, 2), int), {"val": 1.5}, ["dataset.val", "1.5", "between 0 and 1"]),
+        (np.zeros((30, 2, 2), int), {"val": 0.5, "test": 0.5}, ["30 images", "val=0.5", "test=0.5"]),
+        (np.array([{}] * 30, object), {}, ["images.npy"]),
+    ],
+)
+def test_bad_npy_is_named(tmp_path, raw, options, words):
+    with pytest.raises(ValueError) as error:
+        data.build({**save(tmp_path, raw), **options})
+    assert all(word in one_line(error) for word in words)
+    assert not list((tmp_path / "cache").rglob("*.npy"))
+
+
+def test_an_npz_in_place_of_npy_is_named(tmp_path):
+    np.savez(tmp_path / "images.npz", images=np.zeros((30, 2, 2), np.uint8))
+    with pytest.raises(ValueError, match=r"images\.npz: not a whole \.npy file") as error:
+        data.build({"name": "npy", "path": tmp_path / "images.npz"})
+    one_line(error)
+
+
+def test_truncated_or_missing_npy_is_named(tmp_path):
+    config = save(tmp_path, np.zeros((30, 2, 2), np.uint8))
+    os.truncate(config["path"], 200)
+    with pytest.raises(ValueError, match=r"images\.npy: not a whole") as error:
+        data.build(config)
+    one_line(error)
+    with pytest.raises(FileNotFoundError, match=r"dataset\.path: there is no file .*none\.npy"):
+        data.build({**config, "path": str(tmp_path / "none.npy")})
+
+
+@pytest.mark.parametrize("labels", [np.zeros(29, int), np.full(30, -1), np.zeros((30, 1), int)])
+def test_bad_npy_labels_are_named(tmp_path, labels):
+    np.save(tmp_path / "labels.npy", labels)
+    config = save(tmp_path, np.zeros((30, 2, 2), np.uint8))
+    with pytest.raises(ValueError, match=r"labels\.npy: expected \(30,\) labels") as error:
+        data.build({**config, "labels": str(tmp_path / "labels.npy")})
+    one_line(error)
+
+
+# ----------------------------------------------------------------------------------------- folder of pictures
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    """20 plain pictures of levels 0, 10, … 190, landscape, in two folders; and the config that reads them."""
+    (tmp_path / "pictures" / "deeper").mkdir(parents=True)
+    for k in range(20):
+        name = f"deeper/{k}.JPEG" if k % 2 else f"{k}.png"
+        Image.new("RGB", (12, 8), (10 * k,) * 3).save(tmp_path / "pictures" / name)
+    (tmp_path / "pictures" / "notes.txt").write_text("not a picture, and not spoken of")
+    return {
+        "name": "image_folder",
+        "path": str(tmp_path / "pictures"),
+        "size": 4,
+        "root": str(tmp_path / "cache"),
+    }
+
+
+@pytest.mark.parametrize(("size", "channels"), [(4, 3), ([2, 6], 1), ((5, 3), 3)])
+def test_image_folder_finds_all_and_resizes(pictures, capsys, size, channels):
+    pictures |= {"size": size, "channels": channels}
+    dataset = data.build(pictures)
+    height, width = (size, size) if isinstance(size, int) else size
+    assert dataset.shape == {"channels": channels, "height": height, "width": width, "levels": 256}
+    assert dataset.classes is None and mapped(dataset.train.images)
+    assert [len(dataset.split(name)) for name in ("train", "val", "test")] == [16, 2, 2]
+    values = np.sort(everything(dataset)[:, 0, 0, 0].astype(int))
+    assert np.abs(values - np.arange(0, 200, 10)).max() <= 2, "JPEG rounds"
+    assert capsys.readouterr().err == ""
+
+
+def test_picture_is_cropped_at_its_centre_not_squeezed(tmp_path):
+    image = np.zeros((8, 24, 3), np.uint8)
+    image[:, 8:16] = [200, 100, 50]
+    Image.fromarray(image).save(tmp_path / "a.png")
+    picture = folder.read_picture(tmp_path / "a.png", 8, 8, 3)
+    assert np.array_equal(picture, np.broadcast_to(np.array([200, 100, 50])[:, None, None], (3, 8, 8)))
+    assert folder.read_picture(tmp_path / "a.png", 4, 4, 1).shape == (1, 4, 4)
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "I;16"])
+def test_every_mode_of_picture_is_read(tmp_path, mode):
+    grey = Image.new("L", (6, 6), 255)
+    picture = (
+        Image.fromarray(np.full((6, 6), 65535, np.uint16))
+        if mode == "I;16"
+        else grey.convert("RGB").convert(mode)
+    )
+    path = tmp_path / ("a.tif" if mode == "CMYK" else "a.png")
+    picture.save(path, **({"transparency": b"\0\1\2"} if mode == "P" else {}))
+    for channels in (1, 3):
+        assert folder.read_picture(path, 3, 3, channels).min() == 255
+
+
+def test_sixteen_bits_are_scaled_not_clipped(tmp_path):
+    Image.fromarray(np.full((6, 6), 0x4080, np.uint16)).save(tmp_path / "a.png")
+    assert np.array_equal(folder.read_picture(tmp_path / "a.png", 3, 3, 1), np.full((1, 3, 3), 0x40))
+
+
+def test_unreadable_pictures_are_named_and_skipped(pictures, capsys):
+    path = Path(pictures["path"])
+    (path / "bad.png").write_bytes(b"not a picture")
+    content = (path / "0.png").read_bytes()
+    (path / "cut.png").write_bytes(content[: len(content) // 2])
+    Image.new("F", (4, 4)).save(path / "float.tiff")
+    assert len(everything(data.build(pictures))) == 20
+    lines = capsys.readouterr().err.splitlines()
+    assert sorted(Path(line.split(": skipped")[0]).name for line in lines) == [
+        "bad.png",
+        "cut.png",
+        "float.tiff",
+    ]
+
+
+def test_image_folder_is_converted_once_and_anew_when_it_changes(pictures, monkeypatch):
+    first = data.build(pictures)
+    with monkeypatch.context() as patch:
+        patch.setattr(cache, "store", lambda *_: pytest.fail("converted a second time"))
+        assert np.array_equal(everything(data.build(pictures)), everything(first))
+    changes = [
+        lambda: Image.new("RGB", (9, 9), (250, 0, 0)).save(Path(pictures["path"]) / "new.png"),
+        lambda: os.utime(Path(pictures["path"]) / "0.png", (1, 1)),
+        lambda: pictures.update(channels=1),
+        lambda: pictures.update(size=5),
+    ]
+    for count, change in enumerate(changes, start=2):
+        change()
+        data.build(pictures)
+        assert len(list((Path(pictures["root"]) / "image_folder").glob("*.npy"))) == count
+
+
+def test_image_folder_without_pictures_is_named(tmp_path, pictures, capsys):
+    (tmp_path / "empty").mkdir()
+    cases = [("empty", FileNotFoundError, "no picture below"), ("none", FileNotFoundError, "no folder")]
+    (tmp_path / "bad").mkdir()
+    for k in range(5):
+        (tmp_path / "bad" / f"{k}.png").write_bytes(b"not a picture")
+    for name, kind, words in [*cases, ("bad", ValueError, "none of its 5 pictures can be read")]:
+        with pytest.raises(kind, match=words) as error:
+            data.build({**pictures, "path": str(tmp_path / name)})
+        assert name in one_line(error)
+    assert not list((tmp_path / "cache").rglob("*.npy"))
+
+
+# --------------------------------------------------------------------------------------------------- ImageNet
+
+
+@pytest.fixture(params=[32, 64])
+def batches(tmp_path, monkeypatch, request):
+    """A little ImageNet: ten batches of 3 images and 4 for test; an image's first pixel is its number."""
+    monkeypatch.setattr(imagenet, "HELD_OUT", 5)
+    size, home = request.param, tmp_path / f"imagenet{request.param}"
+    home.mkdir()
+    rows = np.random.RandomState(0).randint(0, 256, (34, 3 * size**2)).astype(np.uint8)
+    rows[:, 0] = np.arange(34)
+    names = [*imagenet.PARTS["train"], *imagenet.PARTS["test"]]
+    for name, part in zip(names, np.split(np.arange(34), range(3, 31, 3)), strict=True):
+        np.savez(home / name, data=rows[part], labels=part * 30 + 1, mean=rows[0].astype(float))
+    return {"name": home.name, "root": tmp_path}, rows.reshape(34, 3, size, size)
+
+
+def test_imagenet_is_mapped_and_val_is_the_end_of_train(batches):
+    config, images = batches
+    dataset = data.build(config)
+    size = images.shape[-1]
+    assert dataset.shape == {"channels": 3, "height": size, "width": size, "levels": 256}
+    assert dataset.classes == 1000
+    for part, rows in (
+        (dataset.train, slice(0, 25)),
+        (dataset.val, slice(25, 30)),
+        (dataset.test, slice(30, 34)),
+    ):
+        assert mapped(part.images) and np.array_equal(part.images, images[rows])
+        assert np.array_equal(part.labels, np.arange(34)[rows] * 30) and part.labels.dtype == np.int64
+    assert np.shares_memory(dataset.train.images.base, dataset.val.images.base)
+    x, labels = dataset.train.batch(np.array([7, 2]))
+    assert x[:, 0, 0, 0].tolist() == [7, 2] and labels.tolist() == [210, 60]
+
+
+def test_imagenet_batches_are_not_needed_after_the_conversion(batches):
+    config, images = batches
+    data.build(config)
+    for path in (config["root"] / config["name"]).glob("*.npz"):
+        path.unlink()
+    assert np.array_equal(everything(data.build(config)), images)
+
+
+def test_imagenet_crash_midway_starts_anew(batches, monkeypatch):
+    config, images = batches
+    home = config["root"] / config["name"]
+    (home / "train_data_batch_9.npz").rename(home / "aside")
+    (home / "train_data_batch_9.npz").write_bytes((home / "aside").read_bytes()[:2000])
+    with pytest.raises(ValueError, match=r"train_data_batch_9\.npz"):
+        data.build(config)
+    assert not list(home.glob("*.npy")) and not list(home.glob(".*.tmp"))
+    (home / "aside").replace(home / "train_data_batch_9.npz")
+    assert np.array_equal(everything(data.build(config)), images)
+
+
+def test_missing_imagenet_batches_are_listed_with_their_source(batches):
+    config, _ = batches
+    home = config["root"] / config["name"]
+    (home / "train_data_batch_4.npz").unlink()
+    (home / "val_data.npz").unlink()
+    with pytest.raises(FileNotFoundError) as error:
+        data.build(config)
+    text = one_line(error)
+    assert f"put train_data_batch_4.npz, val_data.npz into {home}" in text
+    assert imagenet.SITE in text and "login" in text
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"data": np.zeros((3, 100), np.uint8)}, "found .3, 100. uint8"),
+        ({"data": np.zeros((3, 3072), np.float32)}, "float32"),
+        ({"labels": np.arange(1, 3)}, r"and \(2,\)"),
+        ({"labels": np.array([0, 1, 2])}, r"1\.\.1000"),
+        ({"labels": np.array([1, 2, 1001])}, r"1\.\.1000"),
+        (
+            {"labels": np.array([1, 2, 3], object)},
+            "not an npz file with arrays data and labels .*allow_pickle=False",
+        ),
+        ({"labels": None}, "not an npz file with arrays data and labels"),
+    ],
+)
+def test_bad_imagenet_batch_is_named(tmp_path, change, expected):
+    content = {"data": np.zeros((3, 3072), np.uint8), "labels": np.array([1, 2, 3])} | change
+    path = tmp_path / "train_data_batch_1.npz"
+    np.savez(path, **{key: value for key, value in content.items() if value is not None})
+    with pytest.raises(ValueError, match=expected) as error:
+        imagenet.read_batch(path, 32)
+    assert path.name in one_line(error)
+
+
+def test_a_pickle_in_place_of_a_batch_is_refused(tmp_path):
+    path = tmp_path / "val_data.npz"
+    path.write_bytes(pickle.dumps({"data": [1], "labels": [1]}))
+    with pytest.raises(ValueError, match=r"val_data\.npz: not an npz file") as error:
+        imagenet.read_batch(path, 32)
+    one_line(error)
