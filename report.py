@@ -92,7 +92,10 @@ class Metrics:
             for name, value in values.items():
                 self.board.add_scalar(name, value, step)
 
-    def close(self) -> None:
+    def __enter__(self) -> "Metrics":
+        return self
+
+    def __exit__(self, *_) -> None:
         self.file.close()
         if self.board:
             self.board.close()

@@ -148,11 +148,14 @@ def check_config(cfg) -> None:
 class StopSignal:
     """SIGINT and SIGTERM ask the run to save and stop; a second one ends it at once."""
 
-    def __init__(self):
+    def __enter__(self) -> "StopSignal":
         self.caught = 0
-        self.before = {
-            number: signal.signal(number, self.catch) for number in (signal.SIGINT, signal.SIGTERM)
-        }
+        numbers = signal.SIGINT, signal.SIGTERM
+        self.before = {number: signal.signal(number, self.catch) for number in numbers}
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.restore()
 
     def catch(self, number: int, frame) -> None:
         self.caught = number
@@ -245,11 +248,10 @@ def main(cfg) -> None:
         f"{folder}\n{type(model).__name__}, {parameters:,} parameters · {dataset.name}, {len(dataset.train):,} images"
     )
     print(f"{device}, {torch.get_num_threads()} threads · steps {run.step} to {steps}", flush=True)
-    order, metrics = Order(len(dataset.train), cfg.batch_size, cfg.seed), Metrics(folder, run.step)
+    order, recent = Order(len(dataset.train), cfg.batch_size, cfg.seed), Recent(device)
     autocast = torch.autocast("cuda", torch.bfloat16, enabled=cfg.bf16 and device.type == "cuda")
-    signals, recent = StopSignal(), Recent(device)
 
-    with Bar("train", steps, done=run.step) as bar:
+    with Metrics(folder, run.step) as metrics, StopSignal() as signals, Bar("train", steps, run.step) as bar:
         while run.step < steps and not signals.caught:
             lr = cfg.optimizer.lr * learning_rate_factor(run.step, steps, cfg.warmup, cfg.decay)
             for group in run.optimizer.param_groups:
@@ -298,8 +300,6 @@ def main(cfg) -> None:
                 save_grid(folder / "samples" / f"step_{run.step:06d}.png", x, dataset.levels)
             if evaluate or keep or draw:
                 recent.restart()
-    metrics.close()
-    signals.restore()
     if signals.caught and run.step < steps:
         raise Stopped(
             f"stopped at step {run.step}; to continue: python train.py resume={folder}", 128 + signals.caught

@@ -1,6 +1,7 @@
 """Runs a command under Hydra so that a user's mistake ends in one line and exit status 2, without a traceback."""
 
 import os
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -34,6 +35,8 @@ def one_line(error: BaseException) -> str:
     for text in texts:
         for line in text.splitlines():
             line = line.strip()
+            if line.startswith("To append to your config"):
+                line = "--help lists the keys."
             if line.startswith(
                 ("Config search path", "provider=", "full_key:", "object_type=", "Set the env")
             ):
@@ -55,18 +58,20 @@ def run(
     Args:
         prepare: maps the command line's arguments to those that Hydra is to see.
     """
-    show_traceback = os.environ.get("HYDRA_FULL_ERROR") == "1"
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra is to raise its errors, not to print them
+    before = os.environ.get("HYDRA_FULL_ERROR")
+    show_traceback = before == "1"
 
     def task(cfg: DictConfig) -> None:
         try:
             main(cfg)
         except (*MISTAKES, Stopped) as error:
+            drop_if_unused(Path(HydraConfig.get().runtime.output_dir))
             if show_traceback or HydraConfig.get().mode == RunMode.MULTIRUN:
                 raise  # a sweep's other runs go on first
             leave(error)
 
     try:
+        os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra is to raise its errors, not to print them
         schema.register()
         sys.argv[1:] = prepare(sys.argv[1:])
         hydra.main(version_base="1.3", config_path=str(Path(__file__).parent), config_name=name)(task)()
@@ -76,6 +81,16 @@ def run(
         leave(error)
     except KeyboardInterrupt:
         leave(Stopped("interrupted", 130))
+    finally:
+        os.environ.pop("HYDRA_FULL_ERROR")
+        if before is not None:
+            os.environ["HYDRA_FULL_ERROR"] = before
+
+
+def drop_if_unused(folder: Path) -> None:
+    """Remove a run's folder where the run failed before it wrote anything: only Hydra's own files are in it."""
+    if (folder / ".hydra").is_dir() and [path.name for path in folder.iterdir()] == [".hydra"]:
+        shutil.rmtree(folder)
 
 
 def leave(error: BaseException) -> None:

@@ -20,7 +20,6 @@ from functools import lru_cache
 from typing import NamedTuple
 
 import torch
-from einops import rearrange
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -79,42 +78,35 @@ def diagonals(h: int, w: int) -> tuple[Diagonal, ...]:
     return tuple(out)
 
 
-@lru_cache(maxsize=32)
-def packing(h: int, w: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Index maps of the packed order: pixels (2 hw), its inverse (2 hw), and neighbours (2 hw).
+class Packing(NamedTuple):
+    """Where rows of one layout stand in the other; each is an index for one gather of rows of features."""
 
-    `pixels[d, p]` is the raster position of packed pixel p of direction d. `neighbours[0, p]` and `[1, p]` are the
-    packed positions of p's left and upper neighbours, or hw where there is none.
-    """
+    packed: Tensor  # (d·hw·b): the row of a (b h w) layout that each packed row is
+    raster: Tensor  # (b·h·w·d): the packed row that each row of a (b h w d) layout is
+    left: Tensor  # (hw·b): the row of one packed direction that is the left neighbour; hw·b where there is none
+    up: Tensor  # (hw·b): the same of the upper neighbour
+
+
+@lru_cache(maxsize=32)
+def packing(b: int, h: int, w: int, device: torch.device) -> Packing:
+    """The packed order of b images of h × w: d directions, diagonal after diagonal, row after row, b images."""
     cells = [(i, t - i) for t in range(h + w - 1) for i in range(max(0, t - w + 1), min(t, h - 1) + 1)]
     where = {cell: p for p, cell in enumerate(cells)}
-    pixels = torch.tensor([[i * w + j for i, j in cells], [i * w + w - 1 - j for i, j in cells]])
-    neighbours = [
-        [where.get((i, j - 1), h * w) for i, j in cells],
-        [where.get((i - 1, j), h * w) for i, j in cells],
-    ]
-    return pixels.to(device), pixels.argsort(dim=1).to(device), torch.tensor(neighbours).to(device)
+    pixels = torch.tensor([[i * w + j for i, j in cells], [i * w + w - 1 - j for i, j in cells]])  # (d hw)
+    images = torch.arange(b)
+    packed = pixels[:, :, None] + images * h * w  # (d hw b)
+    raster = (pixels.argsort(dim=1) + torch.tensor([[0], [h * w]])).T * b + images[:, None, None]  # (b hw d)
+    left, up = (
+        torch.tensor([where.get((i - di, j - dj), h * w) for i, j in cells])[:, None] * b + images
+        for di, dj in ((0, 1), (1, 0))
+    )
+    return Packing(*(index.flatten().clamp(max=b * h * w).to(device) if index is left or index is up
+                     else index.flatten().to(device) for index in (packed, raster, left, up)))
 
 
-def pack(u: Tensor) -> Tensor:
-    """(b h w k), or (b h w d k) with its own features for each direction → packed (d hw·b k)."""
-    b, h, w = u.shape[:3]
-    pixels, _, _ = packing(h, w, u.device)
-    u = rearrange(u, "b h w k -> (h w) b k") if u.dim() == 4 else rearrange(u, "b h w d k -> d (h w) b k")
-    parts = [(u if u.dim() == 3 else u[d]).index_select(0, pixels[d]) for d in range(2)]
-    return torch.stack(parts).flatten(1, 2)
-
-
-def unpack(packed: Tensor, b: int, h: int, w: int) -> Tensor:
-    """Packed (d hw·b k) → (d hw b k) in raster order."""
-    _, inverse, _ = packing(h, w, packed.device)
-    packed = packed.unflatten(1, (h * w, b))
-    return torch.stack([packed[d].index_select(0, inverse[d]) for d in range(2)])
-
-
-def with_zero(packed: Tensor, b: int) -> Tensor:
-    """Packed (d hw·b f) → (d hw+1 b f), whose last pixel is zero: what a missing neighbour is read from."""
-    return torch.cat([packed, packed.new_zeros(2, b, packed.shape[2])], dim=1).unflatten(1, (-1, b))
+def neighbours(packed: Tensor, index: Tensor) -> Tensor:
+    """The rows of a packed (d hw·b f) that stand left of, or above, each row; zeros where nothing stands there."""
+    return torch.cat([packed, packed.new_zeros(2, 1, packed.shape[2])], dim=1).index_select(1, index)
 
 
 class DiagonalLSTM(torch.autograd.Function):
@@ -124,7 +116,8 @@ class DiagonalLSTM(torch.autograd.Function):
     def forward(ctx, u, input_weight, bias, state_weight):
         b, h, w, _ = u.shape
         f = state_weight.shape[1] // 4
-        packed = pack(u)
+        order = packing(b, h, w, u.device)
+        packed = u.flatten(0, 2).index_select(0, order.packed).unflatten(0, (2, -1))  # (d hw·b k)
         gates = torch.baddbmm(bias[:, None], packed, input_weight.mT)  # (d hw·b 4f), activated in place below
         left_weight, up_weight = state_weight.mT.split(f, dim=1)  # (d f 4f) each
         hidden, cell, tanh_cell = (gates.new_empty(2, h * w * b, f) for _ in range(3))
@@ -147,7 +140,7 @@ class DiagonalLSTM(torch.autograd.Function):
             torch.mul(o, tanh_c, out=hidden.narrow(1, start, size))
         ctx.save_for_backward(packed, input_weight, state_weight, gates, hidden, cell, tanh_cell)
         ctx.shape = b, h, w
-        return rearrange(unpack(hidden, b, h, w), "d (h w) b f -> b h w d f", h=h)
+        return hidden.flatten(0, 1).index_select(0, order.raster).view(b, h, w, 2, f)
 
     @staticmethod
     @once_differentiable
@@ -155,19 +148,21 @@ class DiagonalLSTM(torch.autograd.Function):
         packed, input_weight, state_weight, gates, hidden, cell, tanh_cell = ctx.saved_tensors
         b, h, w = ctx.shape
         f = hidden.shape[2]
-        _, _, (left_of, up_of) = packing(h, w, gates.device)
+        order = packing(b, h, w, gates.device)
         o, forget, i, g = gates.split(f, dim=2)
 
         # What each gate's gradient is, but for the factor d_hidden (o) or d_cell (f i g) that only the scan knows.
         d_gates = torch.empty_like(gates)  # (d hw·b 4f)
-        cell_left = with_zero(cell, b).index_select(1, left_of).flatten(1, 2)
+        cell_left = neighbours(cell, order.left)
         sigmoid_backward, tanh_backward = torch.ops.aten.sigmoid_backward, torch.ops.aten.tanh_backward
         for gate, (factor, value) in enumerate(((tanh_cell, o), (cell_left, forget), (g, i))):
             sigmoid_backward.grad_input(factor, value, grad_input=d_gates.narrow(2, gate * f, f))
         tanh_backward.grad_input(i, g, grad_input=d_gates.narrow(2, 3 * f, f))
         d_cell_d_hidden = tanh_backward(o, tanh_cell)
 
-        d_hidden, d_cell = pack(d_out), torch.zeros_like(cell)
+        d_hidden = torch.empty_like(cell)
+        d_hidden.flatten(0, 1)[order.raster] = d_out.reshape(-1, f)
+        d_cell = torch.zeros_like(cell)
         left_weight, up_weight = state_weight.split(f, dim=2)  # (d 4f f) each
         for diagonal in reversed(diagonals(h, w)):
             start, size, left, num_left, up, num_up = (b * n for n in diagonal)
@@ -182,13 +177,9 @@ class DiagonalLSTM(torch.autograd.Function):
             if num_up:
                 d_hidden.narrow(1, up, num_up).baddbmm_(dg.narrow(1, size - num_up, num_up), up_weight)
 
-        states = with_zero(hidden, b)
-        d_state_weight = torch.cat(
-            [d_gates.mT @ states.index_select(1, of).flatten(1, 2) for of in (left_of, up_of)], dim=2
-        )
-        d_u = unpack(d_gates @ input_weight, b, h, w).sum(0)
-        d_u = rearrange(d_u, "(h w) b k -> b h w k", h=h)
-        return d_u, d_gates.mT @ packed, d_gates.sum(1), d_state_weight
+        d_state_weight = [d_gates.mT @ neighbours(hidden, index) for index in (order.left, order.up)]
+        d_u = (d_gates @ input_weight).flatten(0, 1).index_select(0, order.raster).view(b, h, w, 2, -1).sum(3)
+        return d_u, d_gates.mT @ packed, d_gates.sum(1), torch.cat(d_state_weight, dim=2)
 
 
 def diagonal_lstm(u: Tensor, input_weight: Tensor, bias: Tensor, state_weight: Tensor) -> Tensor:

@@ -37,8 +37,8 @@ def group_slices(features: int, groups: int, parts: int = 1) -> list[list[slice]
 
 def group_index(features: int, groups: int, parts: int = 1) -> Tensor:
     """The group that each feature belongs to (f,)."""
-    sizes = torch.tensor(group_sizes(features // parts, groups))
-    return torch.repeat_interleave(torch.arange(groups), sizes).repeat(parts)
+    sizes = group_sizes(features // parts, groups)
+    return torch.tensor([g for g in range(groups) for _ in range(sizes[g])] * parts)
 
 
 def colour_mask(kind: str, inputs: int, outputs: int, groups: int, parts: int = 1) -> Tensor:

@@ -93,7 +93,7 @@ def raster(values: Tensor) -> Tensor:
     return values.movedim(1, 3).flatten(1, 3)
 
 
-# ------------------------------------------------------------------------------------- a model's states of life
+# ----------------------------------------------------------------------------------- a model's states of life
 
 
 def train(model, steps: int = 3):
@@ -123,13 +123,24 @@ def copied(case: Case, **arguments):
     return copy.deepcopy(trained(case, **arguments))
 
 
-def unused_weights(model, draws: int = 3) -> list[Tensor]:
-    """For each parameter, where it acts on no likelihood: found by gradients, knowing nothing of masks."""
+def unused_weights(model, draws: int = 4) -> list[Tensor]:
+    """For each parameter, where it acts on no likelihood: found by gradients, knowing nothing of masks.
+
+    Half of the draws have positive weights and an image of the highest value too, so that no ReLU is closed.
+    """
     unused = [torch.ones_like(p, dtype=torch.bool) for p in model.parameters()]
+    probe = copy.deepcopy(model).double()
     for seed in range(draws):
-        probe = add_noise(copy.deepcopy(model).double(), seed)
-        nats = probe(images(probe, 32, seed)).sum()
-        for where, gradient in zip(unused, torch.autograd.grad(nats, list(probe.parameters())), strict=True):
+        with torch.no_grad():
+            for parameter in probe.parameters():
+                parameter.zero_()
+            add_noise(probe, seed, std=0.1)
+            for parameter in probe.parameters():
+                parameter.copy_(parameter.abs() if seed % 2 else parameter)
+        x = images(probe, 16, seed)
+        x[0] = probe.levels - 1
+        gradients = torch.autograd.grad(probe(x).sum(), list(probe.parameters()))
+        for where, gradient in zip(unused, gradients, strict=True):
             where &= gradient == 0
     return unused
 
@@ -137,11 +148,13 @@ def unused_weights(model, draws: int = 3) -> list[Tensor]:
 def poisoned(case: Case, **arguments):
     """Huge numbers in every weight that a mask hides."""
     model = build(case, **arguments)
-    unused = unused_weights(model)
-    assert sum(int(where.sum()) for where in unused) > 0
+    x, unused = images(model, 4), unused_weights(model)
     with torch.no_grad():
+        before = model.log_prob(x)
         for parameter, where in zip(model.parameters(), unused, strict=True):
             parameter[where] = 1e6
+        assert torch.equal(model.log_prob(x), before)
+    assert sum(int(where.sum()) for where in unused) > 0
     return model
 
 

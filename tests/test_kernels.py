@@ -1,4 +1,4 @@
-"""What `kernels` promises: the scan is the recurrence of its reference, outputs and gradients, at any size."""
+"""What `kernels` promises: the scan is the recurrence of its reference, outputs and gradients."""
 
 import pytest
 import torch
@@ -115,7 +115,7 @@ def test_second_direction_is_the_mirror_image_of_the_first(size):
 
 @pytest.mark.parametrize("direction", [0, 1])
 def test_state_at_a_pixel_depends_on_the_quadrant_above_it_alone(direction):
-    """(i, j) sees rows up to i, and columns up to j (direction 0) or from j (direction 1): nothing through padding."""
+    """(i, j) sees rows up to i, columns up to j (direction 0) or from j (direction 1), nothing by padding."""
     h, w = 4, 6
     u, *weights = arguments((h * w, h, w, 2, 3))
     out = diagonal_lstm(u, *weights)[..., direction, :].flatten(1, 2)

@@ -1,0 +1,414 @@
+"""The commands as people type them: what they write, that killed runs resume bit for bit, and how mistakes end."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import evaluate
+import kernels
+import models
+import sample
+import train
+from conf import command
+from models.checkpoint import find, load, read
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+COMMANDS = {"train": (train.main, train.resumed), "sample": (sample.main,), "evaluate": (evaluate.main,)}
+TINY = ["model.hidden=4", "model.layers=1", "model.head_features=8", "batch_size=256"]
+SHORT = [*TINY, "steps=12", "warmup=2", "log_every=4", "evaluate_every=6", "save_every=5", "sample_every=12", "samples=4"]
+LONG = [*TINY, "steps=300", "save_every=7", "evaluate_every=50", "log_every=10", "sample_every=0"]
+
+
+@pytest.fixture
+def call(monkeypatch, tmp_path, capsys):
+    """call("train", *arguments) → (exit status, stdout, stderr), in an empty folder of its own."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
+
+    def call(name: str, *arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", [f"{name}.py", *arguments])
+        status = 0
+        try:
+            command.run(name, *COMMANDS[name])
+        except SystemExit as error:
+            status = error.code
+        return status, *capsys.readouterr()
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Path:
+    """The folder of a tiny finished run."""
+    folder = tmp_path_factory.mktemp("trained") / "run"
+    process("train.py", *SHORT, f"hydra.run.dir={folder}", check=True)
+    return folder
+
+
+def process(script: str, *arguments: str, check: bool = False, **options) -> subprocess.CompletedProcess:
+    line = [sys.executable, str(REPOSITORY / script), *arguments]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(line, env=environment, capture_output=True, text=True, check=check, **options)
+
+
+def test_code_is_this_repositorys():
+    assert Path(kernels.__file__).is_relative_to(REPOSITORY)
+
+
+class TestTraining:
+    def test_writes_a_complete_run(self, trained):
+        files = {str(path.relative_to(trained)) for path in trained.rglob("*") if path.is_file()}
+        assert {"last.pt", "best.pt", "metrics.jsonl", "summary.json", "samples/step_000012.png"} <= files
+        assert {".hydra/config.yaml", ".hydra/overrides.yaml"} <= files
+        assert not any(name.endswith(".tmp") for name in files)
+        summary = json.loads((trained / "summary.json").read_text())
+        model = load(trained / "best.pt")
+        assert summary["parameters"] == sum(p.numel() for p in model.parameters())
+        assert summary["test_bits_per_dim"] == pytest.approx(summary["test_nats"] / np.log(2) / 64)
+        assert summary["steps"] == 12 and summary["images_per_second"] > 0
+        rows = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
+        assert [row["step"] for row in rows if "val_nats" in row] == [6, 12]
+        assert rows[0]["train_nats"] > rows[-2]["train_nats"]  # it learns
+
+    def test_checkpoint_says_alone_what_its_model_is(self, trained):
+        checkpoint = torch.load(trained / "last.pt", weights_only=True)
+        assert checkpoint["step"] == 12
+        assert models.build(checkpoint["model"]).shape == (1, 8, 8)
+        assert checkpoint["config"]["dataset"]["name"] == "digits"
+
+    def test_averaged_weights_are_evaluated(self, trained):
+        checkpoint = read(trained / "last.pt")
+        state = load(trained / "last.pt").state_dict()
+        assert all(torch.equal(state[name], value) for name, value in checkpoint["ema"].items())
+        assert any(not torch.equal(state[name], value) for name, value in checkpoint["weights"].items())
+
+    def test_evaluate_repeats_the_summary(self, call, trained):
+        summary = json.loads((trained / "summary.json").read_text())
+        status, out, _ = call("evaluate", f"checkpoint={trained}")
+        assert status == 0
+        assert f"{summary['test_nats']:.4f} ± {summary['test_nats_standard_error']:.4f} nats" in out
+        assert f"{summary['test_bits_per_dim']:.4f} ±" in out
+
+    def test_sweep_runs_every_combination(self, call):
+        arguments = [*TINY, "steps=1", "sample_every=0", "model=pixel_cnn,diag_bilstm", "optimizer=rmsprop,adamw"]
+        status, _, err = call("train", "-m", *arguments)
+        assert status == 0, err
+        summaries = sorted(Path("runs/sweeps").rglob("summary.json"))
+        assert len(summaries) == 4
+        targets = [read(path.parent / "last.pt")["model"]["_target_"] for path in summaries]
+        assert sorted(targets) == sorted(2 * ["models.PixelCNN", "models.DiagBiLSTM"])
+
+    def test_diverged_run_names_the_last_good_checkpoint(self, call):
+        status, _, err = call("train", *SHORT, "steps=40", "optimizer=rmsprop", "optimizer.lr=1e30", "clip=null")
+        assert status == 1
+        assert "the loss is" in err and "good checkpoint" in err or "no checkpoint" in err
+        assert "Traceback" not in err
+
+    def test_schedule_rises_then_falls_to_zero(self):
+        factors = [train.learning_rate_factor(step, 100, 10, "cosine") for step in range(100)]
+        assert factors[0] == pytest.approx(1 / 11) and max(factors) == factors[10] == 1.0
+        assert factors[10:] == sorted(factors[10:], reverse=True) and 0 < factors[-1] < 1e-3
+        assert train.learning_rate_factor(99, 100, 10, "constant") == 1.0
+
+    @pytest.mark.parametrize(("n", "batch_size"), [(10, 3), (10, 10), (3, 8)])
+    def test_an_epoch_shows_no_image_twice(self, n, batch_size):
+        order = train.Order(n, batch_size, seed=1)
+        steps = n // min(n, batch_size)
+        epochs = [torch.cat([order.batch(e * steps + k) for k in range(steps)]) for e in range(2)]
+        assert all(len(epoch.unique()) == len(epoch) for epoch in epochs)
+        assert n < 4 or not torch.equal(*epochs)
+        assert torch.equal(train.Order(n, batch_size, seed=1).batch(steps), order.batch(steps))
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory) -> dict:
+    """The last checkpoint of a run of LONG that nothing stopped."""
+    folder = tmp_path_factory.mktemp("uninterrupted") / "run"
+    process("train.py", *LONG, f"hydra.run.dir={folder}", check=True)
+    return read(folder / "last.pt")
+
+
+class TestResume:
+    """A run that was stopped in any way ends with the weights of one that was not, bit for bit."""
+
+    def same(self, checkpoint: dict, other: dict) -> None:
+        for part in ("weights", "ema", "optimizer", "random"):
+            torch.testing.assert_close(checkpoint[part], other[part], rtol=0, atol=0)
+        assert checkpoint["step"] == other["step"]
+        assert checkpoint["lowest_val"] == other["lowest_val"]
+
+    def start(self, cwd: Path) -> tuple[subprocess.Popen, Path]:
+        """Start a run and wait until it has written a checkpoint."""
+        line = [sys.executable, str(REPOSITORY / "train.py"), *LONG]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        run = subprocess.Popen(line, cwd=cwd, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        until = time.monotonic() + 60
+        while not list(cwd.rglob("last.pt")):
+            assert run.poll() is None and time.monotonic() < until, run.communicate()
+            time.sleep(0.01)
+        return run, next(cwd.rglob("last.pt"))
+
+    @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+    def test_after_a_signal(self, tmp_path, uninterrupted, number):
+        run, last = self.start(tmp_path)
+        run.send_signal(number)
+        out, err = run.communicate(timeout=60)
+        assert run.returncode == (-number if number == signal.SIGKILL else 128 + number), (out, err)
+        step = read(last)["step"]
+        assert 0 < step < 300
+        if number != signal.SIGKILL:
+            assert f"stopped at step {step}" in err and "resume=" in err and "Traceback" not in err
+        again = process("train.py", *LONG, "resume=auto", cwd=tmp_path, check=True)
+        assert f"steps {step} to 300" in again.stdout
+        assert list(tmp_path.rglob("last.pt")) == [last]
+        self.same(read(last), uninterrupted)
+        rows = [json.loads(line)["step"] for line in (last.parent / "metrics.jsonl").read_text().splitlines()]
+        assert rows == sorted(rows) and len(rows) == len(set(rows)) + 6  # 6 evaluations share a step with a log line
+
+    def test_after_a_kill_in_the_middle_of_writing_a_checkpoint(self, tmp_path, uninterrupted):
+        """The fourth write of last.pt dies after half of its bytes."""
+        script = f"""
+import io, os, signal, sys
+sys.path.insert(0, {str(REPOSITORY)!r})
+import torch, train
+from conf import command
+whole, count = torch.save, 0
+def half(checkpoint, file):
+    global count
+    count += "last.pt" in file.name
+    if count == 4:
+        buffer = io.BytesIO()
+        whole(checkpoint, buffer)
+        file.write(buffer.getvalue()[: buffer.tell() // 2])
+        file.flush()
+        os.kill(os.getpid(), signal.SIGKILL)
+    whole(checkpoint, file)
+torch.save = half
+command.run("train", train.main, train.resumed)
+"""
+        line = [sys.executable, "-c", script, *LONG]
+        run = subprocess.run(line, cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True)
+        assert run.returncode == -signal.SIGKILL, run.stderr
+        (last,) = tmp_path.rglob("last.pt")
+        assert read(last)["step"] == 21 and last.with_name("last.pt.tmp").exists()
+        process("train.py", f"resume={last.parent}", cwd=tmp_path, check=True)
+        self.same(read(last), uninterrupted)
+        assert not last.with_name("last.pt.tmp").exists()
+
+    def test_more_steps_for_a_finished_run(self, call):
+        status, _, err = call("train", *SHORT, "decay=constant", "hydra.run.dir=one")
+        assert status == 0, err
+        status, out, err = call("train", "resume=one", "steps=18")
+        assert status == 0, err
+        assert "steps 12 to 18" in out and read("one/last.pt")["step"] == 18
+        assert json.loads(Path("one/summary.json").read_text())["steps"] == 18
+        call("train", *SHORT, "decay=constant", "steps=18", "hydra.run.dir=whole")
+        torch.testing.assert_close(read("one/last.pt")["weights"], read("whole/last.pt")["weights"], rtol=0, atol=0)
+
+    def test_auto_starts_anew_where_nothing_fits(self, call, trained):
+        status, out, err = call("train", *SHORT, "resume=auto")
+        assert status == 0 and "steps 0 to 12" in out, err
+
+    def test_of_another_model_is_refused(self, call, trained):
+        before = (trained / "last.pt").read_bytes()
+        status, _, err = call("train", f"resume={trained}", "model.hidden=5", "steps=20")
+        assert status == 2 and "another model" in err
+        assert (trained / "last.pt").read_bytes() == before and (trained / "summary.json").exists()
+
+    def test_a_run_is_not_overwritten(self, call, trained):
+        before = (trained / "last.pt").read_bytes()
+        status, _, err = call("train", *SHORT, f"hydra.run.dir={trained}")
+        assert status == 2 and "resume=" in err
+        assert (trained / "last.pt").read_bytes() == before
+
+
+class TestSampling:
+    def test_writes_a_picture_and_the_images(self, call, trained):
+        status, out, err = call("sample", f"checkpoint={trained}", "n=5", "npy=images.npy", "columns=3")
+        assert status == 0, err
+        assert "samples.png" in out and "images/s" in out
+        images = np.load("images.npy")
+        assert images.shape == (5, 1, 8, 8) and images.dtype == np.uint8 and images.max() < 17
+        picture = Image.open("samples.png")
+        assert picture.size == (3 * (8 * 7 + 2), 2 * (8 * 7 + 2)) and picture.mode == "L"
+        corner = np.asarray(picture)[1:57:7, 1:57:7]
+        assert np.array_equal(corner, np.round(images[0, 0] * (255 / 16)).astype(np.uint8))
+
+    def test_newest_run_is_the_default(self, call, trained, tmp_path):
+        for age, name in ((100, "old"), (0, "new")):
+            folder = tmp_path / "runs" / "x" / name
+            folder.mkdir(parents=True)
+            for file in ("best.pt", "last.pt"):
+                (folder / file).write_bytes((trained / file).read_bytes())
+                os.utime(folder / file, (time.time() - age,) * 2)
+        assert find(None) == Path("runs/x/new/best.pt")
+        status, out, err = call("sample", "n=2")
+        assert status == 0 and "runs/x/new/best.pt" in out, err
+
+    def test_methods_agree(self, call, trained):
+        for method in ("cached", "naive"):
+            call("sample", f"checkpoint={trained}", "n=2", f"method={method}", f"npy={method}.npy")
+        assert np.array_equal(np.load("cached.npy"), np.load("naive.npy"))
+
+    @pytest.mark.parametrize(("channels", "mode"), [(1, "L"), (2, "L"), (3, "RGB")])
+    def test_grid_of_any_colours(self, channels, mode):
+        picture = sample.grid(torch.full((3, channels, 4, 5), 2), levels=3)
+        assert picture.mode == mode and np.asarray(picture).max() == 255
+
+
+def damaged(path: Path) -> None:
+    """Change bytes in the middle of a file."""
+    contents = bytearray(path.read_bytes())
+    middle = len(contents) // 2
+    contents[middle : middle + 64] = bytes(64 * [0x5A])
+    path.write_bytes(contents)
+
+
+class TestMistakes:
+    """Each ends in one line that names the value, exit status 2, and nothing overwritten."""
+
+    @pytest.mark.parametrize(
+        ("arguments", "words"),
+        [
+            (["model=foo"], ["foo", "diag_bilstm", "pixel_cnn"]),
+            (["stepz=3"], ["stepz"]),
+            (["model.hiden=3"], ["model.hiden"]),
+            (["+model.foo=3"], ["foo", "hidden"]),
+            (["steps=abc"], ["steps=abc", "Integer"]),
+            (["steps=0"], ["steps=0"]),
+            (["model.hidden=abc"], ["hidden='abc'", "integer"]),
+            (["model.layers=0"], ["layers=0", "at least 1"]),
+            (["model.dropout=2"], ["dropout=2", "0.95"]),
+            (["model._target_=os.system"], ["os.system", "models.DiagBiLSTM"]),
+            (["optimizer=sgd"], ["sgd", "adamw", "rmsprop"]),
+            (["optimizer.name=sgd"], ["sgd", "adamw"]),
+            (["decay=linear"], ["linear", "cosine"]),
+            (["ema=1.5"], ["ema=1.5"]),
+            (["device=tpu"], ["tpu", "cuda"]),
+            (["dataset=foo"], ["foo", "digits", "cifar10"]),
+            (["dataset=npy"], ["dataset.path"]),
+            (["dataset=npy", "dataset.path=nothing.npy"], ["nothing.npy"]),
+            (["dataset=npy", "dataset.path=cut.npy"], ["cut.npy"]),
+            (["dataset=npy", "dataset.path=high.npy", "dataset.levels=4"], ["high.npy", "7", "levels"]),
+            (["dataset=mnist", "dataset.binarize=yes"], ["binarize", "yes", "stochastic"]),
+            (["resume=nowhere"], ["nowhere"]),
+            (["hydra.run.dir=file.txt/run"], ["file.txt"]),
+        ],
+    )
+    def test_in_training(self, call, tmp_path, arguments, words):
+        high = np.zeros((20, 4, 4), np.uint8)
+        high[3, 2, 1] = 7
+        np.save("high.npy", high)
+        (tmp_path / "cut.npy").write_bytes((tmp_path / "high.npy").read_bytes()[:200])
+        (tmp_path / "file.txt").write_text("kept")
+        if arguments[0] == "dataset=npy":
+            arguments = [*arguments, f"dataset.root={tmp_path}"]
+        self.refused(call("train", *arguments), words)
+        assert not list(tmp_path.glob("runs/*/*"))
+        assert (tmp_path / "file.txt").read_text() == "kept"
+
+    def test_truncated_data_file(self, call, tmp_path):
+        (tmp_path / "mnist").mkdir()
+        for name in ("train-images-idx3", "train-labels-idx1", "t10k-images-idx3", "t10k-labels-idx1"):
+            (tmp_path / "mnist" / f"{name}-ubyte.gz").write_bytes(b"\x1f\x8b\x08\x00cut")
+        result = call("train", "dataset=mnist", f"dataset.root={tmp_path}")
+        self.refused(result, ["ubyte.gz"])
+
+    @pytest.mark.parametrize(
+        ("arguments", "words"),
+        [
+            (["n=0"], ["n=0", "at least 1"]),
+            (["n=abc"], ["n=abc"]),
+            (["temperature=-1"], ["temperature=-1"]),
+            (["method=fast"], ["fast", "cached", "naive"]),
+            (["batch_size=0"], ["batch_size=0"]),
+            (["columns=0"], ["columns=0"]),
+            (["out=nowhere/x.png"], ["nowhere"]),
+            (["out=samples.jpg"], ["samples.jpg", ".png"]),
+            (["out=folder.png"], ["folder.png"]),
+            (["npy=images.txt"], ["images.txt", ".npy"]),
+            (["checkpoint=nothing.pt"], ["nothing.pt"]),
+            (["checkpoint=text.pt"], ["text.pt", "no checkpoint"]),
+            (["checkpoint=cut.pt"], ["cut.pt", "cut short"]),
+            (["checkpoint=damaged.pt"], ["damaged.pt", "damaged"]),
+            (["checkpoint=pickle.pt"], ["pickle.pt", "no checkpoint"]),
+            (["checkpoint=other.pt"], ["other.pt", "no checkpoint"]),
+            (["checkpoint=folder.png"], ["folder.png", "train.py"]),
+        ],
+    )
+    @pytest.mark.parametrize("name", ["sample", "evaluate"])
+    def test_in_sampling_and_evaluation(self, call, tmp_path, trained, name, arguments, words):
+        if name == "evaluate" and not arguments[0].startswith(("checkpoint", "batch_size")):
+            pytest.skip("no such key there")
+        good = (trained / "best.pt").read_bytes()
+        (tmp_path / "text.pt").write_text("no checkpoint at all")
+        (tmp_path / "cut.pt").write_bytes(good[: len(good) // 2])
+        (tmp_path / "damaged.pt").write_bytes(good)
+        damaged(tmp_path / "damaged.pt")
+        torch.save({"weights": {}}, tmp_path / "other.pt")
+        torch.save(models.PixelCNN, tmp_path / "pickle.pt")  # a class: only an unsafe load would take it
+        (tmp_path / "folder.png").mkdir()
+        (tmp_path / "samples.png").write_text("kept")
+        if not arguments[0].startswith("checkpoint"):
+            arguments = [*arguments, f"checkpoint={trained}"]
+        self.refused(call(name, *arguments), words)
+        assert (tmp_path / "samples.png").read_text() == "kept"
+
+    def test_output_without_permission(self, call, tmp_path, trained, monkeypatch):
+        """As root everything is writable, so the system's answer is made up."""
+        monkeypatch.setattr(os, "access", lambda path, mode: False)
+        self.refused(call("sample", f"checkpoint={trained}"), ["samples.png", "cannot be written"])
+
+    def test_nothing_trained_yet(self, call):
+        self.refused(call("sample"), ["python train.py"])
+        self.refused(call("evaluate"), ["python train.py"])
+
+    def test_unknown_split(self, call, trained):
+        self.refused(call("evaluate", f"checkpoint={trained}", "split=dev"), ["dev", "train, val, test"])
+
+    def test_traceback_on_request(self, call, monkeypatch):
+        monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
+        with pytest.raises(ValueError, match="layers=0"):
+            call("train", "model.layers=0")
+
+    @staticmethod
+    def refused(result: tuple[int, str, str], words: list[str]) -> None:
+        status, _, err = result
+        assert status == 2, result
+        assert len(err.splitlines()) == 1, err
+        for word in words:
+            assert word in err
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_shows_how_to_begin(call, name):
+    status, out, _ = call(name, "--help")
+    assert status == 0 and f"python {name}.py" in out and "seed: 0" in out
+
+
+def test_every_config_composes_and_builds():
+    """Every model with every data set's shape, from the files in conf/ alone."""
+    from hydra import compose, initialize_config_dir
+
+    from conf import schema
+
+    schema.register()
+    with initialize_config_dir(str(REPOSITORY / "conf"), version_base="1.3"):
+        names = sorted(path.stem for path in (REPOSITORY / "conf" / "model").glob("*.yaml"))
+        for model in names:
+            for dataset in sorted(path.stem for path in (REPOSITORY / "conf" / "dataset").glob("*.yaml")):
+                cfg = compose("train", [f"model={model}", f"dataset={dataset}"])
+                assert cfg.dataset.name == dataset
+                shape = {"channels": 3, "height": 8, "width": 8, "levels": 256}
+                with torch.device("meta"):
+                    assert models.build({**cfg.model, **shape}).shape == (3, 8, 8)
+    assert len(names) >= 2
