@@ -22,7 +22,7 @@ def build(config: Mapping):
     arguments = {str(key): value for key, value in config.items()}
     target = arguments.pop("_target_", None)
     allowed = {f"models.{name}": globals()[name] for name in __all__}
-    if target not in allowed:
+    if not isinstance(target, str) or target not in allowed:
         raise ValueError(f"_target_={target!r} is no model: one of {', '.join(allowed)} is")
     parameters = inspect.signature(allowed[target]).parameters
     for name in arguments:

@@ -3,7 +3,8 @@
 Legend: b batch · c channel (colour) · h w rows, columns · f features · v levels · g group.
 
 A model is a stem (7×7 convolution, mask A), a body (the architecture, from 2·hidden features to as many) and a head
-(the likelihood). Features are cut in one group a colour wherever the head tells colours apart.
+(the likelihood). Features are cut in one group a colour wherever the head tells colours apart. A body may ask for
+`extra_columns` of features at the right end of the image, and leaves them out of what it returns.
 """
 
 import torch
@@ -46,7 +47,7 @@ class AutoregressiveModel(nn.Module):
         check("skip", skip, bool, False, True)
         check("dropout", dropout, float, 0.0, 0.95)
         self.channels, self.levels, self.height, self.width = channels, levels, height, width
-        self.stem = MaskedConv("A", 7, channels, 2 * hidden, channels)
+        self.stem = MaskedConv("A", 7, channels, 2 * hidden, channels, extra=body.extra_columns)
         self.body = body(hidden, layers, channels, residual, skip, dropout)
         self.head = SoftmaxHead(2 * hidden, head_features, channels, levels)
 
@@ -57,7 +58,7 @@ class AutoregressiveModel(nn.Module):
 
     def scale(self, x: Tensor) -> Tensor:
         """Integers in [0, levels) → numbers in [-1, 1], as the network reads them."""
-        return x.to(self.stem.weight.dtype).mul_(2 / (self.levels - 1)).sub_(1)
+        return x.to(self.stem.weight.dtype) * (2 / (self.levels - 1)) - 1
 
     def check(self, x: Tensor) -> Tensor:
         """Return `x` (b c h w) if it holds images of this model, raise ValueError otherwise."""

@@ -9,6 +9,10 @@ A layer, from 2f features to 2f; `kernels/diagonal_lstm.py` has the recurrence:
 
 Direction 1 comes from the right, so its state at (i, j) has seen what lies right of j in row i: it is moved down one
 row, where all of that is past.
+
+Features at (i, j) do not contain the pixel (i, j) itself, so direction 1 would miss the last pixel of each row: the
+next row's left part would never see it. The layers therefore run on w + 1 columns. Column w lies outside the image; its
+features hold the row's last pixels, and direction 1 begins there.
 """
 
 import torch
@@ -46,7 +50,9 @@ class DiagonalLSTMLayer(nn.Module):
 
 
 class DiagonalLSTMs(nn.Module):
-    """The body: `layers` layers, (b h w 2f) → (b h w 2f)."""
+    """The body: `layers` layers, (b h w+1 2f) → (b h w 2f)."""
+
+    extra_columns = 1
 
     def __init__(self, hidden: int, layers: int, groups: int, residual: bool, skip: bool, dropout: float):
         super().__init__()
@@ -71,7 +77,7 @@ class DiagonalLSTMs(nn.Module):
             u = u + up(hidden) if self.residual else up(hidden)
             if self.skip:
                 skips = skips + self.to_head[layer](hidden)
-        return u + skips
+        return (u + skips)[:, :, : -self.extra_columns]
 
     def scan(self, b: int, width: int) -> "DiagonalLSTMsScan":
         return DiagonalLSTMsScan(self, b, width)

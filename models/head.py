@@ -3,6 +3,8 @@
 Legend: b batch · c channel · h w rows, columns · f features · v levels · g group.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 from einops import rearrange
@@ -29,7 +31,7 @@ class SoftmaxHead(nn.Module):
         """Logits (b h w c v), images (b c h w) → nats of each image (b,)."""
         target = rearrange(x, "b c h w -> (b h w c)").long()
         nats = F.cross_entropy(logits.flatten(0, 3).float(), target, reduction="none")
-        return nats.view(len(x), -1).sum(1)
+        return nats.unflatten(0, (len(x), math.prod(x.shape[1:]))).sum(1)
 
     def conditionals(self, logits: Tensor) -> Tensor:
         """Logits (b h w c v) → log-probabilities (b c h w v)."""

@@ -95,13 +95,14 @@ class MaskedLinear(nn.Module):
 class MaskedConv(nn.Module):
     """A k×k convolution of mask A or B: (b h w inputs) → (b h w outputs).
 
-    `weight` is (outputs, inputs, (k+1)/2, k): the rows above and the centre row.
+    `weight` is (outputs, inputs, (k+1)/2, k): the rows above and the centre row. With `extra` the output has that many
+    more columns at the right end, where the kernel's centre stands outside the image: w becomes w + extra.
     """
 
-    def __init__(self, kind: str, kernel: int, inputs: int, outputs: int, groups: int):
+    def __init__(self, kind: str, kernel: int, inputs: int, outputs: int, groups: int, extra: int = 0):
         super().__init__()
         assert kind in ("A", "B") and kernel % 2 == 1
-        self.reach, self.groups = kernel // 2, groups
+        self.reach, self.groups, self.extra = kernel // 2, groups, extra
         mask = torch.ones(outputs, inputs, self.reach + 1, kernel, dtype=torch.bool)
         mask[:, :, -1, self.reach] = colour_mask(kind, inputs, outputs, groups)
         mask[:, :, -1, self.reach + 1 :] = False
@@ -115,7 +116,7 @@ class MaskedConv(nn.Module):
 
     def forward(self, u: Tensor) -> Tensor:
         r = self.reach
-        u = F.pad(u, (0, 0, r, r, r, 0)).permute(0, 3, 1, 2)  # a view (b f h w) whose memory is channels last
+        u = F.pad(u, (0, 0, r, r + self.extra, r, 0)).permute(0, 3, 1, 2)  # a view (b f h w) whose memory is channels last
         return F.conv2d(u, self.masked_weight(), self.bias).permute(0, 2, 3, 1)
 
 
@@ -127,7 +128,7 @@ class MaskedConvScan:
 
     Args:
         conv: the convolution; its inputs are the colours themselves.
-        b, height, width: how many images of which size.
+        b, height, width: how many images of which size; the width with the extra columns.
         outputs: where to write, a view (b f_g) for each column and group.
     """
 

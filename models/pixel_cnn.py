@@ -18,6 +18,8 @@ from models.layers import MaskedConv, MaskedLinear, group_slices
 class ResidualBlocks(nn.Module):
     """The body: `layers` blocks, (b h w 2f) → (b h w 2f)."""
 
+    extra_columns = 0
+
     def __init__(self, hidden: int, layers: int, groups: int, residual: bool, skip: bool, dropout: float):
         super().__init__()
         self.hidden, self.groups, self.residual, self.skip, self.dropout = (

@@ -23,10 +23,17 @@ class RowScan:
 
     def __init__(self, model: AutoregressiveModel, b: int):
         self.scale, self.head = model.scale, model.head.scan(b)
-        self.body = model.body.scan(b, model.width)
-        self.stem = MaskedConvScan(model.stem, b, model.height, model.width, self.body.inputs)
+        columns = model.width + model.stem.extra
+        self.outside = range(model.width, columns)
+        self.body = model.body.scan(b, columns)
+        self.stem = MaskedConvScan(model.stem, b, model.height, columns, self.body.inputs)
 
     def begin_row(self, i: int) -> None:
+        if i > 0:  # the row above has no pixels in the extra columns, but features
+            for j in self.outside:
+                for g in range(self.stem.colours):
+                    self.stem.step(j, g)
+                    self.body.step(j, g)
         self.stem.begin_row(i)
         self.body.begin_row()
 
@@ -72,7 +79,8 @@ class Draw:
     def __call__(self, i: int, j: int, g: int, logits: Tensor) -> Tensor:
         if self.temperature == 0:
             return logits.argmax(1)
-        cdf = (logits / self.temperature).softmax(1).cumsum(1)
+        likeliest = logits.amax(1, keepdim=True)  # subtracted before the division, which may overflow
+        cdf = ((logits - likeliest) / self.temperature).softmax(1).cumsum(1)
         return (cdf[:, :-1] <= self.uniforms[:, g, i, j, None] * cdf[:, -1:]).sum(1)
 
 
@@ -130,9 +138,9 @@ def pixel_loop(
         rule: called as rule(i, j, g, logits (b v)), answers with values (b,).
         tell: called after each row.
     """
-    if method not in METHODS:
+    if not isinstance(method, str) or method not in METHODS:
         raise ValueError(f"method={method!r} is not allowed: {' or '.join(METHODS)} is")
-    training = model.training
+    in_training = [module for module in model.modules() if module.training]
     model.eval()
     try:
         with torch.inference_mode():
@@ -147,7 +155,8 @@ def pixel_loop(
                         x[:, g, i, j] = values
                 tell()
     finally:
-        model.train(training)
+        for module in in_training:
+            module.training = True
     return x.clone()  # a tensor made in inference mode takes part in nothing else
 
 
@@ -202,12 +211,16 @@ def sample(
     check("batch_size", batch_size, int, 1)
     if uniforms is not None and tuple(uniforms.shape) != (n, *model.shape):
         raise ValueError(f"uniforms are {tuple(uniforms.shape)}: {(n, *model.shape)} is allowed")
+    if uniforms is not None and not ((uniforms >= 0) & (uniforms < 1)).all():
+        raise ValueError(f"uniforms reach from {uniforms.min()} to {uniforms.max()}: [0, 1) is allowed")
     if known is not None:
         x, mask = known
         if len(x) != n or mask.shape != x.shape:
             raise ValueError(
                 f"known images are {tuple(x.shape)}, their mask {tuple(mask.shape)}: {n} of each are needed"
             )
+        if mask.dtype != torch.bool:
+            raise ValueError(f"the mask of known sub-pixels is {mask.dtype}: torch.bool is allowed")
         model.check(x)
     device, out = model.stem.weight.device, []
     for start in range(0, n, batch_size):
