@@ -1,5 +1,6 @@
 """Operations that the models call; each is a plain function of tensors, documented in its own file."""
 
 from kernels.diagonal_lstm import diagonal_lstm
+from kernels.masked_conv import masked_conv
 
-__all__ = ["diagonal_lstm"]
+__all__ = ["diagonal_lstm", "masked_conv"]

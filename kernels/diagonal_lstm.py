@@ -79,34 +79,46 @@ def diagonals(h: int, w: int) -> tuple[Diagonal, ...]:
 
 
 class Packing(NamedTuple):
-    """Where rows of one layout stand in the other; each is an index for one gather of rows of features."""
+    """Where rows of features of one layout stand in another: each is the index of one gather.
 
-    packed: Tensor  # (d·hw·b): the row of a (b h w) layout that each packed row is
-    raster: Tensor  # (b·h·w·d): the packed row that each row of a (b h w d) layout is
-    left: Tensor  # (hw·b): the row of one packed direction that is the left neighbour; hw·b where there is none
-    up: Tensor  # (hw·b): the same of the upper neighbour
+    Packed rows are (d·hw·b): direction after direction, diagonal after diagonal, row after row, image after image. One
+    more row, at the end, is zero: it is what stands where a neighbour is missing.
+    """
+
+    from_image: Tensor  # (d·hw·b) rows of a (b h w) layout
+    from_directions: Tensor  # (d·hw·b) rows of a (b h w d) layout
+    to_directions: Tensor  # (b·h·w·d) packed rows
+    left: Tensor  # (d·hw·b) packed rows: the left neighbours
+    up: Tensor  # (d·hw·b) packed rows: the upper neighbours
 
 
 @lru_cache(maxsize=32)
 def packing(b: int, h: int, w: int, device: torch.device) -> Packing:
-    """The packed order of b images of h × w: d directions, diagonal after diagonal, row after row, b images."""
+    """The packed order of b images of h × w."""
     cells = [(i, t - i) for t in range(h + w - 1) for i in range(max(0, t - w + 1), min(t, h - 1) + 1)]
     where = {cell: p for p, cell in enumerate(cells)}
+    images, directions = torch.arange(b), torch.arange(2)[:, None, None]
     pixels = torch.tensor([[i * w + j for i, j in cells], [i * w + w - 1 - j for i, j in cells]])  # (d hw)
-    images = torch.arange(b)
-    packed = pixels[:, :, None] + images * h * w  # (d hw b)
-    raster = (pixels.argsort(dim=1) + torch.tensor([[0], [h * w]])).T * b + images[:, None, None]  # (b hw d)
+    image = pixels[:, :, None] + images * h * w  # (d hw b)
+
+    def packed_rows(of: Tensor) -> Tensor:
+        """Packed pixels (d hw), −1 where there is none → packed rows (d hw b)."""
+        rows = (of[:, :, None] + directions * h * w) * b + images
+        return rows.masked_fill((of < 0)[:, :, None], 2 * h * w * b)
+
     left, up = (
-        torch.tensor([where.get((i - di, j - dj), h * w) for i, j in cells])[:, None] * b + images
+        packed_rows(torch.tensor([[where.get((i - di, j - dj), -1) for i, j in cells]] * 2))
         for di, dj in ((0, 1), (1, 0))
     )
-    return Packing(*(index.flatten().clamp(max=b * h * w).to(device) if index is left or index is up
-                     else index.flatten().to(device) for index in (packed, raster, left, up)))
+    to_directions = packed_rows(pixels.argsort(dim=1)).permute(2, 1, 0)  # (b hw d)
+    return Packing(
+        *(x.flatten().to(device) for x in (image, 2 * image + directions, to_directions, left, up))
+    )
 
 
-def neighbours(packed: Tensor, index: Tensor) -> Tensor:
-    """The rows of a packed (d hw·b f) that stand left of, or above, each row; zeros where nothing stands there."""
-    return torch.cat([packed, packed.new_zeros(2, 1, packed.shape[2])], dim=1).index_select(1, index)
+def gather(rows: Tensor, index: Tensor) -> Tensor:
+    """Rows of (… f) in another order, cut in the two directions: (d n f)."""
+    return rows.reshape(-1, rows.shape[-1]).index_select(0, index).unflatten(0, (2, -1))
 
 
 class DiagonalLSTM(torch.autograd.Function):
@@ -115,12 +127,15 @@ class DiagonalLSTM(torch.autograd.Function):
     @staticmethod
     def forward(ctx, u, input_weight, bias, state_weight):
         b, h, w, _ = u.shape
-        f = state_weight.shape[1] // 4
+        f, n = state_weight.shape[1] // 4, h * w * b
         order = packing(b, h, w, u.device)
-        packed = u.flatten(0, 2).index_select(0, order.packed).unflatten(0, (2, -1))  # (d hw·b k)
+        packed = gather(u, order.from_image)  # (d hw·b k)
         gates = torch.baddbmm(bias[:, None], packed, input_weight.mT)  # (d hw·b 4f), activated in place below
+        hidden_rows, cell_rows = (gates.new_empty(2 * n + 1, f) for _ in range(2))
+        hidden_rows[-1] = cell_rows[-1] = 0
+        hidden, cell = hidden_rows[:-1].view(2, n, f), cell_rows[:-1].view(2, n, f)
+        tanh_cell = torch.empty_like(cell)
         left_weight, up_weight = state_weight.mT.split(f, dim=1)  # (d f 4f) each
-        hidden, cell, tanh_cell = (gates.new_empty(2, h * w * b, f) for _ in range(3))
         for diagonal in diagonals(h, w):
             start, size, left, num_left, up, num_up = (b * n for n in diagonal)
             now = gates.narrow(1, start, size)
@@ -130,39 +145,35 @@ class DiagonalLSTM(torch.autograd.Function):
                 now.narrow(1, size - num_up, num_up).baddbmm_(hidden.narrow(1, up, num_up), up_weight)
             now.narrow(2, 0, 3 * f).sigmoid_()
             o, forget, i, g = now.split(f, dim=2)
-            g.tanh_()
-            c = torch.mul(i, g, out=cell.narrow(1, start, size))
+            c = torch.mul(i, g.tanh_(), out=cell.narrow(1, start, size))
             if num_left:
-                c.narrow(1, 0, num_left).addcmul_(
-                    forget.narrow(1, 0, num_left), cell.narrow(1, left, num_left)
-                )
+                forget_left = forget.narrow(1, 0, num_left)
+                c.narrow(1, 0, num_left).addcmul_(forget_left, cell.narrow(1, left, num_left))
             tanh_c = torch.tanh(c, out=tanh_cell.narrow(1, start, size))
             torch.mul(o, tanh_c, out=hidden.narrow(1, start, size))
-        ctx.save_for_backward(packed, input_weight, state_weight, gates, hidden, cell, tanh_cell)
+        ctx.save_for_backward(packed, input_weight, state_weight, gates, hidden_rows, cell_rows, tanh_cell)
         ctx.shape = b, h, w
-        return hidden.flatten(0, 1).index_select(0, order.raster).view(b, h, w, 2, f)
+        return hidden_rows.index_select(0, order.to_directions).view(b, h, w, 2, f)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, d_out):
-        packed, input_weight, state_weight, gates, hidden, cell, tanh_cell = ctx.saved_tensors
+        packed, input_weight, state_weight, gates, hidden_rows, cell_rows, tanh_cell = ctx.saved_tensors
         b, h, w = ctx.shape
-        f = hidden.shape[2]
+        k, f = packed.shape[2], tanh_cell.shape[2]
         order = packing(b, h, w, gates.device)
         o, forget, i, g = gates.split(f, dim=2)
 
         # What each gate's gradient is, but for the factor d_hidden (o) or d_cell (f i g) that only the scan knows.
         d_gates = torch.empty_like(gates)  # (d hw·b 4f)
-        cell_left = neighbours(cell, order.left)
+        cell_left = gather(cell_rows, order.left)
         sigmoid_backward, tanh_backward = torch.ops.aten.sigmoid_backward, torch.ops.aten.tanh_backward
         for gate, (factor, value) in enumerate(((tanh_cell, o), (cell_left, forget), (g, i))):
             sigmoid_backward.grad_input(factor, value, grad_input=d_gates.narrow(2, gate * f, f))
         tanh_backward.grad_input(i, g, grad_input=d_gates.narrow(2, 3 * f, f))
         d_cell_d_hidden = tanh_backward(o, tanh_cell)
 
-        d_hidden = torch.empty_like(cell)
-        d_hidden.flatten(0, 1)[order.raster] = d_out.reshape(-1, f)
-        d_cell = torch.zeros_like(cell)
+        d_hidden, d_cell = gather(d_out, order.from_directions), torch.zeros_like(tanh_cell)
         left_weight, up_weight = state_weight.split(f, dim=2)  # (d 4f f) each
         for diagonal in reversed(diagonals(h, w)):
             start, size, left, num_left, up, num_up = (b * n for n in diagonal)
@@ -177,9 +188,10 @@ class DiagonalLSTM(torch.autograd.Function):
             if num_up:
                 d_hidden.narrow(1, up, num_up).baddbmm_(dg.narrow(1, size - num_up, num_up), up_weight)
 
-        d_state_weight = [d_gates.mT @ neighbours(hidden, index) for index in (order.left, order.up)]
-        d_u = (d_gates @ input_weight).flatten(0, 1).index_select(0, order.raster).view(b, h, w, 2, -1).sum(3)
-        return d_u, d_gates.mT @ packed, d_gates.sum(1), torch.cat(d_state_weight, dim=2)
+        inputs = torch.cat([packed, gather(hidden_rows, order.left), gather(hidden_rows, order.up)], dim=2)
+        d_input_weight, d_state_weight = (d_gates.mT @ inputs).split([k, 2 * f], dim=2)
+        d_u = (d_gates @ input_weight).flatten(0, 1).index_select(0, order.to_directions)
+        return d_u.view(b, h, w, 2, k).sum(3), d_input_weight, d_gates.sum(1), d_state_weight
 
 
 def diagonal_lstm(u: Tensor, input_weight: Tensor, bias: Tensor, state_weight: Tensor) -> Tensor:

@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import kernels
+
 
 def group_sizes(features: int, groups: int) -> list[int]:
     """Cut `features` in `groups` parts that differ by at most one: 128 in 3 → 43 43 42."""
@@ -44,7 +46,7 @@ def group_index(features: int, groups: int, parts: int = 1) -> Tensor:
 def colour_mask(kind: str, inputs: int, outputs: int, groups: int, parts: int = 1) -> Tensor:
     """Which input features each output feature may see at the same pixel: (outputs inputs), of mask A or B."""
     out, into = group_index(outputs, groups, parts)[:, None], group_index(inputs, groups)[None]
-    return out > into if kind == "A" else out >= into
+    return (out > into if kind == "A" else out >= into).float()
 
 
 def initialise(weight: Tensor, mask: Tensor, gain: float = 1.0) -> None:
@@ -103,9 +105,9 @@ class MaskedConv(nn.Module):
         super().__init__()
         assert kind in ("A", "B") and kernel % 2 == 1
         self.reach, self.groups, self.extra = kernel // 2, groups, extra
-        mask = torch.ones(outputs, inputs, self.reach + 1, kernel, dtype=torch.bool)
+        mask = torch.ones(outputs, inputs, self.reach + 1, kernel)
         mask[:, :, -1, self.reach] = colour_mask(kind, inputs, outputs, groups)
-        mask[:, :, -1, self.reach + 1 :] = False
+        mask[:, :, -1, self.reach + 1 :] = 0
         self.register_buffer("mask", mask, persistent=False)
         self.weight = nn.Parameter(torch.empty(mask.shape))
         self.bias = nn.Parameter(torch.zeros(outputs))
@@ -114,10 +116,9 @@ class MaskedConv(nn.Module):
     def masked_weight(self) -> Tensor:
         return self.weight * self.mask
 
-    def forward(self, u: Tensor) -> Tensor:
-        r = self.reach
-        u = F.pad(u, (0, 0, r, r + self.extra, r, 0)).permute(0, 3, 1, 2)  # a view (b f h w) whose memory is channels last
-        return F.conv2d(u, self.masked_weight(), self.bias).permute(0, 2, 3, 1)
+    def forward(self, u: Tensor, relu: bool = False) -> Tensor:
+        """The convolution of u, or of ReLU(u)."""
+        return kernels.masked_conv(u, self.masked_weight(), self.bias, relu, self.extra)
 
 
 class MaskedConvScan:

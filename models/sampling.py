@@ -8,7 +8,8 @@ every activation once, `FullForward` re-runs the network for each sub-pixel. Noi
 sub-pixel, so that both draw the same images from the same numbers.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -128,6 +129,24 @@ class Record:
         return values
 
 
+@contextmanager
+def threads_for(model: AutoregressiveModel, method: str, b: int) -> Iterator[None]:
+    """One thread where the products of a row scan are small: sharing them costs more than it saves.
+
+    It costs most where another program keeps a core busy: each of some thousand products then waits for it.
+    """
+    largest = b * max(
+        parameter.numel() for parameter in model.body.parameters()
+    )  # multiply-adds of one product
+    before = torch.get_num_threads()
+    if method == "cached" and largest < 2**22:
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def pixel_loop(
     model: AutoregressiveModel, method: str, rule: Callable, b: int, tell: Callable = lambda: None
 ) -> Tensor:
@@ -143,7 +162,7 @@ def pixel_loop(
     in_training = [module for module in model.modules() if module.training]
     model.eval()
     try:
-        with torch.inference_mode():
+        with torch.inference_mode(), threads_for(model, method, b):
             x = torch.zeros(b, *model.shape, dtype=torch.long, device=model.stem.weight.device)
             evaluator = METHODS[method](model, b)
             for i in range(model.height):

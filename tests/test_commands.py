@@ -24,7 +24,16 @@ from models.checkpoint import find, load, read
 REPOSITORY = Path(__file__).resolve().parent.parent
 COMMANDS = {"train": (train.main, train.resumed), "sample": (sample.main,), "evaluate": (evaluate.main,)}
 TINY = ["model.hidden=4", "model.layers=1", "model.head_features=8", "batch_size=256"]
-SHORT = [*TINY, "steps=12", "warmup=2", "log_every=4", "evaluate_every=6", "save_every=5", "sample_every=12", "samples=4"]
+SHORT = [
+    *TINY,
+    "steps=12",
+    "warmup=2",
+    "log_every=4",
+    "evaluate_every=6",
+    "save_every=5",
+    "sample_every=12",
+    "samples=4",
+]
 LONG = [*TINY, "steps=300", "save_every=7", "evaluate_every=50", "log_every=10", "sample_every=0"]
 
 
@@ -99,7 +108,13 @@ class TestTraining:
         assert f"{summary['test_bits_per_dim']:.4f} ±" in out
 
     def test_sweep_runs_every_combination(self, call):
-        arguments = [*TINY, "steps=1", "sample_every=0", "model=pixel_cnn,diag_bilstm", "optimizer=rmsprop,adamw"]
+        arguments = [
+            *TINY,
+            "steps=1",
+            "sample_every=0",
+            "model=pixel_cnn,diag_bilstm",
+            "optimizer=rmsprop,adamw",
+        ]
         status, _, err = call("train", "-m", *arguments)
         assert status == 0, err
         summaries = sorted(Path("runs/sweeps").rglob("summary.json"))
@@ -108,7 +123,9 @@ class TestTraining:
         assert sorted(targets) == sorted(2 * ["models.PixelCNN", "models.DiagBiLSTM"])
 
     def test_diverged_run_names_the_last_good_checkpoint(self, call):
-        status, _, err = call("train", *SHORT, "steps=40", "optimizer=rmsprop", "optimizer.lr=1e30", "clip=null")
+        status, _, err = call(
+            "train", *SHORT, "steps=40", "optimizer=rmsprop", "optimizer.lr=1e30", "clip=null"
+        )
         assert status == 1
         assert "the loss is" in err and "good checkpoint" in err or "no checkpoint" in err
         assert "Traceback" not in err
@@ -150,7 +167,9 @@ class TestResume:
         """Start a run and wait until it has written a checkpoint."""
         line = [sys.executable, str(REPOSITORY / "train.py"), *LONG]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        run = subprocess.Popen(line, cwd=cwd, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        run = subprocess.Popen(
+            line, cwd=cwd, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
         until = time.monotonic() + 60
         while not list(cwd.rglob("last.pt")):
             assert run.poll() is None and time.monotonic() < until, run.communicate()
@@ -172,7 +191,9 @@ class TestResume:
         assert list(tmp_path.rglob("last.pt")) == [last]
         self.same(read(last), uninterrupted)
         rows = [json.loads(line)["step"] for line in (last.parent / "metrics.jsonl").read_text().splitlines()]
-        assert rows == sorted(rows) and len(rows) == len(set(rows)) + 6  # 6 evaluations share a step with a log line
+        assert (
+            rows == sorted(rows) and len(rows) == len(set(rows)) + 6
+        )  # 6 evaluations share a step with a log line
 
     def test_after_a_kill_in_the_middle_of_writing_a_checkpoint(self, tmp_path, uninterrupted):
         """The fourth write of last.pt dies after half of its bytes."""
@@ -196,7 +217,9 @@ torch.save = half
 command.run("train", train.main, train.resumed)
 """
         line = [sys.executable, "-c", script, *LONG]
-        run = subprocess.run(line, cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True)
+        run = subprocess.run(
+            line, cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True
+        )
         assert run.returncode == -signal.SIGKILL, run.stderr
         (last,) = tmp_path.rglob("last.pt")
         assert read(last)["step"] == 21 and last.with_name("last.pt.tmp").exists()
@@ -212,7 +235,9 @@ command.run("train", train.main, train.resumed)
         assert "steps 12 to 18" in out and read("one/last.pt")["step"] == 18
         assert json.loads(Path("one/summary.json").read_text())["steps"] == 18
         call("train", *SHORT, "decay=constant", "steps=18", "hydra.run.dir=whole")
-        torch.testing.assert_close(read("one/last.pt")["weights"], read("whole/last.pt")["weights"], rtol=0, atol=0)
+        torch.testing.assert_close(
+            read("one/last.pt")["weights"], read("whole/last.pt")["weights"], rtol=0, atol=0
+        )
 
     def test_auto_starts_anew_where_nothing_fits(self, call, trained):
         status, out, err = call("train", *SHORT, "resume=auto")

@@ -1,0 +1,1 @@
+"""How fast it is: `python -m bench.sampling` and `python -m bench.training`, in the repository's root."""

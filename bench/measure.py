@@ -1,0 +1,242 @@
+"""What the benchmarks share: options, models, interleaved timing, what they ran on, a table and a JSON file.
+
+Machines are shared and noisy. What is compared is therefore timed in turn, A B A B …, in one run, and ratios
+are those of medians.
+"""
+
+import argparse
+import importlib.metadata
+import json
+import os
+import platform
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import models
+
+ROOT = Path(__file__).resolve().parents[1]
+MODELS = {"pixel_cnn": ("models.PixelCNN", 15), "diag_bilstm": ("models.DiagBiLSTM", 7)}  # class, layers
+
+
+def build(name: str, side: int, channels: int, levels: int, hidden: int, layers: int | None, device):
+    """A model for side × side images, of the same weights each time; layers=None: as many as in `MODELS`."""
+    target, usual = MODELS[name]
+    torch.manual_seed(0)
+    model = models.build(
+        {
+            "_target_": target,
+            "channels": channels,
+            "levels": levels,
+            "height": side,
+            "width": side,
+            "hidden": hidden,
+            "layers": layers or usual,
+            "head_features": 32,
+        }
+    )
+    return model.to(device)
+
+
+def describe(name: str, model: torch.nn.Module, b: int) -> dict:
+    """What a row says of the model it is about: `shape` is (b c h w)."""
+    hidden, layers = model.body.hidden, len(model.body.up)
+    sizes = {"shape": [b, *model.shape], "levels": model.levels, "hidden": hidden, "layers": layers}
+    return {"model": name, **sizes, "parameters": sum(p.numel() for p in model.parameters())}
+
+
+def positive(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not allowed: an integer of at least 1 is")
+    return int(text)
+
+
+def parser(command: str, description: str, repeats: int) -> argparse.ArgumentParser:
+    """The options that all benchmarks have."""
+    out = argparse.ArgumentParser(prog=f"python -m bench.{command}", description=description)
+    out.add_argument("--out", default="bench/results", metavar="DIR", help="folder of the JSON (%(default)s)")
+    out.add_argument("--name", help="name of the JSON, without .json (command and device, sampling-cpu)")
+    out.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    out.add_argument("--threads", type=positive, metavar="N", help="of torch on the CPU (torch's own choice)")
+    out.add_argument("--models", default=",".join(MODELS), help="which, with commas between (%(default)s)")
+    out.add_argument("--repeats", type=positive, metavar="N", help=f"how often all is timed ({repeats})")
+    out.add_argument("--quick", action="store_true", help="tiny sizes, two repeats: does it run at all?")
+    out.set_defaults(command=command, usual_repeats=repeats)
+    return out
+
+
+def parse(options: argparse.ArgumentParser, argv: list[str] | None) -> argparse.Namespace:
+    """Read the options, set torch's threads; `command_line` is what was typed, less the folder of `out`."""
+    args = options.parse_args(argv)
+    args.models = args.models.split(",")
+    for name in args.models:
+        if name not in MODELS:
+            options.error(f"--models: {name!r} is not allowed: {', '.join(MODELS)} are")
+    if args.device == "auto":
+        args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    if args.device == "cuda" and not torch.cuda.is_available():
+        options.error("--device: cuda is not allowed: torch finds no GPU here")
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    args.device = torch.device(args.device)
+    args.repeats = args.repeats or (2 if args.quick else args.usual_repeats)
+    args.name = args.name or f"{args.command}-{args.device.type}" + "-quick" * args.quick
+    typed, out = list(sys.argv[1:] if argv is None else argv), Path(args.out)
+    if out.is_absolute():
+        typed = [argument.replace(args.out, out.name) for argument in typed]
+    args.command_line = shlex.join(["python", "-m", f"bench.{args.command}", *typed])
+    return args
+
+
+class Clock:
+    """Milliseconds of named laps; on a GPU by events, so that a lap waits for nothing."""
+
+    def __init__(self, device: torch.device):
+        self.cuda, self.names, self.times = device.type == "cuda", [], []
+        if self.cuda:
+            torch.cuda.synchronize()
+        self.mark()
+
+    def mark(self) -> None:
+        if self.cuda:
+            event = torch.cuda.Event(enable_timing=True)
+            event.record()
+            self.times.append(event)
+        else:
+            self.times.append(time.perf_counter())
+
+    def lap(self, name: str) -> None:
+        """End the lap `name`; the next begins."""
+        self.names.append(name)
+        self.mark()
+
+    def read(self) -> dict[str, float]:
+        """The laps, and "total"."""
+        if self.cuda:
+            torch.cuda.synchronize()
+            seconds = [self.times[0].elapsed_time(event) / 1e3 for event in self.times]
+        else:
+            seconds = [t - self.times[0] for t in self.times]
+        laps = {n: 1e3 * (b - a) for n, a, b in zip(self.names, seconds, seconds[1:], strict=False)}
+        return {**laps, "total": 1e3 * seconds[-1]}
+
+
+def interleave(things: dict, device: torch.device, repeats: int, warmup: int) -> dict[str, dict[str, list]]:
+    """Time things in turn, A B A B …
+
+    Args:
+        things: name → what to call with a `Clock`; it ends laps as it likes, and one at its end.
+        warmup: how many rounds are thrown away first.
+
+    Returns:
+        name → lap → its milliseconds in each round.
+    """
+    rounds: dict[str, list[dict]] = {name: [] for name in things}
+    for _ in range(warmup + repeats):
+        for name, thing in things.items():
+            clock = Clock(device)
+            thing(clock)
+            rounds[name].append(clock.read())
+    return {name: {lap: [r[lap] for r in kept[warmup:]] for lap in kept[0]} for name, kept in rounds.items()}
+
+
+def whole(thing: Callable[[], object]) -> Callable[[Clock], None]:
+    """What takes no clock, as one lap."""
+
+    def run(clock: Clock) -> None:
+        thing()
+        clock.lap("all")
+
+    return run
+
+
+def spread(ms: list[float], factor: float = 1.0) -> dict[str, float]:
+    """Median, minimum, quartiles and number of times in milliseconds, each multiplied by `factor` first."""
+    low, q1, median, q3 = (round(float(t) * factor, 4) for t in np.percentile(ms, (0, 25, 50, 75)))
+    return {"median": median, "min": low, "q1": q1, "q3": q3, "repeats": len(ms)}
+
+
+def cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def commit() -> str | None:
+    """The commit of the checkout, with -dirty where tracked files but results differ; None without one."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", "--no-optional-locks", *arguments]
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+
+    if not (ROOT / ".git").exists():
+        return None
+    try:
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!bench/results")
+        return git("rev-parse", "HEAD") + ("-dirty" if changed else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def write(args: argparse.Namespace, rows: list[dict]) -> Path:
+    """Write the rows, and what they were measured on, to DIR/NAME.json."""
+    gpu = torch.cuda.get_device_name() if args.device.type == "cuda" else None
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    result = {
+        "command": args.command_line,
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "device": gpu or cpu_name(),
+        "cpu": cpu_name(),
+        "cores": cores,
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "triton": version("triton"),
+        "commit": commit(),
+        "rows": rows,
+    }
+    path = Path(args.out) / f"{args.name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n")
+    print(f"\n{result['device']}, {cores} cores, {result['threads']} threads, torch {torch.__version__}")
+    print(path)
+    return path
+
+
+def cell(value) -> str:
+    """A value as the table shows it: of a spread the median and quartiles, of a number three digits."""
+    if value is None:
+        return ""
+    if isinstance(value, dict):
+        return f"{cell(value['median'])} ({cell(value['q1'])}–{cell(value['q3'])})"
+    if isinstance(value, list):
+        return "×".join(map(str, value))
+    if isinstance(value, float):
+        return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+    return str(value)
+
+
+def table(title: str, rows: list[dict], columns: tuple[str, ...]) -> None:
+    """Print some of the rows' keys."""
+    lines = [columns, *([cell(row.get(key)) for key in columns] for row in rows)]
+    widths = [max(len(line[k]) for line in lines) for k in range(len(columns))]
+    print(f"\n{title}")
+    for line in lines:
+        print("  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip())

@@ -1,0 +1,110 @@
+"""How fast images are drawn: `python -m bench.sampling`.
+
+Three tables, all of one batch drawn by `models.sampling.sample`, preparation of its buffers included:
+
+    methods   28×28 binary images: the cached sampler, and the naive one that re-runs the network a sub-pixel
+    growth    the cached sampler at 16², 32² and 64²: the time a pixel should not depend on the size
+    colour    32×32×3 images of 256 levels, a small model: both methods
+
+The naive sampler does the same work at every sub-pixel. So it is timed for the first few alone and the time
+is multiplied; such a row says `extrapolated: true` and how many were timed. --full-naive draws whole images.
+"""
+
+import argparse
+import math
+
+import torch
+
+from bench.measure import build, describe, interleave, parse, parser, spread, table, whole, write
+from models.sampling import Draw, FullForward, noise, sample
+
+BATCH, TIMED = 16, 4  # images drawn side by side; sub-pixels that the naive sampler is timed for
+
+
+def naive_start(model, b: int, count: int):
+    """What visits the first `count` sub-pixels as the naive sampler does."""
+    evaluator = FullForward(model, b)
+    rule = Draw(noise(0, range(b), model.shape).to(model.stem.weight.device))
+    c, _, w = model.shape
+
+    def run() -> None:
+        with torch.inference_mode():
+            for k in range(count):
+                i, j, g = k // c // w, k // c % w, k % c
+                evaluator.put(i, j, g, rule(i, j, g, evaluator.logits(i, j, g)))
+
+    return run
+
+
+def compare_methods(part: str, name: str, model, args: argparse.Namespace) -> list[dict]:
+    """Two rows: cached and naive, the second with the ratio of its time to the first's."""
+    model, b, sub_pixels = model.eval(), args.batch, math.prod(model.shape)
+    timed = sub_pixels if args.full_naive else min(TIMED, sub_pixels)
+    things = {m: whole(lambda m=m: sample(model, b, method=m, batch_size=b)) for m in ("cached", "naive")}
+    if timed < sub_pixels:
+        things["naive"] = whole(naive_start(model, b, timed))
+    times = interleave(things, args.device, args.repeats, warmup=1)
+    rows = []
+    for method in things:
+        extrapolated = method == "naive" and timed < sub_pixels
+        ms = spread(times[method]["total"], sub_pixels / timed if extrapolated else 1.0)
+        row = {"part": part, **describe(name, model, b), "method": method, "ms": ms}
+        row |= {"seconds": ms["median"] / 1e3, "images_per_second": b / ms["median"] * 1e3}
+        row |= {"extrapolated": extrapolated, "timed_sub_pixels": timed if extrapolated else sub_pixels}
+        rows.append(row | {"ratio": ms["median"] / (rows or [row])[0]["ms"]["median"], "ratio_to": "cached"})
+    return rows
+
+
+def growth(name: str, args: argparse.Namespace) -> list[dict]:
+    """A row a size: the cached sampler's time a pixel (of the whole batch), its ratio to the first size's."""
+    b, things, built = args.batch, {}, {}
+    for side in args.sides:
+        built[side] = build(name, side, 1, 2, args.hidden, args.layers, args.device).eval()
+        things[side] = whole(lambda model=built[side]: sample(model, b, method="cached", batch_size=b))
+    times = interleave(things, args.device, args.repeats, warmup=1)
+    rows = []
+    for side, model in built.items():
+        ms = spread(times[side]["total"])
+        row = {"part": "growth", **describe(name, model, b), "method": "cached", "ms": ms}
+        row |= {"seconds": ms["median"] / 1e3, "images_per_second": b / ms["median"] * 1e3}
+        row |= {"ms_per_pixel": ms["median"] / side**2}
+        first = (rows or [row])[0]
+        ratio = row["ms_per_pixel"] / first["ms_per_pixel"]
+        rows.append(row | {"ratio": ratio, "ratio_to": f"ms_per_pixel at {args.sides[0]}×{args.sides[0]}"})
+    return rows
+
+
+def main(argv: list[str] | None = None) -> None:
+    description = "Time the samplers: cached against naive, growth with the size of the image, colour images."
+    options = parser("sampling", description, repeats=5)
+    options.add_argument(
+        "--full-naive", action="store_true", help="draw whole images naively too: takes minutes to hours"
+    )
+    args = parse(options, argv)
+    args.batch, args.hidden, args.layers, args.sides = BATCH, 16, None, (16, 32, 64)
+    side, (colour_side, colour_levels, colour_hidden, colour_layers) = 28, (32, 256, 32, 5)
+    if args.quick:
+        args.batch, args.hidden, args.layers, args.sides = 2, 4, 2, (3, 4)
+        side, (colour_side, colour_levels, colour_hidden, colour_layers) = 4, (3, 8, 6, 2)
+
+    columns = ("model", "shape", "method", "seconds", "images_per_second", "ratio", "extrapolated", "ms")
+    rows = []
+    for name in args.models:
+        model = build(name, side, 1, 2, args.hidden, args.layers, args.device)
+        rows += compare_methods("methods", name, model, args)
+    table("Binary images; ratio: time over the cached sampler's", rows, columns)
+
+    grown = [row for name in args.models for row in growth(name, args)]
+    columns_of_growth = ("model", "shape", "seconds", "images_per_second", "ms_per_pixel", "ratio", "ms")
+    table("Growth with the size of the image; ratio: of the time a pixel", grown, columns_of_growth)
+
+    coloured = []
+    for name in args.models:
+        model = build(name, colour_side, 3, colour_levels, colour_hidden, colour_layers, args.device)
+        coloured += compare_methods("colour", name, model, args)
+    table("Colour images; ratio: time over the cached sampler's", coloured, columns)
+    write(args, rows + grown + coloured)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,125 @@
+"""The benchmarks run, say what they measured and on what, and compare like with like."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import models
+from bench import sampling, training
+from bench.measure import MODELS, ROOT, interleave, spread, whole
+
+KEYS = {"command", "date", "device", "cpu", "cores", "threads", "python", "torch", "triton", "commit", "rows"}
+SPREAD = {"median", "min", "q1", "q3", "repeats"}
+
+
+def run(command, tmp_path, *arguments: str) -> tuple[dict, str]:
+    """What a benchmark writes, read back, and as text."""
+    command.main(["--quick", "--device", "cpu", "--out", str(tmp_path), *arguments])
+    (path,) = tmp_path.iterdir()
+    text = path.read_text()
+    result = json.loads(text)
+    assert result.keys() == KEYS
+    assert str(tmp_path) not in text
+    assert result["command"].startswith(f"python -m {command.__name__} --quick")
+    for row in result["rows"]:
+        for name, value in row.items():
+            if name == "ms" or name.endswith("_ms"):
+                assert value.keys() == SPREAD
+                assert 0 < value["min"] <= value["q1"] <= value["median"] <= value["q3"]
+    return result, path.name
+
+
+def test_sampling_writes_what_it_measured(tmp_path, capsys):
+    result, name = run(sampling, tmp_path)
+    assert name == "sampling-cpu-quick.json"
+    parts = {
+        part: [r for r in result["rows"] if r["part"] == part] for part in ("methods", "growth", "colour")
+    }
+    assert [(r["model"], r["method"]) for r in parts["methods"]] == [
+        (model, method) for model in MODELS for method in ("cached", "naive")
+    ]
+    for row in parts["methods"] + parts["colour"]:
+        naive = row["method"] == "naive"
+        assert row["extrapolated"] is naive
+        assert (row["timed_sub_pixels"] == sampling.TIMED) == naive
+    assert [r["shape"] for r in parts["growth"]] == [[2, 1, side, side] for side in (3, 4)] * len(MODELS)
+    assert [r["shape"][1] for r in parts["colour"]] == [3] * 2 * len(MODELS)
+    for row in result["rows"]:
+        assert row["ratio"] > 0 and row["images_per_second"] == pytest.approx(2 / row["seconds"])
+    assert "pixel_cnn" in capsys.readouterr().out
+
+
+def test_a_whole_naive_run_is_not_extrapolated(tmp_path):
+    result, _ = run(sampling, tmp_path, "--full-naive", "--models", "pixel_cnn", "--repeats", "1")
+    assert not any(row.get("extrapolated") for row in result["rows"])
+    assert {row["model"] for row in result["rows"]} == {"pixel_cnn"}
+
+
+def test_training_writes_what_it_measured(tmp_path, capsys):
+    result, name = run(training, tmp_path, "--name", "here")
+    assert name == "here.json"
+    kinds = ("ours", "baseline", "matmul")
+    assert [(r["model"], r["implementation"]) for r in result["rows"]] == [
+        (m, k) for m in MODELS for k in kinds
+    ]
+    for row in result["rows"]:
+        assert row["gflops"] > 0 and row["share_of_matmul"] > 0
+        if row["implementation"] != "matmul":
+            assert {"forward_ms", "backward_ms", "optimizer_ms", "ratio", "multiply_adds"} <= row.keys()
+    assert "diag_bilstm" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("channels, height, width", [(1, 5, 5), (3, 4, 6), (2, 6, 3)])
+def test_a_baseline_computes_what_its_model_does(name, channels, height, width):
+    torch.manual_seed(0)
+    sizes = {"channels": channels, "levels": 4, "height": height, "width": width, "hidden": 6, "layers": 3}
+    model = models.build({"_target_": MODELS[name][0], **sizes})
+    with torch.no_grad():
+        for parameter in model.parameters():  # biases too: padding must not evolve a state through them
+            parameter.copy_(torch.randn_like(parameter) * 0.4)
+    plain, x = training.baseline(model), torch.randint(0, 4, (2, channels, height, width))
+    torch.testing.assert_close(plain.parameters_at(x), model.parameters_at(x), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(plain(x), model(x), atol=1e-4, rtol=1e-5)
+    plain(x).sum().backward()
+    model(x).sum().backward()
+    torch.testing.assert_close(plain.stem.bias.grad, model.stem.bias.grad, atol=1e-3, rtol=1e-4)
+
+
+def test_multiply_adds_are_those_of_live_weights():
+    sizes = {"channels": 1, "levels": 2, "height": 3, "width": 5, "hidden": 4, "layers": 2}
+    pixel_cnn, diag_bilstm = (m(**sizes, head_features=7) for m in (models.PixelCNN, models.DiagBiLSTM))
+    stem, head = 24 * 8, 8 * 7 + 7 * 2  # a 7×7 of mask A has 24 live taps
+    block = 8 * 4 + 5 * 4 * 4 + 4 * 8  # a 3×3 of mask B has 5
+    layer = 2 * (16 * 8 + 16 * 8) + 4 * 8  # per direction input-to-state and state-to-state; then up
+    assert training.live_multiply_adds(pixel_cnn) == 3 * 5 * (stem + 2 * block + head)
+    assert training.live_multiply_adds(diag_bilstm) == 3 * (6 * (stem + 2 * layer) + 5 * head)
+
+
+def test_the_benchmarks_need_no_hydra():
+    code = "import bench.sampling, bench.training, sys; sys.exit('hydra' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+def test_things_are_timed_in_turn():
+    order = []
+    things = {name: whole(lambda name=name: order.append(name)) for name in "ab"}
+    times = interleave(things, torch.device("cpu"), repeats=2, warmup=1)
+    assert order == list("ababab")
+    assert all(len(laps["total"]) == 2 for laps in times.values())
+    assert spread([1.0, 2.0, 3.0, 4.0, 9.0], factor=2.0) == dict(
+        median=6.0, min=2.0, q1=4.0, q3=8.0, repeats=5
+    )
+
+
+@pytest.mark.parametrize(
+    "arguments, said",
+    [(["--models", "pixel_rnn"], "pixel_cnn, diag_bilstm"), (["--repeats", "0"], "at least 1")],
+)
+def test_a_wrong_option_ends_in_one_line(arguments, said, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        training.main(arguments)
+    assert stopped.value.code == 2 and said in capsys.readouterr().err
