@@ -29,9 +29,7 @@ def grid(x: Tensor, levels: int, columns: int | None = None) -> Image.Image:
     scale = max(1, 56 // max(h, w))
     pixels = (x if c == 3 else x[:, :1]).double().mul(255 / (levels - 1)).round().to(torch.uint8)
     pixels = pixels.repeat_interleave(scale, 2).repeat_interleave(scale, 3)
-    canvas = torch.full(
-        (rows * columns, pixels.shape[1], h * scale + 2, w * scale + 2), 96, dtype=torch.uint8
-    )
+    canvas = torch.full((rows * columns, pixels.shape[1], h * scale + 2, w * scale + 2), 96, dtype=torch.uint8)
     canvas[:n, :, 1:-1, 1:-1] = pixels
     canvas = rearrange(canvas, "(row column) c h w -> (row h) (column w) c", column=columns).numpy()
     return Image.fromarray(canvas if c == 3 else canvas[:, :, 0])
@@ -65,9 +63,7 @@ def main(cfg) -> None:
         raise ValueError(f"columns={cfg.columns} is not allowed: at least 1 is")
     path = find(cfg.checkpoint)
     model = load(path, choose_device(cfg.device))
-    print(
-        f"{path} · {type(model).__name__}, {model.channels}×{model.height}×{model.width}, {model.levels} levels"
-    )
+    print(f"{path} · {type(model).__name__}, {model.channels}×{model.height}×{model.width}, {model.levels} levels")
     start = time.perf_counter()
     with Bar("sample rows", max(cfg.n, 1) * model.height) as bar:
 

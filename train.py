@@ -46,7 +46,7 @@ def learning_rate_factor(step: int, steps: int, warmup: int, decay: str) -> floa
 
 
 def averaged(model: nn.Module, decay: float) -> AveragedModel:
-    """An exponential moving average of the weights; the decay rises to its value, so the first weights are forgotten."""
+    """An exponential moving average of the weights; its decay rises, so that the first weights are forgotten."""
 
     def update(average: list[Tensor], current: list[Tensor], count: Tensor) -> None:
         n = int(count)
@@ -56,7 +56,7 @@ def averaged(model: nn.Module, decay: float) -> AveragedModel:
 
 
 class Order:
-    """The order of the data: a new permutation each epoch, from the seed and the epoch alone, so a step is a place in it."""
+    """The order of the data: a new permutation each epoch, by seed and epoch alone, so that a step is a place in it."""
 
     def __init__(self, n: int, batch_size: int, seed: int):
         self.n, self.batch_size, self.seed = n, min(batch_size, n), seed
@@ -215,9 +215,7 @@ def resumed(argv: list[str]) -> list[str]:
     if value in ("", "null") or {"-m", "--multirun", "hydra.run.dir", "hydra.sweep.dir"} & given.keys():
         return argv
     if value == "auto":
-        own = sorted(
-            argument for name, argument in given.items() if name != "resume" and not name.startswith("hydra.")
-        )
+        own = sorted(argument for name, argument in given.items() if name != "resume" and not name.startswith("hydra."))
         newest = sorted(Path("runs").rglob("last.pt"), key=lambda path: path.stat().st_mtime_ns, reverse=True)
         for path in newest:
             if not (path.parent / "summary.json").exists() and sorted(read(path)["overrides"]) == own:
@@ -280,9 +278,7 @@ def main(cfg) -> None:
                 run.seconds += seconds
                 check_finite(nats, f"at step {run.step}", folder)
                 bits = bits_per_dim(nats, shape)
-                metrics.write(
-                    run.step, train_nats=nats, train_bits_per_dim=bits, lr=lr, images_per_second=rate
-                )
+                metrics.write(run.step, train_nats=nats, train_bits_per_dim=bits, lr=lr, images_per_second=rate)
                 bar.text(f"{bits:.3f} bits/dim · {nats:.1f} nats · {rate:.0f} images/s")
             if evaluate and not signals.caught:
                 val = summarise(nats_of(run.evaluated, dataset.val, 256), shape)
@@ -301,9 +297,7 @@ def main(cfg) -> None:
             if evaluate or keep or draw:
                 recent.restart()
     if signals.caught and run.step < steps:
-        raise Stopped(
-            f"stopped at step {run.step}; to continue: python train.py resume={folder}", 128 + signals.caught
-        )
+        raise Stopped(f"stopped at step {run.step}; to continue: python train.py resume={folder}", 128 + signals.caught)
     finish(run, dataset, folder, parameters)
 
 
@@ -320,15 +314,11 @@ def finish(run: Training, dataset: data.Dataset, folder: Path, parameters: int) 
         "best_step": best["step"],
         "train_seconds": run.seconds,
         "images_per_second": run.step * min(run.config["batch_size"], len(dataset.train)) / run.seconds,
-        "device": torch.cuda.get_device_name()
-        if torch.cuda.is_available()
-        else platform.processor() or "cpu",
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "cpu",
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
     }
-    write_atomically(
-        folder / "summary.json", lambda file: file.write((json.dumps(result, indent=2) + "\n").encode())
-    )
+    write_atomically(folder / "summary.json", lambda file: file.write((json.dumps(result, indent=2) + "\n").encode()))
     print(
         f"test {result['test_bits_per_dim']:.4f} ± {result['test_bits_per_dim_standard_error']:.4f} bits/dim, "
         f"{result['test_nats']:.3f} ± {result['test_nats_standard_error']:.3f} nats · {run.seconds:.0f} s of training"

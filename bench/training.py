@@ -159,9 +159,7 @@ def live_multiply_adds(model: nn.Module) -> int:
 
     def live(part: nn.Module) -> int:
         count = sum(int(m.mask.sum()) for m in part.modules() if hasattr(m, "mask"))
-        lstms = [
-            m for m in part.modules() if isinstance(m, DiagonalLSTMLayer)
-        ]  # one mask for both directions
+        lstms = [m for m in part.modules() if isinstance(m, DiagonalLSTMLayer)]  # one mask for both directions
         return count + sum(int(m.mask.sum()) + m.state_weight.numel() for m in lstms)
 
     wide = model.width + model.body.extra_columns
@@ -231,9 +229,7 @@ def main(argv: list[str] | None = None) -> None:
         rows += compare(name, model, b, n, args)
     times = ("step_ms", "forward_ms", "backward_ms", "optimizer_ms")
     rates = ("images_per_second", "gflops", "share_of_matmul", "ratio")
-    table(
-        "A training step; ratio: time over that of the model here", rows, ("model", "implementation", *times)
-    )
+    table("A training step; ratio: time over that of the model here", rows, ("model", "implementation", *times))
     table(
         "The same as rates; share of what the matrix product reaches",
         rows,

@@ -37,9 +37,7 @@ def one_line(error: BaseException) -> str:
             line = line.strip()
             if line.startswith("To append to your config"):
                 line = "--help lists the keys."
-            if line.startswith(
-                ("Config search path", "provider=", "full_key:", "object_type=", "Set the env")
-            ):
+            if line.startswith(("Config search path", "provider=", "full_key:", "object_type=", "Set the env")):
                 continue
             lines.append(line)
     if isinstance(error, OSError) and error.strerror and error.filename:
@@ -47,9 +45,7 @@ def one_line(error: BaseException) -> str:
     return " ".join(line for line in lines if line) or type(error).__name__
 
 
-def run(
-    name: str, main: Callable[[DictConfig], None], prepare: Callable[[list[str]], list[str]] = list
-) -> None:
+def run(name: str, main: Callable[[DictConfig], None], prepare: Callable[[list[str]], list[str]] = list) -> None:
     """Compose conf/NAME.yaml with the command line, call main(cfg), and end the process.
 
     Exit status: 0, or 2 after a mistake of the user's (one line on stderr), or what `Stopped` says.

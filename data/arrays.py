@@ -45,9 +45,7 @@ def count_levels(images: np.ndarray, levels: int | None, path: Path) -> int:
     return max(2, largest + 1) if levels is None else levels
 
 
-def _convert(
-    path: Path, raw: np.ndarray, levels: int | None, seed: int, folder: Path
-) -> tuple[np.ndarray, int]:
+def _convert(path: Path, raw: np.ndarray, levels: int | None, seed: int, folder: Path) -> tuple[np.ndarray, int]:
     """Return (images, levels): (n c h w) in a random order, memory-mapped, written once into `folder`."""
     target = folder / f"{cache.key(path.resolve(), cache.stamp(path), levels, seed)}.npy"
     if not target.is_file():

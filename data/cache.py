@@ -51,9 +51,7 @@ def exclusive(where: Path) -> Iterator[None]:
         (where / ".lock").touch()
     except OSError as error:
         reason = error.strerror or error
-        raise ValueError(
-            f"{where}: cannot write there ({reason}); set dataset.root to another folder"
-        ) from None
+        raise ValueError(f"{where}: cannot write there ({reason}); set dataset.root to another folder") from None
     with open(where / ".lock") as lock:
         if fcntl is not None:
             fcntl.flock(lock, fcntl.LOCK_EX)
@@ -78,9 +76,7 @@ def store(path: Path, blocks: Iterable[np.ndarray]) -> None:
         with open(temporary, "wb") as file:
             file.write(_header(np.dtype(np.uint8), (0,)))
             for block in blocks:
-                assert kind in (None, (block.dtype, block.shape[1:])), (
-                    f"{kind} then {block.dtype} {block.shape}"
-                )
+                assert kind in (None, (block.dtype, block.shape[1:])), f"{kind} then {block.dtype} {block.shape}"
                 kind = block.dtype, block.shape[1:]
                 n += len(block)
                 file.write(np.ascontiguousarray(block).data)

@@ -50,9 +50,7 @@ def read_records(path: Path) -> tuple[np.ndarray, np.ndarray]:
     """Read one file: images (n 3 32 32) uint8, labels (n,) int64; ValueError where it is damaged."""
     size = path.stat().st_size
     if size != COUNT * RECORD:
-        raise ValueError(
-            f"{path}: damaged: expected {COUNT * RECORD:,} bytes ({COUNT:,} records), found {size:,}"
-        )
+        raise ValueError(f"{path}: damaged: expected {COUNT * RECORD:,} bytes ({COUNT:,} records), found {size:,}")
     records = np.fromfile(path, np.uint8).reshape(COUNT, RECORD)
     labels = records[:, 0].astype(np.int64)
     if labels.max() >= CLASSES:

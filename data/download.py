@@ -59,9 +59,7 @@ def _transfer(url: str, part: Path) -> None:
 def _fetch_from(url: str, target: Path, digest: str) -> str | None:
     """Bring `url` to `target` if its digest is right; return None, or in a few words why not."""
     part = target.with_name(f"{target.name}.part")
-    for _ in range(
-        2
-    ):  # what was left of an earlier try may be of another file: then once more from the start
+    for _ in range(2):  # what was left of an earlier try may be of another file: then once more from the start
         fresh = not part.exists()
         try:
             _transfer(url, part)

@@ -60,9 +60,7 @@ def read_idx(path: Path, shape: tuple[int | None, ...]) -> np.ndarray:
         raise ValueError(f"{path}: damaged gzip file ({error}); get it anew") from None
     start = 4 + 4 * len(shape)
     if data[:4] != bytes([0, 0, 8, len(shape)]) or len(data) < start:
-        raise ValueError(
-            f"{path}: not an IDX file of bytes with {len(shape)} axes (starts with {data[:4].hex()})"
-        )
+        raise ValueError(f"{path}: not an IDX file of bytes with {len(shape)} axes (starts with {data[:4].hex()})")
     found = struct.unpack(f">{len(shape)}I", data[4:start])
     if any(want not in (None, got) for want, got in zip(shape, found, strict=True)):
         wanted = " ".join("any" if want is None else str(want) for want in shape)

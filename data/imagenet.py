@@ -66,9 +66,7 @@ def _load(folder: Path, part: str, size: int) -> Split:
     images, labels = cache.load(path), cache.load(folder / f"{part}_labels.npy")
     if images.shape[1:] != (3, size, size) or labels.shape != images.shape[:1]:
         found = f"{images.shape} with {labels.shape} labels"
-        raise ValueError(
-            f"{path}: expected (n, 3, {size}, {size}), found {found}; delete it and it is made again"
-        )
+        raise ValueError(f"{path}: expected (n, 3, {size}, {size}), found {found}; delete it and it is made again")
     return Split(images, labels)
 
 

@@ -120,6 +120,5 @@ def three_way(images: np.ndarray, labels: np.ndarray | None, val: int, test: int
     cuts = [len(images) - val - test, len(images) - test]
     bounds = zip(SPLITS, [0, *cuts], [*cuts, len(images)], strict=True)
     return {
-        name: Split(images[start:stop], None if labels is None else labels[start:stop])
-        for name, start, stop in bounds
+        name: Split(images[start:stop], None if labels is None else labels[start:stop]) for name, start, stop in bounds
     }

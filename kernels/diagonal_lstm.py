@@ -37,11 +37,7 @@ def diagonal_lstm_reference(u: Tensor, input_weight: Tensor, bias: Tensor, state
             left = None
             for j in columns:
                 states = torch.cat([hidden.get((i, left), zeros), hidden.get((i - 1, j), zeros)], dim=1)
-                gates = (
-                    u[:, i, j] @ input_weight[direction].T
-                    + bias[direction]
-                    + states @ state_weight[direction].T
-                )
+                gates = u[:, i, j] @ input_weight[direction].T + bias[direction] + states @ state_weight[direction].T
                 o, forget, i_gate, g = gates.split(f, dim=1)
                 cell[i, j] = forget.sigmoid() * cell.get((i, left), zeros) + i_gate.sigmoid() * g.tanh()
                 hidden[i, j] = o.sigmoid() * cell[i, j].tanh()
@@ -65,7 +61,7 @@ class Diagonal(NamedTuple):
 @lru_cache(maxsize=32)
 def diagonals(h: int, w: int) -> tuple[Diagonal, ...]:
     """The diagonals of an h × w image; pixels of one lie in the order of their rows."""
-    out, start, above, above_size, above_first = [], 0, 0, 0, 0
+    out, start, above, above_first = [], 0, 0, 0  # `above` is the diagonal before
     for t in range(h + w - 1):
         first, last = max(0, t - w + 1), min(t, h - 1)
         size = last - first + 1
@@ -74,7 +70,7 @@ def diagonals(h: int, w: int) -> tuple[Diagonal, ...]:
         left = above + first - above_first
         up = above + max(first, 1) - 1 - above_first
         out.append(Diagonal(start, size, left, num_left, up, num_up))
-        start, above, above_size, above_first = start + size, start, size, first
+        start, above, above_first = start + size, start, first
     return tuple(out)
 
 
@@ -111,9 +107,7 @@ def packing(b: int, h: int, w: int, device: torch.device) -> Packing:
         for di, dj in ((0, 1), (1, 0))
     )
     to_directions = packed_rows(pixels.argsort(dim=1)).permute(2, 1, 0)  # (b hw d)
-    return Packing(
-        *(x.flatten().to(device) for x in (image, 2 * image + directions, to_directions, left, up))
-    )
+    return Packing(*(x.flatten().to(device) for x in (image, 2 * image + directions, to_directions, left, up)))
 
 
 def gather(rows: Tensor, index: Tensor) -> Tensor:

@@ -14,9 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 
-def masked_conv_reference(
-    u: Tensor, weight: Tensor, bias: Tensor, relu: bool = False, extra: int = 0
-) -> Tensor:
+def masked_conv_reference(u: Tensor, weight: Tensor, bias: Tensor, relu: bool = False, extra: int = 0) -> Tensor:
     """The same as `masked_conv`, as a dense convolution with the rows below the centre set to zero: the oracle."""
     r = weight.shape[2] - 1
     u = F.pad(u.relu() if relu else u, (0, 0, 0, extra)).permute(0, 3, 1, 2)

@@ -29,9 +29,7 @@ class AutoregressiveModel(nn.Module):
         ValueError: for an argument outside what is allowed.
     """
 
-    def __init__(
-        self, body, channels, levels, height, width, hidden, layers, residual, skip, head_features, dropout
-    ):
+    def __init__(self, body, channels, levels, height, width, hidden, layers, residual, skip, head_features, dropout):
         super().__init__()
         for name, value, low in (
             ("channels", channels, 1),
@@ -64,9 +62,7 @@ class AutoregressiveModel(nn.Module):
         """Return `x` (b c h w) if it holds images of this model, raise ValueError otherwise."""
         if x.dim() != 4 or x.shape[1:] != self.shape or x.is_floating_point() or x.is_complex():
             given = f"{tuple(x.shape)} of {x.dtype}"
-            raise ValueError(
-                f"x is {given}: integers of shape (b, {', '.join(map(str, self.shape))}) are allowed"
-            )
+            raise ValueError(f"x is {given}: integers of shape (b, {', '.join(map(str, self.shape))}) are allowed")
         if x.numel():
             low, high = (int(n) for n in x.aminmax())
             if low < 0 or high >= self.levels:

@@ -100,9 +100,7 @@ def find(path: str | os.PathLike | None, runs: str | os.PathLike = "runs") -> Pa
     folders = [Path(path)] if path is not None else {file.parent for file in Path(runs).rglob("last.pt")}
     found = [file for folder in folders if (file := best_or_last(folder))]
     if not found:
-        where = (
-            f"{path} holds no best.pt or last.pt" if path is not None else f"no trained model below {runs}/"
-        )
+        where = f"{path} holds no best.pt or last.pt" if path is not None else f"no trained model below {runs}/"
         raise FileNotFoundError(f"{where}: run `python train.py` first, or name a checkpoint")
     return max(found, key=lambda file: file.stat().st_mtime_ns)
 

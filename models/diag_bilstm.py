@@ -106,9 +106,7 @@ class DiagonalLSTMsScan:
 
         self.row = new(layers, b, width + 1, 3 * f)
         self.cell = new(layers, b, f)
-        self.above = new(
-            layers, b * width, 4 * f
-        )  # what direction 0's gates get from the row above, and the bias
+        self.above = new(layers, b * width, 4 * f)  # what direction 0's gates get from the row above, and the bias
         self.above_weight = state_weight[:, 0, sort, f:].mT.contiguous()
         self.above_bias = bias[:, 0, None, sort]
         # The mirrored direction: gates o f i g of a whole row, one matrix for [hidden_1(i−1, j), u(i, j)].
@@ -116,9 +114,7 @@ class DiagonalLSTMsScan:
         self.mirrored = new(layers, b, width, f)  # hidden_1 of the row above
         self.mirrored_inputs = new(layers, b, width, 3 * f)
         self.mirrored_gates = new(layers, b * width, 4 * f)
-        self.mirrored_weight = torch.cat(
-            [state_weight[:, 1, :, f:], input_weight[:, 1]], dim=2
-        ).mT.contiguous()
+        self.mirrored_weight = torch.cat([state_weight[:, 1, :, f:], input_weight[:, 1]], dim=2).mT.contiguous()
         self.mirrored_bias = bias[:, 1, None].contiguous()
         self.mirrored_left = state_weight[:, 1, :, :f].mT.contiguous()
         self.mirrored_cell = new(layers, b, f)
@@ -139,16 +135,12 @@ class DiagonalLSTMsScan:
             o, forget, i, candidate = gate.split(size, dim=1)
             columns = slice(4 * n.start, 4 * n.stop)
             for layer in range(layers):
-                weight = torch.cat(
-                    [state_weight[layer, 0, :, :f], input_weight[layer, 0, :, : w.stop]], dim=1
-                )
+                weight = torch.cat([state_weight[layer, 0, :, :f], input_weight[layer, 0, :, : w.stop]], dim=1)
                 weight = weight[sort[columns]].T.contiguous()  # (left and known input, gates of group g)
                 for j in range(width):
                     u = self.row[layer, :, j, f + w.start : f + w.stop]
                     following = (
-                        self.row[layer + 1, :, j, f + w.start : f + w.stop]
-                        if layer + 1 < layers
-                        else self.out[g]
+                        self.row[layer + 1, :, j, f + w.start : f + w.stop] if layer + 1 < layers else self.out[g]
                     )
                     self.plan[j][g].append(
                         (

@@ -21,9 +21,7 @@ import kernels
 def group_sizes(features: int, groups: int) -> list[int]:
     """Cut `features` in `groups` parts that differ by at most one: 128 in 3 → 43 43 42."""
     if features < groups:
-        raise ValueError(
-            f"{features} features cannot be cut in {groups} groups: at least one a group is needed"
-        )
+        raise ValueError(f"{features} features cannot be cut in {groups} groups: at least one a group is needed")
     return [features // groups + (g < features % groups) for g in range(groups)]
 
 
@@ -32,8 +30,7 @@ def group_slices(features: int, groups: int, parts: int = 1) -> list[list[slice]
     each = features // parts
     starts = [sum(group_sizes(each, groups)[:g]) for g in range(groups + 1)]
     return [
-        [slice(part * each + starts[g], part * each + starts[g + 1]) for part in range(parts)]
-        for g in range(groups)
+        [slice(part * each + starts[g], part * each + starts[g + 1]) for part in range(parts)] for g in range(groups)
     ]
 
 
@@ -140,9 +137,7 @@ class MaskedConvScan:
         self.image = weight.new_zeros(b, height + reach, width + 2 * reach, colours)  # zeros outside
         self.above_weight, self.above_bias = weight[:, :, :reach].contiguous(), conv.bias
         self.above = weight.new_zeros(b, width, features)
-        taps = (
-            weight[:, :, reach, : reach + 1].permute(2, 1, 0).flatten(0, 1)
-        )  # (left to centre · colour, features)
+        taps = weight[:, :, reach, : reach + 1].permute(2, 1, 0).flatten(0, 1)  # (left to centre · colour, features)
         groups = [s for (s,) in group_slices(features, colours)]
         self.weights = [taps[: reach * colours + g, s].contiguous() for g, s in enumerate(groups)]
         self.above_parts = [[self.above[:, j, s] for s in groups] for j in range(width)]
@@ -166,7 +161,5 @@ def check(name: str, value, kind: type, low, high=math.inf) -> None:
     right = isinstance(value, kind) or (kind is float and isinstance(value, int))
     if isinstance(value, bool) != (kind is bool) or not right or not low <= value <= high:
         names = {int: "an integer", float: "a number", bool: "true or false"}
-        limits = (
-            "" if kind is bool else f" of at least {low}" if high == math.inf else f" from {low} to {high}"
-        )
+        limits = "" if kind is bool else f" of at least {low}" if high == math.inf else f" from {low} to {high}"
         raise ValueError(f"{name}={value!r} is not allowed: {names[kind]}{limits} is")

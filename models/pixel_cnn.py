@@ -83,9 +83,7 @@ class ResidualBlocksScan:
             step = new(b, n.stop - n.start)
             for layer in range(layers):
                 left_centre = conv_weight[layer, n, :, 1, :2]  # (n_g, in, left and centre)
-                left_centre = torch.cat(
-                    [left_centre[:, :, 0], left_centre[:, : n.stop, 1]], dim=1
-                ).T.contiguous()
+                left_centre = torch.cat([left_centre[:, :, 0], left_centre[:, : n.stop, 1]], dim=1).T.contiguous()
                 for j in range(width):
                     self.plan[j][g].append(
                         (

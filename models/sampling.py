@@ -10,6 +10,7 @@ sub-pixel, so that both draw the same images from the same numbers.
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import numpy as np
 import torch
@@ -135,9 +136,7 @@ def threads_for(model: AutoregressiveModel, method: str, b: int) -> Iterator[Non
 
     It costs most where another program keeps a core busy: each of some thousand products then waits for it.
     """
-    largest = b * max(
-        parameter.numel() for parameter in model.body.parameters()
-    )  # multiply-adds of one product
+    largest = b * max(parameter.numel() for parameter in model.body.parameters())  # multiply-adds of one product
     before = torch.get_num_threads()
     if method == "cached" and largest < 2**22:
         torch.set_num_threads(1)
@@ -185,9 +184,7 @@ def noise(seed: int, images: range, shape: tuple[int, int, int]) -> Tensor:
     Those of image k depend on `seed` and k alone: a counter-based generator has the pair as its key.
     """
     draws = [
-        np.random.Generator(np.random.Philox(key=np.array([seed, k], dtype=np.uint64))).random(
-            shape, dtype=np.float32
-        )
+        np.random.Generator(np.random.Philox(key=np.array([seed, k], dtype=np.uint64))).random(shape, dtype=np.float32)
         for k in images
     ]
     return torch.from_numpy(np.stack(draws))
@@ -249,6 +246,6 @@ def sample(
         rule = Draw(numbers.to(device), temperature)
         if known is not None:
             rule = Keep(x[part].to(device), mask[part].to(device), rule)
-        drawn = pixel_loop(model, method, rule, len(images), lambda b=len(images): tell(b))
+        drawn = pixel_loop(model, method, rule, len(images), partial(tell, len(images)))
         out.append(drawn.to("cpu", torch.uint8 if model.levels <= 256 else torch.int64))
     return torch.cat(out)

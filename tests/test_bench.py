@@ -35,9 +35,7 @@ def run(command, tmp_path, *arguments: str) -> tuple[dict, str]:
 def test_sampling_writes_what_it_measured(tmp_path, capsys):
     result, name = run(sampling, tmp_path)
     assert name == "sampling-cpu-quick.json"
-    parts = {
-        part: [r for r in result["rows"] if r["part"] == part] for part in ("methods", "growth", "colour")
-    }
+    parts = {part: [r for r in result["rows"] if r["part"] == part] for part in ("methods", "growth", "colour")}
     assert [(r["model"], r["method"]) for r in parts["methods"]] == [
         (model, method) for model in MODELS for method in ("cached", "naive")
     ]
@@ -62,9 +60,7 @@ def test_training_writes_what_it_measured(tmp_path, capsys):
     result, name = run(training, tmp_path, "--name", "here")
     assert name == "here.json"
     kinds = ("ours", "baseline", "matmul")
-    assert [(r["model"], r["implementation"]) for r in result["rows"]] == [
-        (m, k) for m in MODELS for k in kinds
-    ]
+    assert [(r["model"], r["implementation"]) for r in result["rows"]] == [(m, k) for m in MODELS for k in kinds]
     for row in result["rows"]:
         assert row["gflops"] > 0 and row["share_of_matmul"] > 0
         if row["implementation"] != "matmul":
@@ -110,9 +106,7 @@ def test_things_are_timed_in_turn():
     times = interleave(things, torch.device("cpu"), repeats=2, warmup=1)
     assert order == list("ababab")
     assert all(len(laps["total"]) == 2 for laps in times.values())
-    assert spread([1.0, 2.0, 3.0, 4.0, 9.0], factor=2.0) == dict(
-        median=6.0, min=2.0, q1=4.0, q3=8.0, repeats=5
-    )
+    assert spread([1.0, 2.0, 3.0, 4.0, 9.0], factor=2.0) == dict(median=6.0, min=2.0, q1=4.0, q3=8.0, repeats=5)
 
 
 @pytest.mark.parametrize(

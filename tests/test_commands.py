@@ -123,12 +123,10 @@ class TestTraining:
         assert sorted(targets) == sorted(2 * ["models.PixelCNN", "models.DiagBiLSTM"])
 
     def test_diverged_run_names_the_last_good_checkpoint(self, call):
-        status, _, err = call(
-            "train", *SHORT, "steps=40", "optimizer=rmsprop", "optimizer.lr=1e30", "clip=null"
-        )
+        status, _, err = call("train", *SHORT, "steps=40", "optimizer=rmsprop", "optimizer.lr=1e30", "clip=null")
         assert status == 1
-        assert "the loss is" in err and "good checkpoint" in err or "no checkpoint" in err
-        assert "Traceback" not in err
+        assert "the loss is" in err and ("good checkpoint" in err or "no checkpoint" in err)
+        assert len(err.splitlines()) == 1
 
     def test_schedule_rises_then_falls_to_zero(self):
         factors = [train.learning_rate_factor(step, 100, 10, "cosine") for step in range(100)]
@@ -191,9 +189,7 @@ class TestResume:
         assert list(tmp_path.rglob("last.pt")) == [last]
         self.same(read(last), uninterrupted)
         rows = [json.loads(line)["step"] for line in (last.parent / "metrics.jsonl").read_text().splitlines()]
-        assert (
-            rows == sorted(rows) and len(rows) == len(set(rows)) + 6
-        )  # 6 evaluations share a step with a log line
+        assert rows == sorted(rows) and len(rows) == len(set(rows)) + 6  # 6 evaluations share a step with a log line
 
     def test_after_a_kill_in_the_middle_of_writing_a_checkpoint(self, tmp_path, uninterrupted):
         """The fourth write of last.pt dies after half of its bytes."""
@@ -217,9 +213,7 @@ torch.save = half
 command.run("train", train.main, train.resumed)
 """
         line = [sys.executable, "-c", script, *LONG]
-        run = subprocess.run(
-            line, cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True
-        )
+        run = subprocess.run(line, cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True)
         assert run.returncode == -signal.SIGKILL, run.stderr
         (last,) = tmp_path.rglob("last.pt")
         assert read(last)["step"] == 21 and last.with_name("last.pt.tmp").exists()
@@ -235,9 +229,7 @@ command.run("train", train.main, train.resumed)
         assert "steps 12 to 18" in out and read("one/last.pt")["step"] == 18
         assert json.loads(Path("one/summary.json").read_text())["steps"] == 18
         call("train", *SHORT, "decay=constant", "steps=18", "hydra.run.dir=whole")
-        torch.testing.assert_close(
-            read("one/last.pt")["weights"], read("whole/last.pt")["weights"], rtol=0, atol=0
-        )
+        torch.testing.assert_close(read("one/last.pt")["weights"], read("whole/last.pt")["weights"], rtol=0, atol=0)
 
     def test_auto_starts_anew_where_nothing_fits(self, call, trained):
         status, out, err = call("train", *SHORT, "resume=auto")

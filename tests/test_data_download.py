@@ -28,9 +28,7 @@ class Handler(BaseHTTPRequestHandler):
             start = int(wanted[1])
             if start >= len(body):
                 return self.answer(416, b"")
-            return self.answer(
-                206, body[start:], **{"Content-Range": f"bytes {start}-{len(body) - 1}/{len(body)}"}
-            )
+            return self.answer(206, body[start:], **{"Content-Range": f"bytes {start}-{len(body) - 1}/{len(body)}"})
         if folder == "breaks":  # in the middle, having promised all
             return self.answer(200, body[: len(body) // 2], **{"Content-Length": str(len(body))})
         return self.answer(200, body)

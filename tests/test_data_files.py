@@ -104,10 +104,7 @@ def test_npy_in_many_blocks_is_the_same(tmp_path, monkeypatch):
 def test_npy_with_many_levels_is_int64(tmp_path):
     npy = data.build(save(tmp_path, np.arange(40 * 9, dtype=np.uint16).reshape(40, 3, 3)))
     assert npy.levels == 360 and npy.train.images.dtype == np.int64
-    assert (
-        data.build({**save(tmp_path, np.zeros((9, 2, 2), np.uint8)), "levels": 512}).train.images.dtype
-        == np.int64
-    )
+    assert data.build({**save(tmp_path, np.zeros((9, 2, 2), np.uint8)), "levels": 512}).train.images.dtype == np.int64
 
 
 def test_npy_split_depends_on_the_seed_alone(tmp_path):
@@ -230,9 +227,7 @@ def test_picture_is_cropped_at_its_centre_not_squeezed(tmp_path):
 def test_every_mode_of_picture_is_read(tmp_path, mode):
     grey = Image.new("L", (6, 6), 255)
     picture = (
-        Image.fromarray(np.full((6, 6), 65535, np.uint16))
-        if mode == "I;16"
-        else grey.convert("RGB").convert(mode)
+        Image.fromarray(np.full((6, 6), 65535, np.uint16)) if mode == "I;16" else grey.convert("RGB").convert(mode)
     )
     path = tmp_path / ("a.tif" if mode == "CMYK" else "a.png")
     picture.save(path, **({"transparency": b"\0\1\2"} if mode == "P" else {}))

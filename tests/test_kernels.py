@@ -1,10 +1,11 @@
-"""What `kernels` promises: the scan is the recurrence of its reference, outputs and gradients."""
+"""What `kernels` promises: each operation is what its reference says, outputs and gradients."""
 
 import pytest
 import torch
 
 import kernels
 from kernels.diagonal_lstm import diagonal_lstm, diagonal_lstm_reference
+from kernels.masked_conv import masked_conv, masked_conv_reference
 
 SIZES = [  # b h w k f
     (1, 1, 1, 1, 1),
@@ -31,9 +32,9 @@ def arguments(size, dtype=torch.float64, seed=0):
     return [torch.randn(s, generator=generator, dtype=dtype).requires_grad_() for s in shapes]
 
 
-def output_and_gradients(operation, inputs, d_out):
+def output_and_gradients(operation, inputs, d_out, names=NAMES):
     out = operation(*inputs)
-    return {"out": out.detach(), **dict(zip(NAMES, torch.autograd.grad(out, inputs, d_out), strict=True))}
+    return {"out": out.detach(), **dict(zip(names, torch.autograd.grad(out, inputs, d_out), strict=True))}
 
 
 def assert_close(got: dict, expected: dict, tolerance: float):
@@ -42,9 +43,7 @@ def assert_close(got: dict, expected: dict, tolerance: float):
         assert got[name].shape == value.shape and got[name].dtype == value.dtype, name
         error = (got[name] - value).abs().max().item() / max(value.abs().max().item(), 1e-300)
         where = (got[name] - value).abs().argmax().item()
-        assert error <= tolerance, (
-            f"{name}: relative error {error:.1e}, largest at {where} of {tuple(value.shape)}"
-        )
+        assert error <= tolerance, f"{name}: relative error {error:.1e}, largest at {where} of {tuple(value.shape)}"
 
 
 def compare(inputs, tolerance, seed=1):
@@ -65,9 +64,7 @@ def test_float32_equals_the_reference(size):
     compare(arguments(size, torch.float32), 1e-5)
 
 
-@pytest.mark.parametrize(
-    "size", [(1, 1, 1, 1, 1), (2, 2, 3, 2, 1), (1, 3, 2, 1, 2), (1, 1, 4, 2, 2), (1, 4, 1, 2, 2)]
-)
+@pytest.mark.parametrize("size", [(1, 1, 1, 1, 1), (2, 2, 3, 2, 1), (1, 3, 2, 1, 2), (1, 1, 4, 2, 2), (1, 4, 1, 2, 2)])
 def test_gradients_equal_finite_differences(size):
     assert torch.autograd.gradcheck(diagonal_lstm, arguments(size))
 
@@ -187,11 +184,50 @@ def test_gradients_work_at_a_size_first_met_without_them():
 
 def test_saturated_gates_give_finite_gradients():
     inputs = [(100 * x.detach()).requires_grad_() for x in arguments((2, 4, 5, 3, 2))]
-    for value in output_and_gradients(
-        diagonal_lstm, inputs, torch.ones(2, 4, 5, 2, 2, dtype=torch.float64)
-    ).values():
+    for value in output_and_gradients(diagonal_lstm, inputs, torch.ones(2, 4, 5, 2, 2, dtype=torch.float64)).values():
         assert value.isfinite().all()
 
 
 def test_the_public_name_is_the_operation():
     assert kernels.diagonal_lstm is diagonal_lstm
+
+
+# --------------------------------------------------------------------------------------------- masked convolution
+
+
+def conv_arguments(b, h, w, k, f, reach, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(0)
+    shapes = (b, h, w, k), (f, k, reach + 1, 2 * reach + 1), (f,)
+    return [torch.randn(s, generator=generator, dtype=dtype).requires_grad_() for s in shapes]
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)], ids=str)
+@pytest.mark.parametrize("relu", [False, True])
+@pytest.mark.parametrize(
+    ("size", "extra"),
+    [
+        ((1, 1, 1, 1, 1, 0), 0),
+        ((2, 3, 4, 5, 2, 0), 0),
+        ((1, 1, 1, 2, 3, 1), 0),
+        ((3, 5, 3, 7, 2, 1), 0),
+        ((2, 3, 5, 1, 7, 1), 1),
+        ((1, 1, 6, 3, 2, 3), 1),
+        ((1, 6, 1, 2, 3, 3), 3),
+        ((2, 4, 7, 3, 1, 3), 0),
+    ],
+    ids=str,
+)
+def test_masked_convolution_equals_a_dense_one(size, extra, relu, dtype, tolerance):
+    """Output and every gradient, for any strides of the input and of the gradient that comes back."""
+    inputs = conv_arguments(*size, dtype)
+    d_out = torch.randn(*masked_conv(*inputs, relu, extra).shape[::-1], dtype=dtype).permute(3, 2, 1, 0)
+    got, expected = (
+        output_and_gradients(lambda *x, f=f: f(*x, relu, extra), inputs, d_out, ("u", "weight", "bias"))
+        for f in (masked_conv, masked_conv_reference)
+    )
+    assert_close(got, expected, tolerance)
+
+
+@pytest.mark.parametrize("extra", [0, 1])
+def test_masked_convolution_equals_finite_differences(extra):
+    assert torch.autograd.gradcheck(lambda *x: masked_conv(*x, True, extra), conv_arguments(2, 3, 4, 2, 3, 1))

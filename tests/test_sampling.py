@@ -342,3 +342,46 @@ def test_a_wrong_argument_is_refused_with_its_value_and_what_is_allowed(case, wr
         sample(model, **{"n": 2, **wrong(x)})
     message = str(error.value)
     assert all(text in message for text in named) and "\n" not in message, message
+
+
+# ------------------------------------------------------------------------------------------------------ edges
+
+
+@pytest.mark.parametrize("temperature", [1e-39, 1e-6])
+def test_a_temperature_near_zero_is_that_of_zero(temperature):
+    model = build(CASES["pixel_cnn"])
+    assert torch.equal(sample(model, 3, temperature=temperature), sample(model, 3, temperature=0))
+
+
+def test_no_images_have_no_likelihoods():
+    model = build(CASES["diag_bilstm"])
+    assert model.log_prob(torch.zeros(0, *model.shape, dtype=torch.long)).shape == (0,)
+
+
+@pytest.mark.parametrize("value", [1.0, -0.1, float("nan")])
+def test_noise_outside_the_unit_interval_is_refused(value):
+    model = build(CASES["pixel_cnn"])
+    with pytest.raises(ValueError, match="uniforms"):
+        sample(model, 2, uniforms=torch.full((2, *model.shape), value))
+
+
+def test_a_mask_of_numbers_is_refused():
+    model = build(CASES["pixel_cnn"])
+    x = torch.zeros(2, *model.shape, dtype=torch.long)
+    with pytest.raises(ValueError, match=r"torch\.bool"):
+        sample(model, 2, known=(x, torch.full(x.shape, 0.5)))
+
+
+def test_a_frozen_part_stays_in_eval_mode():
+    model = build(CASES["pixel_cnn"]).train()
+    model.stem.eval()
+    sample(model, 1)
+    assert model.training and model.head.training and not model.stem.training
+
+
+def test_the_number_of_threads_is_left_as_it_was():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    sample(build(CASES["pixel_cnn"]), 1)
+    assert torch.get_num_threads() == 2
+    torch.set_num_threads(before)
