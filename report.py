@@ -1,9 +1,15 @@
-"""What a run says: a progress bar (plain lines where there is no terminal), metrics.jsonl, and TensorBoard."""
+"""What a run says: progress (a bar on a terminal, else lines), metrics.jsonl, TensorBoard, and what it ran on."""
 
+import importlib.metadata
 import json
+import os
+import platform
+import subprocess
 import time
+from datetime import UTC, datetime
 from pathlib import Path
 
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -106,3 +112,52 @@ def is_before(line: str, step: int) -> bool:
         return json.loads(line)["step"] <= step
     except ValueError:  # a line that a killed run left unfinished
         return False
+
+
+def cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def commit() -> str | None:
+    """The commit of the checkout, with -dirty where tracked files but results differ; None without one."""
+
+    root = Path(__file__).resolve().parent
+
+    def git(*arguments: str) -> str:
+        command = ["git", "--no-optional-locks", *arguments]
+        return subprocess.run(command, cwd=root, capture_output=True, text=True, check=True).stdout.strip()
+
+    if not (root / ".git").exists():
+        return None
+    try:
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!bench/results")
+        return git("rev-parse", "HEAD") + ("-dirty" if changed else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def environment(device: torch.device) -> dict[str, str | int | None]:
+    """When, on what, and with which versions: what stands beside every number."""
+    return {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else cpu_name(),
+        "cpu": cpu_name(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "triton": version("triton"),
+        "commit": commit(),
+    }

@@ -2,7 +2,6 @@
 
 import json
 import math
-import platform
 import signal
 import time
 from pathlib import Path
@@ -21,7 +20,7 @@ from evaluate import choose_device, nats_of, summarise
 from models.base import bits_per_dim
 from models.checkpoint import read, rebuild, save, write_atomically
 from models.sampling import sample
-from report import Bar, Metrics
+from report import Bar, Metrics, environment
 from sample import save_grid
 
 
@@ -314,9 +313,8 @@ def finish(run: Training, dataset: data.Dataset, folder: Path, parameters: int) 
         "best_step": best["step"],
         "train_seconds": run.seconds,
         "images_per_second": run.step * min(run.config["batch_size"], len(dataset.train)) / run.seconds,
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "cpu",
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
+        "command": " ".join(["python train.py", *HydraConfig.get().overrides.task]),
+        **environment(run.model.stem.weight.device),
     }
     write_atomically(folder / "summary.json", lambda file: file.write((json.dumps(result, indent=2) + "\n").encode()))
     print(

@@ -5,24 +5,19 @@ are those of medians.
 """
 
 import argparse
-import importlib.metadata
 import json
-import os
-import platform
 import shlex
-import subprocess
 import sys
 import time
 from collections.abc import Callable
-from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
 import torch
 
 import models
+from report import environment
 
-ROOT = Path(__file__).resolve().parents[1]
 MODELS = {"pixel_cnn": ("models.PixelCNN", 15), "diag_bilstm": ("models.DiagBiLSTM", 7)}  # class, layers
 
 
@@ -163,59 +158,13 @@ def spread(ms: list[float], factor: float = 1.0) -> dict[str, float]:
     return {"median": median, "min": low, "q1": q1, "q3": q3, "repeats": len(ms)}
 
 
-def cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
-
-
-def version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def commit() -> str | None:
-    """The commit of the checkout, with -dirty where tracked files but results differ; None without one."""
-
-    def git(*arguments: str) -> str:
-        command = ["git", "--no-optional-locks", *arguments]
-        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
-
-    if not (ROOT / ".git").exists():
-        return None
-    try:
-        changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!bench/results")
-        return git("rev-parse", "HEAD") + ("-dirty" if changed else "")
-    except (OSError, subprocess.CalledProcessError):
-        return None
-
-
 def write(args: argparse.Namespace, rows: list[dict]) -> Path:
     """Write the rows, and what they were measured on, to DIR/NAME.json."""
-    gpu = torch.cuda.get_device_name() if args.device.type == "cuda" else None
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    result = {
-        "command": args.command_line,
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "device": gpu or cpu_name(),
-        "cpu": cpu_name(),
-        "cores": cores,
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "triton": version("triton"),
-        "commit": commit(),
-        "rows": rows,
-    }
+    result = {"command": args.command_line, **environment(args.device), "rows": rows}
     path = Path(args.out) / f"{args.name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n")
-    print(f"\n{result['device']}, {cores} cores, {result['threads']} threads, torch {torch.__version__}")
+    print(f"\n{result['device']}, {result['cores']} cores, {result['threads']} threads, torch {torch.__version__}")
     print(path)
     return path
 

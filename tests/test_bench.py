@@ -3,13 +3,14 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 import models
 from bench import sampling, training
-from bench.measure import MODELS, ROOT, interleave, spread, whole
+from bench.measure import MODELS, interleave, spread, whole
 
 KEYS = {"command", "date", "device", "cpu", "cores", "threads", "python", "torch", "triton", "commit", "rows"}
 SPREAD = {"median", "min", "q1", "q3", "repeats"}
@@ -97,7 +98,7 @@ def test_multiply_adds_are_those_of_live_weights():
 
 def test_the_benchmarks_need_no_hydra():
     code = "import bench.sampling, bench.training, sys; sys.exit('hydra' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+    assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).resolve().parent.parent).returncode == 0
 
 
 def test_things_are_timed_in_turn():
