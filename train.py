@@ -23,6 +23,8 @@ from models.sampling import sample
 from report import Bar, Metrics, environment
 from sample import save_grid
 
+EVALUATION_BATCH = 64  # images: small enough for a cache, large enough for a GPU; evaluate.py has the same
+
 
 def build_optimizer(config: dict, parameters) -> torch.optim.Optimizer:
     """The optimizer that `name` names, with the other keys as its arguments."""
@@ -280,7 +282,7 @@ def main(cfg) -> None:
                 metrics.write(run.step, train_nats=nats, train_bits_per_dim=bits, lr=lr, images_per_second=rate)
                 bar.text(f"{bits:.3f} bits/dim · {nats:.1f} nats · {rate:.0f} images/s")
             if evaluate and not signals.caught:
-                val = summarise(nats_of(run.evaluated, dataset.val, 256), shape)
+                val = summarise(nats_of(run.evaluated, dataset.val, EVALUATION_BATCH), shape)
                 check_finite(val["nats"], f"on the validation split at step {run.step}", folder)
                 metrics.write(run.step, val_nats=val["nats"], val_bits_per_dim=val["bits_per_dim"])
                 bar.say(f"step {run.step} · val {val['bits_per_dim']:.4f} bits/dim, {val['nats']:.2f} nats")
@@ -305,7 +307,7 @@ def finish(run: Training, dataset: data.Dataset, folder: Path, parameters: int) 
     best = read(folder / "best.pt", run.model.stem.weight.device)
     model, result = rebuild(best), {}
     for split in ("val", "test"):
-        numbers = summarise(nats_of(model, dataset.split(split), 256), model.shape)
+        numbers = summarise(nats_of(model, dataset.split(split), EVALUATION_BATCH), model.shape)
         result |= {f"{split}_{name}": value for name, value in numbers.items()}
     result |= {
         "parameters": parameters,
