@@ -3,6 +3,7 @@
 import json
 import math
 import signal
+import sys
 import time
 from pathlib import Path
 
@@ -83,7 +84,7 @@ class Training:
         self.ema = averaged(self.model, cfg.ema) if cfg.ema else None
         self.optimizer = build_optimizer(self.config["optimizer"], self.model.parameters())
         self.binarizer = torch.Generator().manual_seed(cfg.seed)
-        self.step, self.lowest_val, self.seconds = 0, math.inf, 0.0
+        self.step, self.seconds, self.best_val = 0, 0.0, {}  # best_val: what `summarise` says of best.pt
 
     @property
     def evaluated(self) -> nn.Module:
@@ -96,11 +97,11 @@ class Training:
             "weights": self.model.state_dict(),
             "ema": self.ema.module.state_dict() if self.ema else None,
             "config": self.config,
-            "overrides": list(HydraConfig.get().overrides.task),
+            "overrides": own_overrides(HydraConfig.get().overrides.task),
             "optimizer": self.optimizer.state_dict(),
             "step": self.step,
-            "lowest_val": self.lowest_val,
             "seconds": self.seconds,
+            "best_val": self.best_val,
             "random": {
                 "torch": torch.get_rng_state(),
                 "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
@@ -122,7 +123,7 @@ class Training:
             self.optimizer.load_state_dict(checkpoint["optimizer"])
         except ValueError:
             raise ValueError(f"{path} is of another optimizer than {self.config['optimizer']}") from None
-        self.step, self.lowest_val, self.seconds = (checkpoint[k] for k in ("step", "lowest_val", "seconds"))
+        self.step, self.seconds, self.best_val = (checkpoint[k] for k in ("step", "seconds", "best_val"))
         random = checkpoint["random"]
         torch.set_rng_state(random["torch"].cpu())
         self.binarizer.set_state(random["data"].cpu())
@@ -201,31 +202,42 @@ def check_finite(nats: float, what: str, folder: Path) -> None:
         raise Stopped(f"the loss is {nats} {what}; {where}. A lower optimizer.lr or clip may help", 1)
 
 
+def key(override: str) -> str:
+    """The key that a command line argument KEY=VALUE (or +KEY=VALUE, ~KEY) is about."""
+    return override.split("=")[0].lstrip("+~")
+
+
+def own_overrides(overrides: list[str]) -> list[str]:
+    """The arguments that say what a run is, not where it is or how it began."""
+    return [override for override in overrides if key(override) != "resume" and not key(override).startswith("hydra.")]
+
+
+def newest_unfinished(overrides: list[str]) -> Path | None:
+    """The last.pt, below runs/, of the newest run with these arguments that has not come to its end."""
+    paths = [path for path in Path("runs").rglob("last.pt") if not (path.parent / "summary.json").exists()]
+    for path in sorted(paths, key=lambda path: path.stat().st_mtime_ns, reverse=True):
+        try:
+            if sorted(read(path)["overrides"]) == sorted(own_overrides(overrides)):
+                return path
+        except ValueError as error:
+            print(f"resume=auto passes over a run: {error}", file=sys.stderr)
+    return None
+
+
 def resumed(argv: list[str]) -> list[str]:
     """Turn resume=FOLDER, or resume=auto, into the arguments that continue that run: its own, then these.
 
-    auto is the newest unfinished run below runs/ that was started with these same arguments; where there is none,
-    or in a sweep or a folder given by hydra.run.dir, the arguments stay as they are.
+    auto is the newest unfinished run below runs/ that was started with these same arguments. Where there is none, or in
+    a sweep or a folder given by hydra.run.dir, the arguments stay as they are.
     """
-
-    def key(argument: str) -> str:
-        return argument.split("=")[0].lstrip("+~")
-
     given = {key(argument): argument for argument in argv}
-    value = given.get("resume", "resume=").partition("=")[2]
+    value = given.get("resume", "").partition("=")[2].strip("'\"")
     if value in ("", "null") or {"-m", "--multirun", "hydra.run.dir", "hydra.sweep.dir"} & given.keys():
         return argv
-    if value == "auto":
-        own = sorted(argument for name, argument in given.items() if name != "resume" and not name.startswith("hydra."))
-        newest = sorted(Path("runs").rglob("last.pt"), key=lambda path: path.stat().st_mtime_ns, reverse=True)
-        for path in newest:
-            if not (path.parent / "summary.json").exists() and sorted(read(path)["overrides"]) == own:
-                break
-        else:
-            return argv
-    else:
-        path = Path(value.strip("'\"")) / "last.pt"
-    kept = [argument for argument in read(path)["overrides"] if key(argument) not in given]
+    path = newest_unfinished(argv) if value == "auto" else Path(value) / "last.pt"
+    if path is None:
+        return argv
+    kept = [override for override in read(path)["overrides"] if key(override) not in given]
     quoted = str(path.parent).replace("\\", "\\\\").replace("'", "\\'")
     return [*kept, *argv, f"hydra.run.dir='{quoted}'"]
 
@@ -236,6 +248,8 @@ def main(cfg) -> None:
     last, best = folder / "last.pt", folder / "best.pt"
     if last.exists() and cfg.resume is None:
         raise ValueError(f"{folder} holds a run already: resume={folder} continues it")
+    if cfg.resume not in (None, "auto") and Path(cfg.resume).resolve() != folder.resolve():
+        raise ValueError(f"resume={cfg.resume} is another folder than that of this run, {folder}")
     device, dataset = choose_device(cfg.device), data.build(cfg.dataset)
     run = Training(cfg, dataset, device)
     if last.exists():
@@ -286,8 +300,8 @@ def main(cfg) -> None:
                 check_finite(val["nats"], f"on the validation split at step {run.step}", folder)
                 metrics.write(run.step, val_nats=val["nats"], val_bits_per_dim=val["bits_per_dim"])
                 bar.say(f"step {run.step} · val {val['bits_per_dim']:.4f} bits/dim, {val['nats']:.2f} nats")
-                if val["nats"] < run.lowest_val:
-                    run.lowest_val = val["nats"]
+                if val["nats"] < run.best_val.get("nats", math.inf):
+                    run.best_val = val
                     run.save(best)
             if evaluate or keep:
                 run.save(last)
@@ -303,12 +317,11 @@ def main(cfg) -> None:
 
 
 def finish(run: Training, dataset: data.Dataset, folder: Path, parameters: int) -> None:
-    """Evaluate the best checkpoint on the whole validation and test splits, and write summary.json."""
+    """Evaluate the best checkpoint on the whole test split, and write summary.json."""
     best = read(folder / "best.pt", run.model.stem.weight.device)
-    model, result = rebuild(best), {}
-    for split in ("val", "test"):
-        numbers = summarise(nats_of(model, dataset.split(split), EVALUATION_BATCH), model.shape)
-        result |= {f"{split}_{name}": value for name, value in numbers.items()}
+    test = summarise(nats_of(rebuild(best), dataset.test, EVALUATION_BATCH), run.model.shape)
+    result = {f"test_{name}": value for name, value in test.items()}
+    result |= {f"val_{name}": value for name, value in best["best_val"].items()}
     result |= {
         "parameters": parameters,
         "steps": run.step,

@@ -116,9 +116,13 @@ def gather(rows: Tensor, index: Tensor) -> Tensor:
 
 
 class DiagonalLSTM(torch.autograd.Function):
-    """The torch form. Products over all pixels stand outside the scan; the scan does what depends on states."""
+    """The torch form. Products over all pixels stand outside the scan; the scan does what depends on states.
+
+    Under autocast it computes in float32: states are to be kept so, and its products are small.
+    """
 
     @staticmethod
+    @torch.amp.custom_fwd(device_type="cuda", cast_inputs=torch.float32)
     def forward(ctx, u, input_weight, bias, state_weight):
         b, h, w, _ = u.shape
         f, n = state_weight.shape[1] // 4, h * w * b
@@ -150,6 +154,7 @@ class DiagonalLSTM(torch.autograd.Function):
         return hidden_rows.index_select(0, order.to_directions).view(b, h, w, 2, f)
 
     @staticmethod
+    @torch.amp.custom_bwd(device_type="cuda")
     @once_differentiable
     def backward(ctx, d_out):
         packed, input_weight, state_weight, gates, hidden_rows, cell_rows, tanh_cell = ctx.saved_tensors

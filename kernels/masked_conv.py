@@ -35,6 +35,7 @@ class MaskedConv(torch.autograd.Function):
     """The torch form. Both gradients are convolutions of padded maps too, so nothing ever leaves channels last."""
 
     @staticmethod
+    @torch.amp.custom_fwd(device_type="cuda", cast_inputs=torch.bfloat16)
     def forward(ctx, u, weight, bias, relu, extra):
         b, h, w, k = u.shape
         r = weight.shape[2] - 1
@@ -46,6 +47,7 @@ class MaskedConv(torch.autograd.Function):
         return channels_last(F.conv2d(channels_first(padded), weight, bias))
 
     @staticmethod
+    @torch.amp.custom_bwd(device_type="cuda")
     @once_differentiable
     def backward(ctx, d_out):
         padded, weight = ctx.saved_tensors

@@ -159,7 +159,7 @@ class TestResume:
         for part in ("weights", "ema", "optimizer", "random"):
             torch.testing.assert_close(checkpoint[part], other[part], rtol=0, atol=0)
         assert checkpoint["step"] == other["step"]
-        assert checkpoint["lowest_val"] == other["lowest_val"]
+        assert checkpoint["best_val"] == other["best_val"]
 
     def start(self, cwd: Path) -> tuple[subprocess.Popen, Path]:
         """Start a run and wait until it has written a checkpoint."""
@@ -191,8 +191,8 @@ class TestResume:
         rows = [json.loads(line)["step"] for line in (last.parent / "metrics.jsonl").read_text().splitlines()]
         assert rows == sorted(rows) and len(rows) == len(set(rows)) + 6  # 6 evaluations share a step with a log line
 
-    def test_after_a_kill_in_the_middle_of_writing_a_checkpoint(self, tmp_path, uninterrupted):
-        """The fourth write of last.pt dies after half of its bytes."""
+    def test_after_kills_in_the_middle_of_writing_a_checkpoint(self, tmp_path, uninterrupted):
+        """Twice the fourth write of last.pt dies after half of its bytes."""
         script = f"""
 import io, os, signal, sys
 sys.path.insert(0, {str(REPOSITORY)!r})
@@ -212,11 +212,12 @@ def half(checkpoint, file):
 torch.save = half
 command.run("train", train.main, train.resumed)
 """
-        line = [sys.executable, "-c", script, *LONG]
-        run = subprocess.run(line, cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True)
-        assert run.returncode == -signal.SIGKILL, run.stderr
-        (last,) = tmp_path.rglob("last.pt")
-        assert read(last)["step"] == 21 and last.with_name("last.pt.tmp").exists()
+        line = [sys.executable, "-c", script, *LONG, "resume=auto"]
+        for step in (21, 42):
+            run = subprocess.run(line, cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True)
+            assert run.returncode == -signal.SIGKILL, run.stderr
+            (last,) = tmp_path.rglob("last.pt")
+            assert read(last)["step"] == step and last.with_name("last.pt.tmp").exists()
         process("train.py", f"resume={last.parent}", cwd=tmp_path, check=True)
         self.same(read(last), uninterrupted)
         assert not last.with_name("last.pt.tmp").exists()
@@ -234,6 +235,16 @@ command.run("train", train.main, train.resumed)
     def test_auto_starts_anew_where_nothing_fits(self, call, trained):
         status, out, err = call("train", *SHORT, "resume=auto")
         assert status == 0 and "steps 0 to 12" in out, err
+
+    def test_auto_passes_over_a_damaged_run_and_says_so(self, call, trained):
+        Path("runs/x").mkdir(parents=True)
+        Path("runs/x/last.pt").write_bytes(b"damaged")
+        status, out, err = call("train", *SHORT, "resume=auto")
+        assert status == 0 and "steps 0 to 12" in out and "runs/x/last.pt" in err
+
+    def test_of_another_folder_is_refused(self, call, trained):
+        status, _, err = call("train", f"resume={trained}", "hydra.run.dir=elsewhere")
+        assert status == 2 and str(trained) in err and "elsewhere" in err
 
     def test_of_another_model_is_refused(self, call, trained):
         before = (trained / "last.pt").read_bytes()
