@@ -34,7 +34,7 @@ def build_optimizer(config: dict, parameters) -> torch.optim.Optimizer:
     if name not in allowed:
         raise ValueError(f"optimizer.name={name!r} is not allowed: {' or '.join(allowed)} is")
     try:
-        return allowed[name](parameters, **config)
+        return allowed[name](parameters, foreach=True, **config)  # a few operations for all parameters together
     except TypeError as error:
         raise ValueError(f"optimizer: {error}") from None
 
