@@ -1,5 +1,9 @@
-"""What a run says: progress (a bar on a terminal, else lines), metrics.jsonl, TensorBoard, and what it ran on."""
+"""What a run says: progress (a bar on a terminal, else lines), metrics.jsonl, TensorBoard, and what it ran on.
 
+And the one thing that it asks of the machine: `keep_freed_memory`.
+"""
+
+import ctypes
 import importlib.metadata
 import json
 import os
@@ -161,3 +165,19 @@ def environment(device: torch.device) -> dict[str, str | int | None]:
         "triton": version("triton"),
         "commit": commit(),
     }
+
+
+def keep_freed_memory() -> None:
+    """Ask glibc to keep the memory that a training step frees for the next step; elsewhere do nothing.
+
+    It would give tensors of some megabytes back to the system and get them anew, zeroed page by page: some ten thousand
+    page faults, a tenth of the time, in a step of a Diagonal BiLSTM on a CPU.
+    """
+    trim_threshold, mmap_threshold, top_pad = -1, -3, -2  # names in malloc.h: M_TRIM_THRESHOLD, …
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, TypeError, OSError):
+        return
+    mallopt(mmap_threshold, 32 << 20)  # the largest that glibc takes
+    mallopt(trim_threshold, 2**31 - 1)
+    mallopt(top_pad, 64 << 20)

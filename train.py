@@ -21,7 +21,7 @@ from evaluate import choose_device, nats_of, summarise
 from models.base import bits_per_dim
 from models.checkpoint import read, rebuild, save, write_atomically
 from models.sampling import sample
-from report import Bar, Metrics, environment
+from report import Bar, Metrics, environment, keep_freed_memory
 from sample import save_grid
 
 EVALUATION_BATCH = 64  # images: small enough for a cache, large enough for a GPU; evaluate.py has the same
@@ -244,6 +244,7 @@ def resumed(argv: list[str]) -> list[str]:
 
 def main(cfg) -> None:
     check_config(cfg)
+    keep_freed_memory()
     folder = Path(HydraConfig.get().runtime.output_dir)
     last, best = folder / "last.pt", folder / "best.pt"
     if last.exists() and cfg.resume is None:

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 import models
-from report import environment
+from report import environment, keep_freed_memory
 
 MODELS = {"pixel_cnn": ("models.PixelCNN", 15), "diag_bilstm": ("models.DiagBiLSTM", 7)}  # class, layers
 
@@ -81,6 +81,7 @@ def parse(options: argparse.ArgumentParser, argv: list[str] | None) -> argparse.
     if args.threads:
         torch.set_num_threads(args.threads)
     args.device = torch.device(args.device)
+    keep_freed_memory()  # as train.py does
     args.repeats = args.repeats or (2 if args.quick else args.usual_repeats)
     args.name = args.name or f"{args.command}-{args.device.type}" + "-quick" * args.quick
     typed, out = list(sys.argv[1:] if argv is None else argv), Path(args.out)

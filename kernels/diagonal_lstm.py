@@ -128,27 +128,28 @@ class DiagonalLSTM(torch.autograd.Function):
         f, n = state_weight.shape[1] // 4, h * w * b
         order = packing(b, h, w, u.device)
         packed = gather(u, order.from_image)  # (d hw·b k)
-        gates = torch.baddbmm(bias[:, None], packed, input_weight.mT)  # (d hw·b 4f), activated in place below
+        # tanh(x) is 2σ(2x) − 1: with g's weights doubled, one sigmoid serves all gates, at a third of the time of tanh.
+        doubled = bias.new_ones(4 * f).masked_fill_(torch.arange(4 * f, device=bias.device) >= 3 * f, 2)
+        gates = torch.baddbmm((bias * doubled)[:, None], packed, input_weight.mT * doubled)  # (d hw·b 4f)
+        left_weight, up_weight = (state_weight.mT * doubled).split(f, dim=1)  # (d f 4f) each
         hidden_rows, cell_rows = (gates.new_empty(2 * n + 1, f) for _ in range(2))
         hidden_rows[-1] = cell_rows[-1] = 0
         hidden, cell = hidden_rows[:-1].view(2, n, f), cell_rows[:-1].view(2, n, f)
         tanh_cell = torch.empty_like(cell)
-        left_weight, up_weight = state_weight.mT.split(f, dim=1)  # (d f 4f) each
-        for diagonal in diagonals(h, w):
-            start, size, left, num_left, up, num_up = (b * n for n in diagonal)
-            now = gates.narrow(1, start, size)
+        sizes = [b * diagonal.size for diagonal in diagonals(h, w)]
+        wholes = (x.split(sizes, dim=1) for x in (gates, *gates.split(f, dim=2), cell, tanh_cell, hidden))
+        for diagonal, now, o, forget, i, g, c, tanh_c, h_now in zip(diagonals(h, w), *wholes, strict=True):
+            _, size, left, num_left, up, num_up = (b * pixels for pixels in diagonal)
             if num_left:
                 now.narrow(1, 0, num_left).baddbmm_(hidden.narrow(1, left, num_left), left_weight)
             if num_up:
                 now.narrow(1, size - num_up, num_up).baddbmm_(hidden.narrow(1, up, num_up), up_weight)
-            now.narrow(2, 0, 3 * f).sigmoid_()
-            o, forget, i, g = now.split(f, dim=2)
-            c = torch.mul(i, g.tanh_(), out=cell.narrow(1, start, size))
+            now.sigmoid_()
+            torch.mul(i, g.mul_(2).sub_(1), out=c)
             if num_left:
-                forget_left = forget.narrow(1, 0, num_left)
-                c.narrow(1, 0, num_left).addcmul_(forget_left, cell.narrow(1, left, num_left))
-            tanh_c = torch.tanh(c, out=tanh_cell.narrow(1, start, size))
-            torch.mul(o, tanh_c, out=hidden.narrow(1, start, size))
+                c_left = cell.narrow(1, left, num_left)
+                c.narrow(1, 0, num_left).addcmul_(forget.narrow(1, 0, num_left), c_left)
+            torch.mul(o, torch.tanh(c, out=tanh_c), out=h_now)
         ctx.save_for_backward(packed, input_weight, state_weight, gates, hidden_rows, cell_rows, tanh_cell)
         ctx.shape = b, h, w
         return hidden_rows.index_select(0, order.to_directions).view(b, h, w, 2, f)
@@ -174,15 +175,19 @@ class DiagonalLSTM(torch.autograd.Function):
 
         d_hidden, d_cell = gather(d_out, order.from_directions), torch.zeros_like(tanh_cell)
         left_weight, up_weight = state_weight.split(f, dim=2)  # (d 4f f) each
-        for diagonal in reversed(diagonals(h, w)):
-            start, size, left, num_left, up, num_up = (b * n for n in diagonal)
-            dh, dc, dg = (x.narrow(1, start, size) for x in (d_hidden, d_cell, d_gates))
-            dc.addcmul_(dh, d_cell_d_hidden.narrow(1, start, size))
-            dg.narrow(2, 0, f).mul_(dh)
-            dg.narrow(2, f, 3 * f).unflatten(2, (3, f)).mul_(dc.unsqueeze(2))
+        sizes = [b * diagonal.size for diagonal in diagonals(h, w)]
+        to_o, to_cell = d_gates.narrow(2, 0, f), d_gates.narrow(2, f, 3 * f).unflatten(2, (3, f))
+        wholes = (x.split(sizes, dim=1) for x in (d_hidden, d_cell, d_cell_d_hidden, d_gates, to_o, to_cell, forget))
+        for diagonal, dh, dc, factor, dg, dg_o, dg_cell, forget_now in reversed(
+            [*zip(diagonals(h, w), *wholes, strict=True)]
+        ):
+            _, size, left, num_left, up, num_up = (b * pixels for pixels in diagonal)
+            dc.addcmul_(dh, factor)
+            dg_o.mul_(dh)
+            dg_cell.mul_(dc.unsqueeze(2))
             if num_left:
-                forget_left = forget.narrow(1, start, num_left)
-                torch.mul(dc.narrow(1, 0, num_left), forget_left, out=d_cell.narrow(1, left, num_left))
+                dc_left = d_cell.narrow(1, left, num_left)
+                torch.mul(dc.narrow(1, 0, num_left), forget_now.narrow(1, 0, num_left), out=dc_left)
                 d_hidden.narrow(1, left, num_left).baddbmm_(dg.narrow(1, 0, num_left), left_weight)
             if num_up:
                 d_hidden.narrow(1, up, num_up).baddbmm_(dg.narrow(1, size - num_up, num_up), up_weight)
