@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -351,32 +352,33 @@ class TestMistakes:
         result = call("train", "dataset=mnist", f"dataset.root={tmp_path}")
         self.refused(result, ["ubyte.gz"])
 
+    IN_SAMPLING: ClassVar = [
+        (["n=0"], ["n=0", "at least 1"]),
+        (["n=abc"], ["n=abc"]),
+        (["temperature=-1"], ["temperature=-1"]),
+        (["method=fast"], ["fast", "cached", "naive"]),
+        (["columns=0"], ["columns=0"]),
+        (["out=nowhere/x.png"], ["nowhere"]),
+        (["out=samples.jpg"], ["samples.jpg", ".png"]),
+        (["out=folder.png"], ["folder.png"]),
+        (["npy=images.txt"], ["images.txt", ".npy"]),
+    ]
+    IN_BOTH: ClassVar = [
+        (["batch_size=0"], ["batch_size=0"]),
+        (["checkpoint=nothing.pt"], ["nothing.pt"]),
+        (["checkpoint=text.pt"], ["text.pt", "no checkpoint"]),
+        (["checkpoint=cut.pt"], ["cut.pt", "cut short"]),
+        (["checkpoint=damaged.pt"], ["damaged.pt", "damaged"]),
+        (["checkpoint=pickle.pt"], ["pickle.pt", "no checkpoint"]),
+        (["checkpoint=other.pt"], ["other.pt", "no checkpoint"]),
+        (["checkpoint=folder.png"], ["folder.png", "train.py"]),
+    ]
+
     @pytest.mark.parametrize(
-        ("arguments", "words"),
-        [
-            (["n=0"], ["n=0", "at least 1"]),
-            (["n=abc"], ["n=abc"]),
-            (["temperature=-1"], ["temperature=-1"]),
-            (["method=fast"], ["fast", "cached", "naive"]),
-            (["batch_size=0"], ["batch_size=0"]),
-            (["columns=0"], ["columns=0"]),
-            (["out=nowhere/x.png"], ["nowhere"]),
-            (["out=samples.jpg"], ["samples.jpg", ".png"]),
-            (["out=folder.png"], ["folder.png"]),
-            (["npy=images.txt"], ["images.txt", ".npy"]),
-            (["checkpoint=nothing.pt"], ["nothing.pt"]),
-            (["checkpoint=text.pt"], ["text.pt", "no checkpoint"]),
-            (["checkpoint=cut.pt"], ["cut.pt", "cut short"]),
-            (["checkpoint=damaged.pt"], ["damaged.pt", "damaged"]),
-            (["checkpoint=pickle.pt"], ["pickle.pt", "no checkpoint"]),
-            (["checkpoint=other.pt"], ["other.pt", "no checkpoint"]),
-            (["checkpoint=folder.png"], ["folder.png", "train.py"]),
-        ],
+        ("name", "arguments", "words"),
+        [("sample", *case) for case in IN_SAMPLING + IN_BOTH] + [("evaluate", *case) for case in IN_BOTH],
     )
-    @pytest.mark.parametrize("name", ["sample", "evaluate"])
     def test_in_sampling_and_evaluation(self, call, tmp_path, trained, name, arguments, words):
-        if name == "evaluate" and not arguments[0].startswith(("checkpoint", "batch_size")):
-            pytest.skip("no such key there")
         good = (trained / "best.pt").read_bytes()
         (tmp_path / "text.pt").write_text("no checkpoint at all")
         (tmp_path / "cut.pt").write_bytes(good[: len(good) // 2])
