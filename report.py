@@ -171,7 +171,7 @@ def keep_freed_memory() -> None:
     """Ask glibc to keep the memory that a training step frees for the next step; elsewhere do nothing.
 
     It would give tensors of some megabytes back to the system and get them anew, zeroed page by page: some ten thousand
-    page faults, a tenth of the time, in a step of a Diagonal BiLSTM on a CPU.
+    page faults in a step of a Diagonal BiLSTM on a CPU.
     """
     trim_threshold, mmap_threshold, top_pad = -1, -3, -2  # names in malloc.h: M_TRIM_THRESHOLD, …
     try:

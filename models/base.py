@@ -7,6 +7,8 @@ A model is a stem (7×7 convolution, mask A), a body (the architecture, from 2·
 `extra_columns` of features at the right end of the image, and leaves them out of what it returns.
 """
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor, nn
 
@@ -15,7 +17,7 @@ from models.layers import MaskedConv, check
 
 
 class AutoregressiveModel(nn.Module):
-    """An exact-likelihood model of images (b c h w) of integers in [0, levels).
+    """An exact-likelihood model of images (b c h w) of integers in [0, levels); a subclass names its `Body`.
 
     Args:
         channels, levels, height, width: what the images are.
@@ -29,7 +31,21 @@ class AutoregressiveModel(nn.Module):
         ValueError: for an argument outside what is allowed.
     """
 
-    def __init__(self, body, channels, levels, height, width, hidden, layers, residual, skip, head_features, dropout):
+    Body: ClassVar[type[nn.Module]]
+
+    def __init__(
+        self,
+        channels: int,
+        levels: int,
+        height: int,
+        width: int,
+        hidden: int,
+        layers: int,
+        residual: bool = True,
+        skip: bool = False,
+        head_features: int = 32,
+        dropout: float = 0.0,
+    ):
         super().__init__()
         for name, value, low in (
             ("channels", channels, 1),
@@ -45,8 +61,8 @@ class AutoregressiveModel(nn.Module):
         check("skip", skip, bool, False, True)
         check("dropout", dropout, float, 0.0, 0.95)
         self.channels, self.levels, self.height, self.width = channels, levels, height, width
-        self.stem = MaskedConv("A", 7, channels, 2 * hidden, channels, extra=body.extra_columns)
-        self.body = body(hidden, layers, channels, residual, skip, dropout)
+        self.stem = MaskedConv("A", 7, channels, 2 * hidden, channels, extra=self.Body.extra_columns)
+        self.body = self.Body(hidden, layers, channels, residual, skip, dropout)
         self.head = SoftmaxHead(2 * hidden, head_features, channels, levels)
 
     @property

@@ -136,29 +136,4 @@ class ResidualBlocksScan:
 class PixelCNN(AutoregressiveModel):
     """PixelCNN. Arguments: see `AutoregressiveModel`."""
 
-    def __init__(
-        self,
-        channels: int,
-        levels: int,
-        height: int,
-        width: int,
-        hidden: int,
-        layers: int,
-        residual: bool = True,
-        skip: bool = False,
-        head_features: int = 32,
-        dropout: float = 0.0,
-    ):
-        super().__init__(
-            ResidualBlocks,
-            channels,
-            levels,
-            height,
-            width,
-            hidden,
-            layers,
-            residual,
-            skip,
-            head_features,
-            dropout,
-        )
+    Body = ResidualBlocks
