@@ -42,7 +42,7 @@ class ResidualBlocks(nn.Module):
         for layer, (down, conv, up) in enumerate(zip(self.down, self.conv, self.up, strict=True)):
             mid = conv(down(u.relu()), relu=True).relu()
             mid = F.dropout(mid, self.dropout, self.training)
-            u = up(mid).add_(u) if self.residual else up(mid)
+            u = u + up(mid) if self.residual else up(mid)
             if self.skip:
                 skips = skips + self.to_head[layer](mid)
         return u + skips
