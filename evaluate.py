@@ -1,5 +1,6 @@
 """Measure the likelihood of a whole split under a trained model: `python evaluate.py [checkpoint=…] [split=test]`."""
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -8,7 +9,7 @@ from torch import Tensor
 import data
 from conf.command import run
 from data.splits import Split
-from models.base import AutoregressiveModel, bits_per_dim
+from models.base import ImageModel, bits_per_dim
 from models.checkpoint import find, read, rebuild
 from report import Bar
 
@@ -23,24 +24,49 @@ def choose_device(name: str) -> torch.device:
 
 
 def nats_of(
-    model: AutoregressiveModel,
+    model: ImageModel,
     split: Split,
     batch_size: int,
     seed: int = 0,
     tell: Callable[[int], None] = lambda n: None,
-) -> Tensor:
-    """Nats of each image of a split (n,) float64, in its order. `seed` is that of stochastic binarization."""
-    device, training = model.stem.weight.device, model.training
+    label: int | None = None,
+) -> dict[str, Tensor]:
+    """Nats of each image of a split, in its order: "nats" (n,) float64, and the parts that they are a sum of, if any.
+
+    Args:
+        seed: that of stochastic binarization.
+        label: the class that every image is taken for, of a model with classes; None: its own.
+    """
+    device, training = model.device, model.training
     generator = torch.Generator().manual_seed(seed)
-    nats = []
+    nats: dict[str, list[Tensor]] = {}
     model.eval()
     with torch.no_grad():
         for start in range(0, len(split), batch_size):
-            x, _ = split.batch(slice(start, start + batch_size), generator)
-            nats.append(-model.log_prob(x.to(device)).double().cpu())
+            x, labels = split.batch(slice(start, start + batch_size), generator)
+            x, given = model.check(x.to(device)), label_for(model, labels)
+            if label is not None:
+                given = torch.full((len(x),), label, device=device)
+            parts = model.parts(x, given)
+            total = torch.stack([*parts.values()]).sum(0) if parts else -model.log_prob(x, given)
+            for name, value in {"nats": total, **parts}.items():
+                nats.setdefault(name, []).append(value.double().cpu())
             tell(len(x))
     model.train(training)
-    return torch.cat(nats)
+    return {name: torch.cat(values) for name, values in nats.items()}
+
+
+def label_for(model: ImageModel, labels: Tensor | None) -> Tensor | None:
+    """The labels (b,) of a batch where the model is conditioned on them, on its device."""
+    return labels.to(model.device) if model.classes else None
+
+
+def check_classes(model: ImageModel, dataset: data.Dataset) -> None:
+    """Raise ValueError where a model is conditioned on classes that the data set does not have."""
+    if model.classes and model.classes != dataset.classes:
+        has = f"{dataset.classes} classes" if dataset.classes else "no labels"
+        allowed = f"0 or {dataset.classes}" if dataset.classes else "0"
+        raise ValueError(f"model.classes={model.classes} is not allowed: {dataset.name} has {has}, {allowed} is")
 
 
 def summarise(nats: Tensor, shape: tuple[int, int, int]) -> dict[str, float]:
@@ -54,23 +80,58 @@ def summarise(nats: Tensor, shape: tuple[int, int, int]) -> dict[str, float]:
     }
 
 
+def classify(model: ImageModel, split: Split, cfg) -> str:
+    """How often the class of largest log p(x | class) is an image's own, all classes being as likely before (Bayes)."""
+    if not model.classes:
+        raise ValueError("classify=true is not possible: the model was trained without classes (model.classes=0)")
+    nats = []
+    for label in range(model.classes):
+        with Bar(f"class {label}", len(split)) as bar:
+            nats.append(nats_of(model, split, cfg.batch_size, cfg.seed, bar.advance, label)["nats"])
+    nats = torch.stack(nats, dim=1)  # (n classes)
+    right = nats.argmin(1) == torch.from_numpy(split.labels.astype("int64"))
+    accuracy, n = right.double().mean().item(), len(right)
+    error = (accuracy * (1 - accuracy) / n) ** 0.5
+    marginal = summarise(-(torch.logsumexp(-nats, 1) - math.log(model.classes)), model.shape)
+    return (
+        f"accuracy {100 * accuracy:.2f} ± {100 * error:.2f} %, {int(right.sum())} of {n} images\n"
+        f"without the label: {line(marginal)}"
+    )
+
+
+def line(result: dict[str, float]) -> str:
+    """A `summarise` in words."""
+    return (
+        f"{result['nats']:.4f} ± {result['nats_standard_error']:.4f} nats, "
+        f"{result['bits_per_dim']:.4f} ± {result['bits_per_dim_standard_error']:.4f} bits/dim"
+    )
+
+
 def main(cfg) -> None:
     if cfg.batch_size < 1:
         raise ValueError(f"batch_size={cfg.batch_size} is not allowed: at least 1 is")
     path = find(cfg.checkpoint)
     checkpoint = read(path, choose_device(cfg.device))
     model = rebuild(checkpoint)
-    config = dict(checkpoint["config"]["dataset"])
-    dataset = data.build(config if cfg.root is None else {**config, "root": cfg.root})
+    dataset = dataset_of(checkpoint, cfg.root)
+    check_classes(model, dataset)
     split = dataset.split(cfg.split)
     print(f"{path} · {dataset.name} {cfg.split}, {len(split):,} images")
     with Bar("evaluate", len(split)) as bar:
-        nats = nats_of(model, split, cfg.batch_size, cfg.seed, bar.advance)
-    result = summarise(nats, model.shape)
-    print(
-        f"{cfg.split}: {result['nats']:.4f} ± {result['nats_standard_error']:.4f} nats, "
-        f"{result['bits_per_dim']:.4f} ± {result['bits_per_dim_standard_error']:.4f} bits/dim"
-    )
+        result = nats_of(model, split, cfg.batch_size, cfg.seed, bar.advance)
+    print(f"{cfg.split}: {line(summarise(result['nats'], model.shape))}" + ", given the label" * bool(model.classes))
+    for name, nats in result.items():
+        if name != "nats":
+            mean = summarise(nats, model.shape)
+            print(f"  of which {name}: {mean['nats']:.4f} ± {mean['nats_standard_error']:.4f} nats")
+    if cfg.classify:
+        print(classify(model, split, cfg))
+
+
+def dataset_of(checkpoint: dict, root: str | None) -> data.Dataset:
+    """The data set that a checkpoint was trained on, below another folder where `root` names one."""
+    config = dict(checkpoint["config"]["dataset"])
+    return data.build(config if root is None else {**config, "root": root})
 
 
 if __name__ == "__main__":

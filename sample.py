@@ -4,6 +4,7 @@ import math
 import os
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -12,8 +13,13 @@ from PIL import Image
 from torch import Tensor
 
 from conf.command import run
-from evaluate import choose_device
-from models.checkpoint import find, load, write_atomically
+from data.arrays import open_integers
+from data.given import read_images
+from data.splits import SPLITS
+from evaluate import choose_device, dataset_of
+from models.base import ImageModel
+from models.checkpoint import find, read, rebuild, write_atomically
+from models.layers import check
 from models.sampling import sample
 from report import Bar
 
@@ -54,6 +60,60 @@ def check_writable(path: Path, suffix: str) -> None:
     path.with_name(f".{path.name}.probe").unlink()
 
 
+def labels_in_rows(classes: int, n: int | None) -> tuple[Tensor | None, int | None]:
+    """Which class each of n images is drawn from, and how many columns make a row a class: (n,), or None without.
+
+    Where n is None, as many as fill whole rows, about 64.
+    """
+    if not classes:
+        return None, None
+    columns = max(1, (64 if n is None else n) // classes)
+    return torch.arange(columns * min(classes, 64) if n is None else n) // columns % classes, columns
+
+
+class Completion(NamedTuple):
+    """Images to complete: x (n c h w), which sub-pixels are known (n c h w), and the images' labels (n,) or None."""
+
+    x: Tensor
+    known: Tensor
+    label: Tensor | None
+
+
+def to_complete(cfg, model: ImageModel, checkpoint: dict) -> Completion:
+    """What `complete`, `keep` and `mask` say."""
+    n, label = 8 if cfg.n is None else cfg.n, None
+    check("n", n, int, 1)
+    check("completions", cfg.completions, int, 1)
+    if cfg.complete in SPLITS:
+        split = dataset_of(checkpoint, cfg.root).split(cfg.complete)
+        x, label = split.batch(slice(0, n), torch.Generator().manual_seed(cfg.seed))
+        x, label = model.check(x.long()), label if model.classes else None
+    else:
+        x = read_images(Path(cfg.complete), model.shape, model.levels, n)
+    if cfg.label is not None:
+        label = torch.full((len(x),), cfg.label)
+    if model.classes and label is None:
+        raise ValueError(f"label is missing: complete={cfg.complete} has no labels, and the model has classes")
+    if cfg.mask is None:
+        check("keep", cfg.keep, float, 0, 1)
+        known = torch.zeros_like(x, dtype=torch.bool)
+        known[:, :, : round(cfg.keep * model.height)] = True
+        return Completion(x, known, label)
+    known = torch.from_numpy(np.array(open_integers(Path(cfg.mask), "mask"))).bool()
+    c, h, w = model.shape
+    if tuple(known.shape) not in ((h, w), (c, h, w), tuple(x.shape)):
+        allowed = f"({h}, {w}), ({c}, {h}, {w}) or {tuple(x.shape)}"
+        raise ValueError(f"mask={cfg.mask} has the shape {tuple(known.shape)}: {allowed} is allowed")
+    return Completion(x, known.expand_as(x), label)
+
+
+def beside(given: Completion, drawn: Tensor, completions: int, levels: int) -> Tensor:
+    """A row for each image: the image, what is known of it on grey, and its completions (n·completions c h w)."""
+    shown = torch.where(given.known, given.x, (levels - 1) // 2)
+    rows = torch.cat([given.x[:, None], shown[:, None], drawn.long().unflatten(0, (-1, completions))], dim=1)
+    return rows.flatten(0, 1)
+
+
 def main(cfg) -> None:
     out = Path(cfg.out)
     check_writable(out, ".png")
@@ -62,32 +122,44 @@ def main(cfg) -> None:
     if cfg.columns is not None and cfg.columns < 1:
         raise ValueError(f"columns={cfg.columns} is not allowed: at least 1 is")
     path = find(cfg.checkpoint)
-    model = load(path, choose_device(cfg.device))
+    checkpoint = read(path, choose_device(cfg.device))
+    model = rebuild(checkpoint)
     print(f"{path} · {type(model).__name__}, {model.channels}×{model.height}×{model.width}, {model.levels} levels")
-    start = time.perf_counter()
-    with Bar("sample rows", max(cfg.n, 1) * model.height) as bar:
+    columns, known = cfg.columns, None
+    if cfg.complete is not None:
+        given = to_complete(cfg, model, checkpoint)
+        known = given.x.repeat_interleave(cfg.completions, 0), given.known.repeat_interleave(cfg.completions, 0)
+        label = None if given.label is None else given.label.repeat_interleave(cfg.completions)
+        n, columns = len(known[0]), 2 + cfg.completions
+    elif cfg.label is not None or not model.classes:
+        n, label = 64 if cfg.n is None else cfg.n, cfg.label
+    else:
+        label, in_rows = labels_in_rows(model.classes, cfg.n)
+        n, columns = len(label), columns or in_rows
+    rows, start = sum(net.height for net in model.nets), time.perf_counter()
+    with Bar("sample rows", max(n, 1) * rows) as bar:
 
-        def tell(rows: int) -> None:
-            bar.advance(rows)
-            bar.text(f"{bar.done / model.height / (time.perf_counter() - start):.1f} images/s")
+        def tell(done: int) -> None:
+            bar.advance(done)
+            bar.text(f"{bar.done / rows / (time.perf_counter() - start):.1f} images/s")
 
         x = sample(
             model,
-            cfg.n,
+            n,
             seed=cfg.seed,
             method=cfg.method,
             temperature=cfg.temperature,
+            label=label,
+            known=known,
             batch_size=cfg.batch_size,
             tell=tell,
         )
     seconds = time.perf_counter() - start
-    save_grid(out, x, model.levels, cfg.columns)
+    picture = x if cfg.complete is None else beside(given, x, cfg.completions, model.levels)
+    save_grid(out, picture, model.levels, columns)
     if cfg.npy is not None:
         write_atomically(Path(cfg.npy), lambda file: np.save(file, x.numpy(), allow_pickle=False))
-    print(
-        f"{cfg.n} images in {seconds:.2f} s ({cfg.n / seconds:.1f} images/s): {out}"
-        + (f", {cfg.npy}" if cfg.npy else "")
-    )
+    print(f"{n} images in {seconds:.2f} s ({n / seconds:.1f} images/s): {out}" + (f", {cfg.npy}" if cfg.npy else ""))
 
 
 if __name__ == "__main__":

@@ -17,12 +17,12 @@ import data
 import models
 from conf import command
 from conf.command import Stopped
-from evaluate import choose_device, nats_of, summarise
+from evaluate import check_classes, choose_device, label_for, nats_of, summarise
 from models.base import bits_per_dim
 from models.checkpoint import read, rebuild, save, write_atomically
 from models.sampling import sample
 from report import Bar, Metrics, environment, keep_freed_memory
-from sample import save_grid
+from sample import labels_in_rows, save_grid
 
 EVALUATION_BATCH = 64  # images: small enough for a cache, large enough for a GPU; evaluate.py has the same
 
@@ -81,6 +81,7 @@ class Training:
         self.config = OmegaConf.to_container(cfg, resolve=True)
         self.model_config = {**self.config["model"], **dataset.shape}
         self.model = models.build(self.model_config).to(device)
+        check_classes(self.model, dataset)
         self.ema = averaged(self.model, cfg.ema) if cfg.ema else None
         self.optimizer = build_optimizer(self.config["optimizer"], self.model.parameters())
         self.binarizer = torch.Generator().manual_seed(cfg.seed)
@@ -270,9 +271,9 @@ def main(cfg) -> None:
             lr = cfg.optimizer.lr * learning_rate_factor(run.step, steps, cfg.warmup, cfg.decay)
             for group in run.optimizer.param_groups:
                 group["lr"] = lr
-            x, _ = dataset.train.batch(order.batch(run.step), run.binarizer)
+            x, labels = dataset.train.batch(order.batch(run.step), run.binarizer)
             with autocast:
-                nats = model(x.to(device)).mean()
+                nats = model(x.to(device), label_for(model, labels)).mean()
             (nats / math.prod(shape)).backward()
             if cfg.clip is not None:
                 nn.utils.clip_grad_norm_(model.parameters(), cfg.clip)
@@ -297,7 +298,7 @@ def main(cfg) -> None:
                 metrics.write(run.step, train_nats=nats, train_bits_per_dim=bits, lr=lr, images_per_second=rate)
                 bar.text(f"{bits:.3f} bits/dim · {nats:.1f} nats · {rate:.0f} images/s")
             if evaluate and not signals.caught:
-                val = summarise(nats_of(run.evaluated, dataset.val, EVALUATION_BATCH), shape)
+                val = summarise(nats_of(run.evaluated, dataset.val, EVALUATION_BATCH)["nats"], shape)
                 check_finite(val["nats"], f"on the validation split at step {run.step}", folder)
                 metrics.write(run.step, val_nats=val["nats"], val_bits_per_dim=val["bits_per_dim"])
                 bar.say(f"step {run.step} · val {val['bits_per_dim']:.4f} bits/dim, {val['nats']:.2f} nats")
@@ -308,8 +309,9 @@ def main(cfg) -> None:
                 run.save(last)
             if draw and not signals.caught:
                 (folder / "samples").mkdir(exist_ok=True)
-                x = sample(run.evaluated, cfg.samples, seed=cfg.seed)
-                save_grid(folder / "samples" / f"step_{run.step:06d}.png", x, dataset.levels)
+                label, columns = labels_in_rows(model.classes, cfg.samples)
+                x = sample(run.evaluated, cfg.samples, seed=cfg.seed, label=label)
+                save_grid(folder / "samples" / f"step_{run.step:06d}.png", x, dataset.levels, columns)
             if evaluate or keep or draw:
                 recent.restart()
     if signals.caught and run.step < steps:
@@ -319,9 +321,10 @@ def main(cfg) -> None:
 
 def finish(run: Training, dataset: data.Dataset, folder: Path, parameters: int) -> None:
     """Evaluate the best checkpoint on the whole test split, and write summary.json."""
-    best = read(folder / "best.pt", run.model.stem.weight.device)
-    test = summarise(nats_of(rebuild(best), dataset.test, EVALUATION_BATCH), run.model.shape)
-    result = {f"test_{name}": value for name, value in test.items()}
+    best = read(folder / "best.pt", run.model.device)
+    nats = nats_of(rebuild(best), dataset.test, EVALUATION_BATCH)
+    result = {f"test_{name}": value for name, value in summarise(nats["nats"], run.model.shape).items()}
+    result |= {f"test_{name}_nats": values.mean().item() for name, values in nats.items() if name != "nats"}
     result |= {f"val_{name}": value for name, value in best["best_val"].items()}
     result |= {
         "parameters": parameters,
@@ -330,7 +333,7 @@ def finish(run: Training, dataset: data.Dataset, folder: Path, parameters: int) 
         "train_seconds": run.seconds,
         "images_per_second": run.step * min(run.config["batch_size"], len(dataset.train)) / run.seconds,
         "command": " ".join(["python train.py", *HydraConfig.get().overrides.task]),
-        **environment(run.model.stem.weight.device),
+        **environment(run.model.device),
     }
     write_atomically(folder / "summary.json", lambda file: file.write((json.dumps(result, indent=2) + "\n").encode()))
     print(

@@ -18,12 +18,17 @@ import torch
 import models
 from report import environment, keep_freed_memory
 
-MODELS = {"pixel_cnn": ("models.PixelCNN", 15), "diag_bilstm": ("models.DiagBiLSTM", 7)}  # class, layers
+MODELS = {  # class, hidden, layers
+    "pixel_cnn": ("models.PixelCNN", 16, 15),
+    "gated_pixel_cnn": ("models.GatedPixelCNN", 32, 10),
+    "row_lstm": ("models.RowLSTM", 16, 7),
+    "diag_bilstm": ("models.DiagBiLSTM", 16, 7),
+}
 
 
-def build(name: str, side: int, channels: int, levels: int, hidden: int, layers: int | None, device):
-    """A model for side × side images, of the same weights each time; layers=None: as many as in `MODELS`."""
-    target, usual = MODELS[name]
+def build(name: str, side: int, channels: int, levels: int, hidden: int | None, layers: int | None, device):
+    """A model for side × side images, of the same weights each time; None: as in `MODELS`."""
+    target, usual_hidden, usual_layers = MODELS[name]
     torch.manual_seed(0)
     model = models.build(
         {
@@ -32,8 +37,8 @@ def build(name: str, side: int, channels: int, levels: int, hidden: int, layers:
             "levels": levels,
             "height": side,
             "width": side,
-            "hidden": hidden,
-            "layers": layers or usual,
+            "hidden": hidden or usual_hidden,
+            "layers": layers or usual_layers,
             "head_features": 32,
         }
     )
@@ -42,7 +47,7 @@ def build(name: str, side: int, channels: int, levels: int, hidden: int, layers:
 
 def describe(name: str, model: torch.nn.Module, b: int) -> dict:
     """What a row says of the model it is about: `shape` is (b c h w)."""
-    hidden, layers = model.body.hidden, len(model.body.up)
+    hidden, layers = model.body.hidden, model.body.layers
     sizes = {"shape": [b, *model.shape], "levels": model.levels, "hidden": hidden, "layers": layers}
     return {"model": name, **sizes, "parameters": sum(p.numel() for p in model.parameters())}
 

@@ -24,7 +24,7 @@ BATCH, TIMED = 16, 4  # images drawn side by side; sub-pixels that the naive sam
 def naive_start(model, b: int, count: int):
     """What visits the first `count` sub-pixels as the naive sampler does."""
     evaluator = FullForward(model, b)
-    rule = Draw(noise(0, range(b), model.shape).to(model.stem.weight.device))
+    rule = Draw(noise(0, range(b), model.shape).to(model.device))
     c, _, w = model.shape
 
     def run() -> None:
@@ -81,7 +81,7 @@ def main(argv: list[str] | None = None) -> None:
         "--full-naive", action="store_true", help="draw whole images naively too: takes minutes to hours"
     )
     args = parse(options, argv)
-    args.batch, args.hidden, args.layers, args.sides = BATCH, 16, None, (16, 32, 64)
+    args.batch, args.hidden, args.layers, args.sides = BATCH, None, None, (16, 32, 64)
     side, (colour_side, colour_levels, colour_hidden, colour_layers) = 28, (32, 256, 32, 5)
     if args.quick:
         args.batch, args.hidden, args.layers, args.sides = 2, 4, 2, (3, 4)

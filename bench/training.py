@@ -4,9 +4,11 @@ A step is forward, backward, and RMSprop's step with zero_grad, on random binary
 already. Each model is timed in turn with a baseline, the same function of the same weights as it is usually
 written, and with a matrix product of 1024³, whose rate says what the machine can do just then. The baselines:
 
-    PixelCNN      (b f h w) layout, whole k×k kernels, `weight * mask` in each forward
-    DiagBiLSTM    the skewed map (b f h w+h−1), one direction after the other, a loop over its columns with a
-                  2×1 convolution of the hidden state, differentiated by autograd; the model's stem and head
+    PixelCNN        (b f h w) layout, whole k×k kernels, `weight * mask` in each forward
+    GatedPixelCNN   the same
+    RowLSTM         the same, and a loop over the rows with a 1×3 convolution of the hidden state, by autograd
+    DiagBiLSTM      the skewed map (b f h w+h−1), one direction after the other, a loop over its columns with a
+                    2×1 convolution of the hidden state, differentiated by autograd; the model's stem and head
 
 Arithmetic is counted once, for both: the live multiply-adds of the model's masks (`live_multiply_adds`). A
 step counts as three forwards, as backward needs a product for the inputs' gradient and one for the weights';
@@ -23,8 +25,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bench.measure import Clock, build, describe, interleave, parse, parser, spread, table, whole, write
-from models import DiagBiLSTM, PixelCNN
+from models import DiagBiLSTM, GatedPixelCNN, PixelCNN, RowLSTM
 from models.diag_bilstm import DiagonalLSTMLayer
+from models.gated_pixel_cnn import VerticalConv
+from models.layers import MaskedRowConv
+from models.row_lstm import RowLSTMLayer
 
 
 class DenseConv(nn.Conv2d):
@@ -54,23 +59,97 @@ class DenseConv(nn.Conv2d):
         return F.conv2d(u, self.weight * self.mask, self.bias, padding=self.padding)
 
 
-class DensePixelCNN(nn.Module):
-    """The network of a PixelCNN in (b f h w) layout, with `DenseConv` everywhere."""
+class DenseRowConv(nn.Module):
+    """A 1×3 convolution along the row with all three taps, and a 1×1 of what comes beside: as a `MaskedRowConv`."""
 
-    def __init__(self, model: PixelCNN):
+    def __init__(self, masked: MaskedRowConv):
         super().__init__()
-        body, self.channels, self.scale = model.body, model.channels, model.scale
-        self.stem = DenseConv.like(model.stem)
-        self.down, self.conv, self.up = (
-            nn.ModuleList(map(DenseConv.like, part)) for part in (body.down, body.conv, body.up)
+        n = 2 * masked.inputs
+        (left, centre), (left_mask, centre_mask) = (
+            part[:, :n].chunk(2, dim=1) for part in (masked.weight, masked.mask)
         )
-        self.first, self.logits = DenseConv.like(model.head.first), DenseConv.like(model.head.logits)
+        self.weight = nn.Parameter(torch.stack([left, centre, torch.zeros_like(left)], dim=2)[:, :, None].detach())
+        mask = torch.stack([left_mask, centre_mask, torch.zeros_like(left_mask)], dim=2)[:, :, None]
+        self.register_buffer("mask", mask)
+        self.bias = nn.Parameter(masked.bias.detach().clone())
+        self.beside = nn.Parameter(masked.weight[:, n:, None, None].detach().clone())
+
+    def forward(self, u: Tensor, *beside: Tensor) -> Tensor:
+        out = F.conv2d(u, self.weight * self.mask, self.bias, padding=(0, 1))
+        return out + F.conv2d(beside[0], self.beside) if beside else out
+
+
+class DenseBlock(nn.Module):
+    """A block of a PixelCNN."""
+
+    def __init__(self, body: nn.Module, layer: int):
+        super().__init__()
+        self.down, self.conv, self.up = (DenseConv.like(part[layer]) for part in (body.down, body.conv, body.up))
+
+    def forward(self, u: Tensor) -> Tensor:
+        return u + self.up(self.conv(self.down(u.relu()).relu()).relu())
+
+
+class DenseGatedLayer(nn.Module):
+    """A layer of a Gated PixelCNN, on both stacks, one above the other."""
+
+    def __init__(self, body: nn.Module, layer: int):
+        super().__init__()
+        vertical = body.vertical_conv[layer]
+        self.vertical = DenseConv(vertical.weight, torch.ones_like(vertical.weight), vertical.bias)
+        self.horizontal, self.up = DenseRowConv(body.horizontal[layer]), DenseConv.like(body.up[layer])
+
+    @staticmethod
+    def gate(u: Tensor) -> Tensor:
+        a, b = u.chunk(2, dim=1)
+        return a.tanh() * b.sigmoid()
+
+    def forward(self, u: Tensor) -> Tensor:
+        v, u = u.chunk(2, dim=1)
+        v = self.gate(self.vertical(v))
+        return torch.cat([v, u + self.up(self.gate(self.horizontal(u, v)))], dim=1)
+
+
+class DenseRowLSTMLayer(nn.Module):
+    """A layer of a Row LSTM: a loop over the rows, differentiated by autograd."""
+
+    def __init__(self, body: nn.Module, layer: int):
+        super().__init__()
+        lstm = body.lstm[layer]
+        self.input, self.up = DenseRowConv(lstm.input), DenseConv.like(body.up[layer])
+        self.state_weight = nn.Parameter(lstm.state_weight.detach().clone())
+
+    def forward(self, u: Tensor) -> Tensor:
+        rows, hidden, cell = [], None, 0
+        for now in self.input(u).unbind(2):
+            if hidden is not None:
+                now = now + F.conv1d(hidden, self.state_weight, padding=1)
+            o, forget, i, g = now.chunk(4, dim=1)
+            cell = forget.sigmoid() * cell + i.sigmoid() * g.tanh()
+            hidden = o.sigmoid() * cell.tanh()
+            rows.append(hidden)
+        return u + self.up(torch.stack(rows, dim=2))
+
+
+class DenseNet(nn.Module):
+    """A network in (b f h w) layout, with `DenseConv` in stem, layers and head.
+
+    Args:
+        layers: one module a layer: the stream (b f h w) → what it becomes.
+    """
+
+    def __init__(self, model: nn.Module, layers: list[nn.Module]):
+        super().__init__()
+        self.channels, self.scale = model.channels, model.scale
+        self.stem, self.layers = DenseConv.like(model.stem), nn.ModuleList(layers)
+        self.first, self.logits = DenseConv.like(model.head.first), DenseConv.like(model.head.last)
 
     def network(self, x: Tensor) -> Tensor:
         """Images (b c h w) → logits (b v c h w)."""
         u = self.stem(self.scale(x))
-        for down, conv, up in zip(self.down, self.conv, self.up, strict=True):
-            u = u + up(conv(down(u.relu()).relu()).relu())
+        for layer in self.layers:
+            u = layer(u)
+        u = u[:, -self.first.in_channels :]
         logits = self.logits(self.first(u.relu()).relu())
         return logits.unflatten(1, (self.channels, -1)).transpose(1, 2)
 
@@ -130,7 +209,7 @@ class SkewedLSTMs(nn.Module):
         self.mirrored = nn.ModuleList(SkewedLSTM(lstm, 1) for lstm in body.lstm)
         self.up = nn.ModuleList(map(DenseConv.like, body.up))
 
-    def forward(self, u: Tensor) -> Tensor:
+    def forward(self, u: Tensor, condition: None = None) -> Tensor:
         u = u.permute(0, 3, 1, 2).contiguous()
         for forwards, mirrored, up in zip(self.forwards, self.mirrored, self.up, strict=True):
             moved_down = F.pad(mirrored(u.flip(3)).flip(3)[:, :, :-1], (0, 0, 1, 0))
@@ -138,10 +217,13 @@ class SkewedLSTMs(nn.Module):
         return u.permute(0, 2, 3, 1)[:, :, : u.shape[3] - self.extra_columns]
 
 
+LAYERS = {PixelCNN: DenseBlock, GatedPixelCNN: DenseGatedLayer, RowLSTM: DenseRowLSTMLayer}
+
+
 def baseline(model: nn.Module) -> nn.Module:
     """The same function of a copy of the weights (residual, without skip and dropout), plainly written."""
-    if isinstance(model, PixelCNN):
-        return DensePixelCNN(model)
+    if type(model) in LAYERS:
+        return DenseNet(model, [LAYERS[type(model)](model.body, layer) for layer in range(model.body.layers)])
     assert isinstance(model, DiagBiLSTM)
     out = copy.deepcopy(model)
     out.body = SkewedLSTMs(out.body)
@@ -151,16 +233,22 @@ def baseline(model: nn.Module) -> nn.Module:
 def live_multiply_adds(model: nn.Module) -> int:
     """Multiply-adds of one image's forward that no mask makes zero.
 
-    The live weights of every masked convolution, and of a Diagonal BiLSTM's layer, in each of two directions,
-    the live input-to-state and all state-to-state weights; times height · (width + the body's extra columns)
-    in stem and body, height · width in the head. What is no product is not counted; taps that fall outside
-    the image are.
+    The live weights of every masked convolution, and those of a layer that no mask hides: the state-to-state weights,
+    and a Gated PixelCNN's vertical ones. They are multiplied height · (width + the body's extra columns) times in stem
+    and body, height · width times in the head. What is no product is not counted; taps that fall outside the image
+    are.
     """
 
     def live(part: nn.Module) -> int:
         count = sum(int(m.mask.sum()) for m in part.modules() if hasattr(m, "mask"))
-        lstms = [m for m in part.modules() if isinstance(m, DiagonalLSTMLayer)]  # one mask for both directions
-        return count + sum(int(m.mask.sum()) + m.state_weight.numel() for m in lstms)
+        for m in part.modules():
+            if isinstance(m, DiagonalLSTMLayer):  # one mask, for two directions
+                count += int(m.mask.sum()) + m.state_weight.numel()
+            elif isinstance(m, RowLSTMLayer):
+                count += m.state_weight.numel()
+            elif isinstance(m, VerticalConv):
+                count += m.weight.numel()
+        return count
 
     wide = model.width + model.body.extra_columns
     return model.height * (wide * (live(model.stem) + live(model.body)) + model.width * live(model.head))
@@ -222,7 +310,7 @@ def compare(name: str, model: nn.Module, b: int, n: int, args) -> list[dict]:
 def main(argv: list[str] | None = None) -> None:
     description = "Time a training step of each model against the same network plainly written."
     args = parse(parser("training", description, repeats=20), argv)
-    b, side, hidden, layers, n = (2, 5, 4, 2, 64) if args.quick else (16, 28, 16, None, 1024)
+    b, side, hidden, layers, n = (2, 5, 4, 2, 64) if args.quick else (16, 28, None, None, 1024)
     rows = []
     for name in args.models:
         model = build(name, side, 1, 2, hidden, layers, args.device)

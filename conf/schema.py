@@ -39,7 +39,13 @@ class Train:
 @dataclass
 class Sample:
     checkpoint: str | None = None
-    n: int = MISSING
+    n: int | None = None
+    label: int | None = None
+    complete: str | None = None
+    keep: float = MISSING
+    mask: str | None = None
+    completions: int = MISSING
+    root: str | None = None
     method: str = MISSING
     temperature: float = MISSING
     seed: int = MISSING
@@ -55,6 +61,7 @@ class Evaluate:
     checkpoint: str | None = None
     split: str = MISSING
     root: str | None = None
+    classify: bool = MISSING
     batch_size: int = MISSING
     seed: int = MISSING
     device: str = MISSING

@@ -12,10 +12,10 @@ from data.splits import Dataset, integer, shuffled, sizes, three_way
 BLOCK = 1 << 24  # values in memory at a time
 
 
-def _open(path: Path, option: str) -> np.ndarray:
-    """Memory-map a user's .npy file of integers; FileNotFoundError or ValueError with one line."""
+def open_integers(path: Path, option: object) -> np.ndarray:
+    """Memory-map a user's .npy file of integers; FileNotFoundError or ValueError with one line, of `option`."""
     if not path.is_file():
-        raise FileNotFoundError(f"dataset.{option}: there is no file {path}")
+        raise FileNotFoundError(f"{option}: there is no file {path}")
     try:
         array = np.lib.format.open_memmap(path, mode="r")
     except (ValueError, OSError) as error:
@@ -61,7 +61,7 @@ def _convert(path: Path, raw: np.ndarray, levels: int | None, seed: int, folder:
 
 def _labels(path: Path, n: int) -> np.ndarray:
     """Read n labels: (n,) int64."""
-    labels = _open(path, "labels")
+    labels = open_integers(path, "dataset.labels")
     if labels.shape != (n,) or labels.min() < 0:
         low = f" with the value {labels.min()}" if labels.size and labels.min() < 0 else ""
         raise ValueError(f"{path}: expected ({n},) labels from 0 on, found shape {labels.shape}{low}")
@@ -97,7 +97,7 @@ def npy(
     if levels is not None:
         integer("dataset.levels", levels, 2)
     integer("dataset.seed", seed, 0)
-    raw = _open(path, "path")
+    raw = open_integers(path, "dataset.path")
     if raw.ndim not in (3, 4) or 0 in raw.shape:
         raise ValueError(f"{path}: expected shape (n h w) or (n h w c), found {raw.shape}")
     counts = sizes(len(raw), val, test, path)

@@ -2,5 +2,6 @@
 
 from kernels.diagonal_lstm import diagonal_lstm
 from kernels.masked_conv import masked_conv
+from kernels.row_lstm import row_lstm
 
-__all__ = ["diagonal_lstm", "masked_conv"]
+__all__ = ["diagonal_lstm", "masked_conv", "row_lstm"]

@@ -4,9 +4,12 @@ import inspect
 from collections.abc import Mapping
 
 from models.diag_bilstm import DiagBiLSTM
+from models.gated_pixel_cnn import GatedPixelCNN
+from models.multi_scale import MultiScale
 from models.pixel_cnn import PixelCNN
+from models.row_lstm import RowLSTM
 
-__all__ = ["DiagBiLSTM", "PixelCNN"]
+__all__ = ["DiagBiLSTM", "GatedPixelCNN", "MultiScale", "PixelCNN", "RowLSTM"]
 
 
 def build(config: Mapping):

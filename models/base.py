@@ -1,78 +1,60 @@
 """What all models share: p(x) = Π p(x_k | x_<k) over sub-pixels in raster order, red before green before blue.
 
-Legend: b batch · c channel (colour) · h w rows, columns · f features · v levels · g group.
+Legend: b batch · c channel (colour) · h w rows, columns · f features · v levels · d features of the condition.
 
-A model is a stem (7×7 convolution, mask A), a body (the architecture, from 2·hidden features to as many) and a head
-(the likelihood). Features are cut in one group a colour wherever the head tells colours apart. A body may ask for
-`extra_columns` of features at the right end of the image, and leaves them out of what it returns.
+A model is a stem (7×7 convolution, mask A), a body (the architecture) and a head (the likelihood). Features are cut in
+one group a colour wherever the head tells colours apart. A body may ask for `extra_columns` of features at the right
+end of the image, and leaves them out of what it returns.
+
+A condition, whatever it is made of, is a map (b h w d), or (b 1 1 d) where it is the same everywhere, that reaches
+every layer: a label's embedding, features that the caller gives, or both side by side.
 """
 
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.body import Body
 from models.head import SoftmaxHead
-from models.layers import MaskedConv, check
+from models.layers import MaskedConv, check, check_one_of
+from models.logistic_mixture import LogisticMixtureHead
+
+HEADS = ("softmax", "logistic_mixture")
 
 
-class AutoregressiveModel(nn.Module):
-    """An exact-likelihood model of images (b c h w) of integers in [0, levels); a subclass names its `Body`.
+class Stage(NamedTuple):
+    """One of the draws that make a model's images."""
 
-    Args:
-        channels, levels, height, width: what the images are.
-        hidden: the paper's h; the residual stream between layers has 2·hidden features.
-        layers: how many layers or blocks the body has.
-        head_features: features of the layer before the logits.
-        residual, skip: whether a layer's output is added to its input; whether every layer also feeds the head.
-        dropout: probability with which a feature is left out of a layer's output in training.
+    net: "AutoregressiveModel"
+    condition: Tensor | None  # what `net` is conditioned on
+    x: Tensor | None = None  # values (b c h w) of the pixels that are known already
+    known: Tensor | None = None  # which these are (b c h w), true or false
 
-    Raises:
-        ValueError: for an argument outside what is allowed.
-    """
 
-    Body: ClassVar[type[nn.Module]]
+class ImageModel(nn.Module):
+    """What can be done with any model of images (b c h w) of integers in [0, levels)."""
 
-    def __init__(
-        self,
-        channels: int,
-        levels: int,
-        height: int,
-        width: int,
-        hidden: int,
-        layers: int,
-        residual: bool = True,
-        skip: bool = False,
-        head_features: int = 32,
-        dropout: float = 0.0,
-    ):
-        super().__init__()
-        for name, value, low in (
-            ("channels", channels, 1),
-            ("levels", levels, 2),
-            ("height", height, 1),
-            ("width", width, 1),
-            ("layers", layers, 1),
-            ("hidden", hidden, channels if isinstance(channels, int) else 1),
-            ("head_features", head_features, channels if isinstance(channels, int) else 1),
-        ):
-            check(name, value, int, low)
-        check("residual", residual, bool, False, True)
-        check("skip", skip, bool, False, True)
-        check("dropout", dropout, float, 0.0, 0.95)
-        self.channels, self.levels, self.height, self.width = channels, levels, height, width
-        self.stem = MaskedConv("A", 7, channels, 2 * hidden, channels, extra=self.Body.extra_columns)
-        self.body = self.Body(hidden, layers, channels, residual, skip, dropout)
-        self.head = SoftmaxHead(2 * hidden, head_features, channels, levels)
+    channels: int
+    levels: int
+    height: int
+    width: int
+    classes: int  # labels that the model is conditioned on; 0: none
+    map_features: int  # features of the maps that it is conditioned on; 0: none
 
     @property
     def shape(self) -> tuple[int, int, int]:
         """(c, h, w) of an image."""
         return self.channels, self.height, self.width
 
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
     def scale(self, x: Tensor) -> Tensor:
         """Integers in [0, levels) → numbers in [-1, 1], as the network reads them."""
-        return x.to(self.stem.weight.dtype) * (2 / (self.levels - 1)) - 1
+        return x.to(next(self.parameters()).dtype) * (2 / (self.levels - 1)) - 1
 
     def check(self, x: Tensor) -> Tensor:
         """Return `x` (b c h w) if it holds images of this model, raise ValueError otherwise."""
@@ -85,29 +67,172 @@ class AutoregressiveModel(nn.Module):
                 raise ValueError(f"x has values from {low} to {high}: 0 to {self.levels - 1} are allowed")
         return x
 
-    def parameters_at(self, x: Tensor) -> Tensor:
-        """The head's parameters of every conditional: images (b c h w) → for `softmax`, logits (b h w c v)."""
-        return self.head(self.body(self.stem(self.scale(x.permute(0, 2, 3, 1)))))
+    def check_condition(self, b: int, label: Tensor | None = None, cond: Tensor | None = None) -> None:
+        """Raise ValueError unless `label` and `cond` are what b images of this model are conditioned on."""
+        check_label(self.classes, b, label)
+        expected = (b, self.map_features, self.height, self.width)
+        if self.map_features and cond is None:
+            raise ValueError(f"cond is missing: the model is conditioned on maps {expected}")
+        if not self.map_features and cond is not None:
+            raise ValueError("cond is given, but the model was built without map_features")
+        if cond is not None and (tuple(cond.shape) != expected or not cond.is_floating_point()):
+            raise ValueError(f"cond is {tuple(cond.shape)} of {cond.dtype}: {expected} of floats is allowed")
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, label: Tensor | None = None, cond: Tensor | None = None) -> Tensor:
         """Images (b c h w), not checked → nats of each (b,): the loss of training."""
-        return self.head.nats(self.parameters_at(x), x)
+        raise NotImplementedError
 
-    def log_prob(self, x: Tensor) -> Tensor:
+    def log_prob(self, x: Tensor, label: Tensor | None = None, cond: Tensor | None = None) -> Tensor:
         """The log-likelihood of images: x (b c h w) integers in [0, levels) → (b,) nats.
 
-        Raises:
-            ValueError: x has another shape or type, or values outside.
-        """
-        return -self(self.check(x))
+        Args:
+            label: (b,) integers in [0, classes), where the model has classes.
+            cond: (b d h w), where the model has map_features.
 
-    def conditionals(self, x: Tensor) -> Tensor:
+        Raises:
+            ValueError: something has another shape or type, or values outside, is missing, or not expected.
+        """
+        self.check_condition(len(self.check(x)), label, cond)
+        return -self(x, label, cond)
+
+    def conditionals(self, x: Tensor, label: Tensor | None = None, cond: Tensor | None = None) -> Tensor:
         """log p(value | everything before it) of every sub-pixel: x (b c h w) → (b c h w v).
 
-        Raises:
-            ValueError: x has another shape or type, or values outside.
+        Arguments and errors as in `log_prob`.
         """
-        return self.head.conditionals(self.parameters_at(self.check(x)))
+        raise NotImplementedError
+
+    def parts(self, x: Tensor, label: Tensor | None = None) -> dict[str, Tensor]:
+        """The parts that the nats of images are a sum of, where there is more than one: name → (b,)."""
+        return {}
+
+    @property
+    def nets(self) -> list["AutoregressiveModel"]:
+        """What draws an image, from the smallest to the largest; all models but Multi-Scale have one."""
+        raise NotImplementedError
+
+    def stage(self, k: int, smaller: Tensor | None, label: Tensor | None, cond: Tensor | None) -> Stage:
+        """The draw by `nets[k]`, given the images (b c h/2 w/2) that the one before it drew."""
+        raise NotImplementedError
+
+
+class AutoregressiveModel(ImageModel):
+    """An exact-likelihood model of images (b c h w) of integers in [0, levels); a subclass names its `architecture`.
+
+    Args:
+        channels, levels, height, width: what the images are.
+        hidden: the paper's h.
+        layers: how many layers or blocks the body has.
+        residual, skip: whether a layer's output is added to its input; whether every layer also feeds the head.
+        head: "softmax" (levels logits a sub-pixel) or "logistic_mixture" (ordinal: 254 is near 255).
+        head_features: features of the layer before the head's parameters.
+        mixtures: components of a logistic mixture.
+        dropout: probability with which a feature is left out of a layer's output in training.
+        classes: number of class labels that the model is conditioned on; 0: none.
+        map_features: d of maps `cond` (b d h w) that the model is conditioned on; 0: none.
+
+    Raises:
+        ValueError: for an argument outside what is allowed.
+    """
+
+    architecture: ClassVar[type[Body]]
+
+    def __init__(
+        self,
+        channels: int,
+        levels: int,
+        height: int,
+        width: int,
+        hidden: int,
+        layers: int,
+        residual: bool = True,
+        skip: bool = False,
+        head: str = "softmax",
+        head_features: int = 32,
+        mixtures: int = 10,
+        dropout: float = 0.0,
+        classes: int = 0,
+        map_features: int = 0,
+    ):
+        super().__init__()
+        check_one_of("head", head, HEADS)
+        groups = channels if head == "softmax" and isinstance(channels, int) else 1
+        for name, value, low in (
+            ("channels", channels, 1),
+            ("levels", levels, 2),
+            ("height", height, 1),
+            ("width", width, 1),
+            ("layers", layers, 1),
+            ("hidden", hidden, groups),
+            ("head_features", head_features, groups),
+            ("mixtures", mixtures, 1),
+            ("classes", classes, 0),
+            ("map_features", map_features, 0),
+        ):
+            check(name, value, int, low)
+        check("residual", residual, bool, False, True)
+        check("skip", skip, bool, False, True)
+        check("dropout", dropout, float, 0.0, 0.95)
+        self.channels, self.levels, self.height, self.width = channels, levels, height, width
+        self.classes, self.map_features = classes, map_features
+        d = (hidden if classes else 0) + map_features
+        extra, vertical = self.architecture.extra_columns, self.architecture.vertical * hidden
+        self.stem = MaskedConv("A", 7, channels, 2 * hidden, groups, extra, vertical)
+        self.body = self.architecture(hidden, layers, groups, residual, skip, dropout, d)
+        if head == "softmax":
+            self.head = SoftmaxHead(self.body.features, head_features, channels, levels)
+        else:
+            self.head = LogisticMixtureHead(self.body.features, head_features, channels, levels, mixtures)
+        if classes:
+            self.embedding = nn.Embedding(classes, hidden)
+
+    def condition(self, label: Tensor | None = None, cond: Tensor | None = None) -> Tensor | None:
+        """What reaches every layer: labels (b,), maps (b d h w) → (b h w d), (b 1 1 d) for labels alone, or None."""
+        parts = []
+        if cond is not None:
+            parts.append(F.pad(cond.permute(0, 2, 3, 1), (0, 0, 0, self.stem.extra)))
+        if label is not None:
+            label = self.embedding(label.long())[:, None, None]
+            parts.append(label.expand(-1, *parts[0].shape[1:3], -1) if parts else label)
+        return torch.cat(parts, dim=-1) if parts else None
+
+    def parameters_at(self, x: Tensor, condition: Tensor | None = None) -> Tensor:
+        """The head's parameters of every conditional: images (b c h w) → for `softmax`, logits (b h w c v)."""
+        return self.head(self.body(self.stem(self.scale(x.permute(0, 2, 3, 1))), condition))
+
+    def nats_at(self, x: Tensor, label: Tensor | None = None, cond: Tensor | None = None) -> Tensor:
+        """Images (b c h w), not checked → nats of each pixel (b h w), its colours together."""
+        return self.head.nats(self.parameters_at(x, self.condition(label, cond)), x)
+
+    def forward(self, x: Tensor, label: Tensor | None = None, cond: Tensor | None = None) -> Tensor:
+        return self.nats_at(x, label, cond).sum((1, 2))
+
+    def conditionals(self, x: Tensor, label: Tensor | None = None, cond: Tensor | None = None) -> Tensor:
+        self.check_condition(len(self.check(x)), label, cond)
+        return self.head.conditionals(self.parameters_at(x, self.condition(label, cond)), x)
+
+    @property
+    def nets(self) -> list["AutoregressiveModel"]:
+        return [self]
+
+    def stage(self, k: int, smaller: Tensor | None, label: Tensor | None, cond: Tensor | None) -> Stage:
+        return Stage(self, self.condition(label, cond))
+
+
+def check_label(classes: int, b: int, label: Tensor | None) -> None:
+    """Raise ValueError unless `label` (b,) is of a model with so many classes (0: none)."""
+    if not classes and label is not None:
+        raise ValueError("label is given, but the model was built without classes")
+    if classes and label is None:
+        raise ValueError(f"label is missing: the model is conditioned on {classes} classes")
+    if label is None:
+        return
+    if tuple(label.shape) != (b,) or label.is_floating_point() or label.dtype == torch.bool:
+        raise ValueError(f"label is {tuple(label.shape)} of {label.dtype}: integers of shape ({b},) are allowed")
+    if label.numel() and not 0 <= int(label.min()) <= int(label.max()) < classes:
+        raise ValueError(
+            f"label has values from {int(label.min())} to {int(label.max())}: 0 to {classes - 1} are allowed"
+        )
 
 
 def bits_per_dim(nats: Tensor | float, shape: tuple[int, int, int]):

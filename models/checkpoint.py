@@ -72,7 +72,7 @@ def read(path: str | os.PathLike, device: str | torch.device = "cpu") -> dict[st
     return checkpoint
 
 
-def rebuild(checkpoint: dict[str, Any]) -> "models.base.AutoregressiveModel":
+def rebuild(checkpoint: dict[str, Any]) -> "models.base.ImageModel":
     """The model of a checkpoint that was read, with its averaged weights where it has them, in eval mode."""
     model = models.build(checkpoint["model"])
     weights = checkpoint["weights"] if checkpoint["ema"] is None else checkpoint["ema"]
@@ -84,7 +84,7 @@ def rebuild(checkpoint: dict[str, Any]) -> "models.base.AutoregressiveModel":
     return model.to(next(iter(weights.values())).device).eval()
 
 
-def load(path: str | os.PathLike, device: str | torch.device = "cpu") -> "models.base.AutoregressiveModel":
+def load(path: str | os.PathLike, device: str | torch.device = "cpu") -> "models.base.ImageModel":
     """Rebuild the model of a checkpoint from what that says alone; errors as in `read`."""
     return rebuild(read(path, device))
 

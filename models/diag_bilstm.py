@@ -13,6 +13,8 @@ row, where all of that is past.
 Features at (i, j) do not contain the pixel (i, j) itself, so direction 1 would miss the last pixel of each row: the
 next row's left part would never see it. The layers therefore run on w + 1 columns. Column w lies outside the image; its
 features hold the row's last pixels, and direction 1 begins there.
+
+A condition is added to the gates of both directions, as more inputs of the LSTM.
 """
 
 import torch
@@ -21,13 +23,14 @@ from torch import Tensor, nn
 
 import kernels
 from models.base import AutoregressiveModel
-from models.layers import MaskedLinear, colour_mask, group_slices, initialise
+from models.body import Body
+from models.layers import ConditionScan, colour_mask, group_slices, initialise
 
 
 class DiagonalLSTMLayer(nn.Module):
     """Both directions of one layer's LSTM: (b h w 2f) → the sum of both, the second moved down a row (b h w f)."""
 
-    def __init__(self, hidden: int, groups: int):
+    def __init__(self, hidden: int, groups: int, condition: int):
         super().__init__()
         mask = colour_mask("B", 2 * hidden, 4 * hidden, groups, parts=4)
         self.register_buffer("mask", mask, persistent=False)
@@ -39,48 +42,40 @@ class DiagonalLSTMLayer(nn.Module):
             initialise(self.state_weight[direction], torch.ones_like(mask))
         with torch.no_grad():
             self.bias[:, hidden : 2 * hidden] = 1.0  # forget gate: open at first
+        if condition:
+            bound = condition**-0.5
+            self.condition_weight = nn.Parameter(torch.empty(2, 4 * hidden, condition).uniform_(-bound, bound))
 
     def masked_input_weight(self) -> Tensor:
         return self.input_weight * self.mask
 
-    def forward(self, u: Tensor) -> Tensor:
-        hidden = kernels.diagonal_lstm(u, self.masked_input_weight(), self.bias, self.state_weight)
+    def forward(self, u: Tensor, condition: Tensor | None = None) -> Tensor:
+        weight = self.masked_input_weight()
+        if condition is not None:  # more inputs, which no mask hides
+            u = torch.cat([u, condition.expand(*u.shape[:3], -1)], dim=-1)
+            weight = torch.cat([weight, self.condition_weight], dim=-1)
+        hidden = kernels.diagonal_lstm(u, weight, self.bias, self.state_weight)
         forward, mirrored = hidden.unbind(3)
         return forward + F.pad(mirrored[:, :-1], (0, 0, 0, 0, 1, 0))
 
 
-class DiagonalLSTMs(nn.Module):
+class DiagonalLSTMs(Body):
     """The body: `layers` layers, (b h w+1 2f) → (b h w 2f)."""
 
     extra_columns = 1
 
-    def __init__(self, hidden: int, layers: int, groups: int, residual: bool, skip: bool, dropout: float):
-        super().__init__()
-        self.hidden, self.groups, self.residual, self.skip, self.dropout = (
-            hidden,
-            groups,
-            residual,
-            skip,
-            dropout,
-        )
-        gain = (2 * layers) ** -0.5 if residual else 1.0
-        self.lstm = nn.ModuleList(DiagonalLSTMLayer(hidden, groups) for _ in range(layers))
-        self.up = nn.ModuleList(MaskedLinear(hidden, 2 * hidden, groups, gain=gain) for _ in range(layers))
-        self.to_head = nn.ModuleList(
-            MaskedLinear(hidden, 2 * hidden, groups, gain=gain) for _ in range(layers if skip else 0)
-        )
+    def make_layers(self) -> None:
+        sizes = self.hidden, self.groups, self.given
+        self.lstm = nn.ModuleList(DiagonalLSTMLayer(*sizes) for _ in range(self.layers))
 
-    def forward(self, u: Tensor) -> Tensor:
+    def forward(self, u: Tensor, condition: Tensor | None = None) -> Tensor:
         skips = 0
-        for layer, (lstm, up) in enumerate(zip(self.lstm, self.up, strict=True)):
-            hidden = F.dropout(lstm(u), self.dropout, self.training)
-            u = u + up(hidden) if self.residual else up(hidden)
-            if self.skip:
-                skips = skips + self.to_head[layer](hidden)
+        for layer, lstm in enumerate(self.lstm):
+            u, skips = self.join(layer, u, skips, lstm(u, condition))
         return (u + skips)[:, :, : -self.extra_columns]
 
-    def scan(self, b: int, width: int) -> "DiagonalLSTMsScan":
-        return DiagonalLSTMsScan(self, b, width)
+    def scan(self, b: int, width: int, condition: Tensor | None = None) -> "DiagonalLSTMsScan":
+        return DiagonalLSTMsScan(self, b, width, condition)
 
 
 class DiagonalLSTMsScan:
@@ -94,8 +89,8 @@ class DiagonalLSTMsScan:
     group 1, ….
     """
 
-    def __init__(self, body: DiagonalLSTMs, b: int, width: int):
-        layers, f, groups = len(body.lstm), body.hidden, body.groups
+    def __init__(self, body: DiagonalLSTMs, b: int, width: int, condition: Tensor | None):
+        layers, f, groups = body.layers, body.hidden, body.groups
         new = body.up[0].weight.new_zeros
         self.b, self.width, self.f = b, width, f
         gates = group_slices(4 * f, groups, parts=4)
@@ -104,13 +99,16 @@ class DiagonalLSTMsScan:
         state_weight = torch.stack([lstm.state_weight for lstm in body.lstm])
         bias = torch.stack([lstm.bias for lstm in body.lstm])  # (layers d 4f)
 
+        self.vertical = None
         self.row = new(layers, b, width + 1, 3 * f)
         self.cell = new(layers, b, f)
         self.above = new(layers, b * width, 4 * f)  # what direction 0's gates get from the row above, and the bias
         self.above_weight = state_weight[:, 0, sort, f:].mT.contiguous()
         self.above_bias = bias[:, 0, None, sort]
+        given = torch.stack([lstm.condition_weight for lstm in body.lstm]) if body.given else None
+        self.condition = ConditionScan(condition, None if given is None else given[:, 0, sort])
+        self.mirrored_condition = ConditionScan(condition, None if given is None else given[:, 1])
         # The mirrored direction: gates o f i g of a whole row, one matrix for [hidden_1(i−1, j), u(i, j)].
-        self.started = False
         self.mirrored = new(layers, b, width, f)  # hidden_1 of the row above
         self.mirrored_inputs = new(layers, b, width, 3 * f)
         self.mirrored_gates = new(layers, b * width, 4 * f)
@@ -163,23 +161,24 @@ class DiagonalLSTMsScan:
                         )
                     )
 
-    def begin_row(self) -> None:
+    def begin_row(self, i: int) -> None:
         f = self.f
-        if self.started:
-            self.finish_row()
-        self.started = True
+        if i > 0:
+            self.finish_row(i - 1)
         hidden = self.row[:, :, 1:, :f].reshape(-1, self.b * self.width, f)
         torch.baddbmm(self.above_bias, hidden, self.above_weight, out=self.above)
+        self.condition.add_to(self.above.view(-1, self.b, self.width, 4 * f), i)
         self.cell.zero_()
 
-    def finish_row(self) -> None:
-        """Run the mirrored direction over the row just finished, all layers side by side."""
+    def finish_row(self, i: int) -> None:
+        """Run the mirrored direction over row i, which is finished, all layers side by side."""
         f, layers = self.f, len(self.row)
         self.mirrored_inputs[..., :f] = self.mirrored
         self.mirrored_inputs[..., f:] = self.row[:, :, : self.width, f:]
         inputs = self.mirrored_inputs.view(layers, -1, 3 * f)
         torch.baddbmm(self.mirrored_bias, inputs, self.mirrored_weight, out=self.mirrored_gates)
         gates_of_row = self.mirrored_gates.view(layers, self.b, self.width, 4 * f)
+        self.mirrored_condition.add_to(gates_of_row, i)
         cell, tanh = self.mirrored_cell.zero_(), self.mirrored_tanh
         for j in range(self.width - 1, -1, -1):
             gates = gates_of_row[:, :, j]
@@ -218,4 +217,4 @@ class DiagonalLSTMsScan:
 class DiagBiLSTM(AutoregressiveModel):
     """Diagonal BiLSTM. Arguments: see `AutoregressiveModel`."""
 
-    Body = DiagonalLSTMs
+    architecture = DiagonalLSTMs

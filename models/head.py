@@ -3,8 +3,6 @@
 Legend: b batch · c channel · h w rows, columns · f features · v levels · g group.
 """
 
-import math
-
 import torch
 import torch.nn.functional as F
 from einops import rearrange
@@ -18,23 +16,26 @@ class SoftmaxHead(nn.Module):
 
     def __init__(self, inputs: int, features: int, channels: int, levels: int):
         super().__init__()
-        self.channels, self.levels = channels, levels
+        self.channels, self.levels, self.groups = channels, levels, channels
         self.first = MaskedLinear(inputs, features, channels)
-        self.logits = MaskedLinear(features, channels * levels, channels)
+        self.last = MaskedLinear(features, channels * levels, channels)
 
     def forward(self, u: Tensor) -> Tensor:
         """Features (b h w f) → logits (b h w c v)."""
-        logits = self.logits(self.first(u.relu()).relu())
-        return logits.unflatten(-1, (self.channels, self.levels))
+        return self.last(self.first(u.relu()).relu()).unflatten(-1, (self.channels, self.levels))
 
     def nats(self, logits: Tensor, x: Tensor) -> Tensor:
-        """Logits (b h w c v), images (b c h w) → nats of each image (b,)."""
+        """Logits (b h w c v), images (b c h w) → nats of each pixel (b h w), its colours together."""
         target = rearrange(x, "b c h w -> (b h w c)").long()
         nats = F.cross_entropy(logits.flatten(0, 3).float(), target, reduction="none")
-        return nats.unflatten(0, (len(x), math.prod(x.shape[1:]))).sum(1)
+        return nats.view(logits.shape[:-1]).sum(-1)
 
-    def conditionals(self, logits: Tensor) -> Tensor:
-        """Logits (b h w c v) → log-probabilities (b c h w v)."""
+    def logits(self, logits: Tensor, x: Tensor) -> Tensor:
+        """What the head's parameters (… c v) say of each value, given a pixel's colours x (… c): (… c v)."""
+        return logits
+
+    def conditionals(self, logits: Tensor, x: Tensor) -> Tensor:
+        """Logits (b h w c v), images (b c h w) → log-probabilities (b c h w v)."""
         return rearrange(logits.float().log_softmax(-1), "b h w c v -> b c h w v")
 
     def scan(self, b: int) -> "SoftmaxHeadScan":
@@ -42,7 +43,7 @@ class SoftmaxHead(nn.Module):
 
 
 class SoftmaxHeadScan:
-    """The head at one pixel, group by group: `step(u_g, g)` → logits of colour g (b v)."""
+    """The head at one pixel, group by group: `step(u_g, g)`, then `logits(c)` (b v), then `put(c, values)`."""
 
     def __init__(self, head: SoftmaxHead, b: int):
         new = head.first.weight.new_zeros
@@ -50,13 +51,19 @@ class SoftmaxHeadScan:
         self.out = new(b, head.levels)
         self.plan = []
         for g in range(head.channels):
-            (u_g,), (hidden_g,) = (group_slices(m.inputs, m.groups)[g] for m in (head.first, head.logits))
-            first, logits = head.first.steps()[g], head.logits.steps()[g]
+            (u_g,), (hidden_g,) = (group_slices(m.inputs, m.groups)[g] for m in (head.first, head.last))
+            first, logits = head.first.steps()[g], head.last.steps()[g]
             u, hidden = self.u[:, : u_g.stop], self.hidden[:, : hidden_g.stop]
             self.plan.append((self.u[:, u_g], u, *first, self.hidden[:, hidden_g], hidden, *logits))
 
-    def step(self, u_g: Tensor, g: int) -> Tensor:
+    def step(self, u_g: Tensor, g: int) -> None:
         u_out, u, w1, b1, hidden_out, hidden, w2, b2 = self.plan[g]
         torch.clamp_min(u_g, 0, out=u_out)
         torch.addmm(b1, u, w1, out=hidden_out).relu_()
-        return torch.addmm(b2, hidden, w2, out=self.out)
+        torch.addmm(b2, hidden, w2, out=self.out)
+
+    def logits(self, c: int) -> Tensor:
+        return self.out
+
+    def put(self, c: int, values: Tensor) -> None:
+        pass

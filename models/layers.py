@@ -10,6 +10,7 @@ the taps right of the centre are masked.
 """
 
 import math
+from collections.abc import Collection
 
 import torch
 import torch.nn.functional as F
@@ -95,16 +96,20 @@ class MaskedConv(nn.Module):
     """A k×k convolution of mask A or B: (b h w inputs) → (b h w outputs).
 
     `weight` is (outputs, inputs, (k+1)/2, k): the rows above and the centre row. With `extra` the output has that many
-    more columns at the right end, where the kernel's centre stands outside the image: w becomes w + extra.
+    more columns at the right end, where the kernel's centre stands outside the image: w becomes w + extra. The first
+    `vertical` outputs see the rows above alone; the groups are those of the others.
     """
 
-    def __init__(self, kind: str, kernel: int, inputs: int, outputs: int, groups: int, extra: int = 0):
+    def __init__(
+        self, kind: str, kernel: int, inputs: int, outputs: int, groups: int, extra: int = 0, vertical: int = 0
+    ):
         super().__init__()
         assert kind in ("A", "B") and kernel % 2 == 1
-        self.reach, self.groups, self.extra = kernel // 2, groups, extra
+        self.reach, self.groups, self.extra, self.vertical = kernel // 2, groups, extra, vertical
         mask = torch.ones(outputs, inputs, self.reach + 1, kernel)
-        mask[:, :, -1, self.reach] = colour_mask(kind, inputs, outputs, groups)
+        mask[vertical:, :, -1, self.reach] = colour_mask(kind, inputs, outputs - vertical, groups)
         mask[:, :, -1, self.reach + 1 :] = 0
+        mask[:vertical, :, -1] = 0
         self.register_buffer("mask", mask, persistent=False)
         self.weight = nn.Parameter(torch.empty(mask.shape))
         self.bias = nn.Parameter(torch.zeros(outputs))
@@ -118,8 +123,36 @@ class MaskedConv(nn.Module):
         return kernels.masked_conv(u, self.masked_weight(), self.bias, relu, self.extra)
 
 
+class MaskedRowConv(nn.Module):
+    """A 1×3 convolution of mask B along the row: (b h w inputs) → (b h w outputs).
+
+    The tap to the right is masked, so it is one product of the left neighbour's features and the pixel's own, side by
+    side: `weight` is (outputs, 2·inputs), the left tap first. `free` more inputs, which come after these, are not
+    masked: features that have seen nothing at or after the pixel.
+    """
+
+    def __init__(self, inputs: int, outputs: int, groups: int, parts: int = 1, free: int = 0):
+        super().__init__()
+        self.inputs, self.groups, self.parts = inputs, groups, parts
+        left, centre = torch.ones(outputs, inputs), colour_mask("B", inputs, outputs, groups, parts)
+        self.register_buffer("mask", torch.cat([left, centre, torch.ones(outputs, free)], dim=1), persistent=False)
+        self.weight = nn.Parameter(torch.empty(self.mask.shape))
+        self.bias = nn.Parameter(torch.zeros(outputs))
+        initialise(self.weight, self.mask)
+
+    def masked_weight(self) -> Tensor:
+        return self.weight * self.mask
+
+    def taps(self, u: Tensor, free: tuple[Tensor, ...] = ()) -> Tensor:
+        """What the weight is multiplied with: (b h w 2·inputs + free)."""
+        return torch.cat([F.pad(u[:, :, :-1], (0, 0, 1, 0)), u, *free], dim=-1)
+
+    def forward(self, u: Tensor, *free: Tensor) -> Tensor:
+        return F.linear(self.taps(u, free), self.masked_weight(), self.bias)
+
+
 class MaskedConvScan:
-    """A mask-A convolution of an image of `groups` colours, at one pixel, group by group.
+    """A mask-A convolution of an image, at one pixel, group by group.
 
     Once a row, all taps of the rows above, for all columns. A sub-pixel then costs one product: the left taps and the
     colours already known of the pixel itself stand side by side in a row of `image`.
@@ -128,32 +161,70 @@ class MaskedConvScan:
         conv: the convolution; its inputs are the colours themselves.
         b, height, width: how many images of which size; the width with the extra columns.
         outputs: where to write, a view (b f_g) for each column and group.
+        vertical: where to write what sees the rows above alone (b w vertical), once a row.
     """
 
-    def __init__(self, conv: MaskedConv, b: int, height: int, width: int, outputs: list[list[Tensor]]):
+    def __init__(
+        self,
+        conv: MaskedConv,
+        b: int,
+        height: int,
+        width: int,
+        outputs: list[list[Tensor]],
+        vertical: Tensor | None = None,
+    ):
         weight, reach = conv.masked_weight(), conv.reach
         features, colours = weight.shape[:2]
-        self.reach, self.colours, self.outputs = reach, colours, outputs
+        self.reach, self.colours, self.groups, self.outputs = reach, colours, conv.groups, outputs
         self.image = weight.new_zeros(b, height + reach, width + 2 * reach, colours)  # zeros outside
         self.above_weight, self.above_bias = weight[:, :, :reach].contiguous(), conv.bias
         self.above = weight.new_zeros(b, width, features)
-        taps = weight[:, :, reach, : reach + 1].permute(2, 1, 0).flatten(0, 1)  # (left to centre · colour, features)
-        groups = [s for (s,) in group_slices(features, colours)]
+        self.vertical = vertical
+        taps = weight[conv.vertical :, :, reach, : reach + 1].permute(2, 1, 0).flatten(0, 1)  # (column·colour f)
+        groups = [s for (s,) in group_slices(features - conv.vertical, conv.groups)]
         self.weights = [taps[: reach * colours + g, s].contiguous() for g, s in enumerate(groups)]
-        self.above_parts = [[self.above[:, j, s] for s in groups] for j in range(width)]
+        above = self.above[:, :, conv.vertical :]
+        self.above_parts = [[above[:, j, s] for s in groups] for j in range(width)]
 
     def begin_row(self, i: int) -> None:
         self.row = self.image[:, i + self.reach].flatten(1)  # (b, padded width · colours)
         rows = self.image[:, i : i + self.reach].permute(0, 3, 1, 2)
         self.above.copy_(F.conv2d(rows, self.above_weight, self.above_bias)[:, :, 0].mT)
+        if self.vertical is not None:
+            self.vertical.copy_(self.above[:, :, : self.vertical.shape[2]])
 
     def step(self, j: int, g: int) -> None:
         start, stop = j * self.colours, (j + self.reach) * self.colours + g
         torch.addmm(self.above_parts[j][g], self.row[:, start:stop], self.weights[g], out=self.outputs[j][g])
 
-    def put(self, j: int, g: int, values: Tensor) -> None:
-        """Make known the scaled values (b,) of colour g at column j."""
-        self.row[:, (j + self.reach) * self.colours + g] = values
+    def put(self, j: int, c: int, values: Tensor) -> None:
+        """Make known the scaled values (b,) of colour c at column j."""
+        self.row[:, (j + self.reach) * self.colours + c] = values
+
+
+class ConditionScan:
+    """What a condition adds to every layer's pre-activations, a row at a time.
+
+    Args:
+        condition: (b h w d), or (b 1 1 d) where it is the same everywhere, or None.
+        weight: (layers outputs d), None without a condition.
+    """
+
+    def __init__(self, condition: Tensor | None, weight: Tensor | None):
+        self.condition = condition
+        if condition is not None:
+            self.weight = weight.mT.contiguous()
+            self.everywhere = self.product(0) if condition.shape[1] == 1 else None
+
+    def product(self, i: int) -> Tensor:
+        layers, d, outputs = self.weight.shape
+        row = self.condition[:, i].reshape(1, -1, d).expand(layers, -1, -1)
+        return torch.bmm(row, self.weight).view(layers, len(self.condition), -1, outputs)
+
+    def add_to(self, above: Tensor, i: int) -> None:
+        """Add row i's part to pre-activations (layers b w outputs)."""
+        if self.condition is not None:
+            above += self.product(i) if self.everywhere is None else self.everywhere
 
 
 def check(name: str, value, kind: type, low, high=math.inf) -> None:
@@ -163,3 +234,9 @@ def check(name: str, value, kind: type, low, high=math.inf) -> None:
         names = {int: "an integer", float: "a number", bool: "true or false"}
         limits = "" if kind is bool else f" of at least {low}" if high == math.inf else f" from {low} to {high}"
         raise ValueError(f"{name}={value!r} is not allowed: {names[kind]}{limits} is")
+
+
+def check_one_of(name: str, value, allowed: Collection) -> None:
+    """Raise ValueError unless `value` is one of `allowed`."""
+    if not isinstance(value, str) or value not in allowed:
+        raise ValueError(f"{name}={value!r} is not allowed: {' or '.join(allowed)} is")

@@ -5,50 +5,37 @@ Legend: b batch · h w rows, columns · f = hidden features · g group · i j a 
 A block (Figure 5, left), from 2f features to 2f:
 
     u ← u + up(ReLU(conv(ReLU(down(ReLU(u))))))        down 1×1 2f→f · conv 3×3 f→f · up 1×1 f→2f, all mask B
+
+A condition is added to what the 3×3 gives.
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.base import AutoregressiveModel
-from models.layers import MaskedConv, MaskedLinear, group_slices
+from models.body import Body
+from models.layers import ConditionScan, MaskedConv, MaskedLinear, group_slices
 
 
-class ResidualBlocks(nn.Module):
+class ResidualBlocks(Body):
     """The body: `layers` blocks, (b h w 2f) → (b h w 2f)."""
 
-    extra_columns = 0
+    def make_layers(self) -> None:
+        f, groups = self.hidden, self.groups
+        self.down = nn.ModuleList(MaskedLinear(2 * f, f, groups) for _ in range(self.layers))
+        self.conv = nn.ModuleList(MaskedConv("B", 3, f, f, groups) for _ in range(self.layers))
+        self.from_condition = self.conditions(f)
 
-    def __init__(self, hidden: int, layers: int, groups: int, residual: bool, skip: bool, dropout: float):
-        super().__init__()
-        self.hidden, self.groups, self.residual, self.skip, self.dropout = (
-            hidden,
-            groups,
-            residual,
-            skip,
-            dropout,
-        )
-        gain = (2 * layers) ** -0.5 if residual else 1.0
-        self.down = nn.ModuleList(MaskedLinear(2 * hidden, hidden, groups) for _ in range(layers))
-        self.conv = nn.ModuleList(MaskedConv("B", 3, hidden, hidden, groups) for _ in range(layers))
-        self.up = nn.ModuleList(MaskedLinear(hidden, 2 * hidden, groups, gain=gain) for _ in range(layers))
-        self.to_head = nn.ModuleList(
-            MaskedLinear(hidden, 2 * hidden, groups, gain=gain) for _ in range(layers if skip else 0)
-        )
-
-    def forward(self, u: Tensor) -> Tensor:
+    def forward(self, u: Tensor, condition: Tensor | None = None) -> Tensor:
         skips = 0
-        for layer, (down, conv, up) in enumerate(zip(self.down, self.conv, self.up, strict=True)):
-            mid = conv(down(u.relu()), relu=True).relu()
-            mid = F.dropout(mid, self.dropout, self.training)
-            u = u + up(mid) if self.residual else up(mid)
-            if self.skip:
-                skips = skips + self.to_head[layer](mid)
+        for layer, (down, conv, given) in enumerate(zip(self.down, self.conv, self.from_condition, strict=True)):
+            mid = conv(down(u.relu()), relu=True)
+            mid = mid if given is None else mid + given(condition)
+            u, skips = self.join(layer, u, skips, mid.relu())
         return u + skips
 
-    def scan(self, b: int, width: int) -> "ResidualBlocksScan":
-        return ResidualBlocksScan(self, b, width)
+    def scan(self, b: int, width: int, condition: Tensor | None = None) -> "ResidualBlocksScan":
+        return ResidualBlocksScan(self, b, width, condition)
 
 
 class ResidualBlocksScan:
@@ -61,14 +48,16 @@ class ResidualBlocksScan:
     centre's known groups stand side by side in it, so that both taps are one product.
     """
 
-    def __init__(self, body: ResidualBlocks, b: int, width: int):
-        layers, f, groups = len(body.down), body.hidden, body.groups
+    def __init__(self, body: ResidualBlocks, b: int, width: int, condition: Tensor | None):
+        layers, f, groups = body.layers, body.hidden, body.groups
         new = body.down[0].weight.new_zeros
+        self.vertical = None
         self.row, self.above = new(layers, b, width + 2, f), new(layers, b * width, f)
         conv_weight = torch.stack([conv.masked_weight() for conv in body.conv])  # (layers out in 2 3)
         self.above_weight = conv_weight[:, :, :, 0].permute(0, 3, 2, 1).flatten(1, 2).contiguous()
         self.above_bias = torch.stack([conv.bias for conv in body.conv])[:, None]
         self.taps = new(layers, b * width, 3 * f)
+        self.condition = ConditionScan(condition, body.condition_weights())
 
         relu_u, mid = new(layers, b, 2 * f), new(layers, b, f)
         down, up, to_head = ([m.steps() for m in part] for part in (body.down, body.up, body.to_head))
@@ -102,7 +91,7 @@ class ResidualBlocksScan:
                         )
                     )
 
-    def begin_row(self) -> None:
+    def begin_row(self, i: int) -> None:
         layers, b, padded, f = self.row.shape
         torch.cat(
             [self.row[:, :, k : k + padded - 2] for k in range(3)],
@@ -110,6 +99,7 @@ class ResidualBlocksScan:
             out=self.taps.view(layers, b, -1, 3 * f),
         )
         torch.baddbmm(self.above_bias, self.taps, self.above_weight, out=self.above)
+        self.condition.add_to(self.above.view(layers, b, -1, f), i)
 
     def step(self, j: int, g: int) -> Tensor:
         """From group g of the stem at column j, in `inputs[j][g]`, to group g of the head's input (b 2f_g)."""
@@ -136,4 +126,4 @@ class ResidualBlocksScan:
 class PixelCNN(AutoregressiveModel):
     """PixelCNN. Arguments: see `AutoregressiveModel`."""
 
-    Body = ResidualBlocks
+    architecture = ResidualBlocks

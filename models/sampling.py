@@ -16,52 +16,56 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from models.base import AutoregressiveModel
-from models.layers import MaskedConvScan, check
+from models.base import AutoregressiveModel, ImageModel
+from models.layers import MaskedConvScan, check, check_one_of
 
 
 class RowScan:
     """Logits from cached activations: rows above are finished, so a sub-pixel costs one step along the row."""
 
-    def __init__(self, model: AutoregressiveModel, b: int):
+    def __init__(self, model: AutoregressiveModel, b: int, condition: Tensor | None = None):
         self.scale, self.head = model.scale, model.head.scan(b)
         columns = model.width + model.stem.extra
         self.outside = range(model.width, columns)
-        self.body = model.body.scan(b, columns)
-        self.stem = MaskedConvScan(model.stem, b, model.height, columns, self.body.inputs)
+        self.body = model.body.scan(b, columns, condition)
+        self.stem = MaskedConvScan(model.stem, b, model.height, columns, self.body.inputs, self.body.vertical)
 
     def begin_row(self, i: int) -> None:
         if i > 0:  # the row above has no pixels in the extra columns, but features
             for j in self.outside:
-                for g in range(self.stem.colours):
+                for g in range(self.stem.groups):
                     self.stem.step(j, g)
                     self.body.step(j, g)
         self.stem.begin_row(i)
-        self.body.begin_row()
+        self.body.begin_row(i)
 
-    def logits(self, i: int, j: int, g: int) -> Tensor:
-        self.stem.step(j, g)
-        return self.head.step(self.body.step(j, g), g)
+    def logits(self, i: int, j: int, c: int) -> Tensor:
+        if c < self.stem.groups:  # one group: all colours of a pixel come from one step
+            self.stem.step(j, c)
+            self.head.step(self.body.step(j, c), c)
+        return self.head.logits(c)
 
-    def put(self, i: int, j: int, g: int, values: Tensor) -> None:
-        self.stem.put(j, g, self.scale(values))
+    def put(self, i: int, j: int, c: int, values: Tensor) -> None:
+        self.stem.put(j, c, self.scale(values))
+        self.head.put(c, values)
 
 
 class FullForward:
     """Logits from the whole network, run anew for each sub-pixel: what the row scan is compared with."""
 
-    def __init__(self, model: AutoregressiveModel, b: int):
-        self.model = model
-        self.x = torch.zeros(b, *model.shape, dtype=torch.long, device=model.stem.weight.device)
+    def __init__(self, model: AutoregressiveModel, b: int, condition: Tensor | None = None):
+        self.model, self.condition = model, condition
+        self.x = torch.zeros(b, *model.shape, dtype=torch.long, device=model.device)
 
     def begin_row(self, i: int) -> None:
         pass
 
-    def logits(self, i: int, j: int, g: int) -> Tensor:
-        return self.model.parameters_at(self.x)[:, i, j, g]
+    def logits(self, i: int, j: int, c: int) -> Tensor:
+        parameters = self.model.parameters_at(self.x, self.condition)[:, i, j]
+        return self.model.head.logits(parameters, self.x[:, :, i, j])[:, c]
 
-    def put(self, i: int, j: int, g: int, values: Tensor) -> None:
-        self.x[:, g, i, j] = values
+    def put(self, i: int, j: int, c: int, values: Tensor) -> None:
+        self.x[:, c, i, j] = values
 
 
 METHODS = {"cached": RowScan, "naive": FullForward}
@@ -147,7 +151,12 @@ def threads_for(model: AutoregressiveModel, method: str, b: int) -> Iterator[Non
 
 
 def pixel_loop(
-    model: AutoregressiveModel, method: str, rule: Callable, b: int, tell: Callable = lambda: None
+    model: AutoregressiveModel,
+    method: str,
+    rule: Callable,
+    b: int,
+    tell: Callable = lambda: None,
+    condition: Tensor | None = None,
 ) -> Tensor:
     """Visit all sub-pixels of b images in order and return what the rule chose (b c h w) int64.
 
@@ -155,15 +164,15 @@ def pixel_loop(
         method: "cached" (the row scan) or "naive" (the whole network for each sub-pixel).
         rule: called as rule(i, j, g, logits (b v)), answers with values (b,).
         tell: called after each row.
+        condition: what `model.condition` made, where the model is conditioned on something.
     """
-    if not isinstance(method, str) or method not in METHODS:
-        raise ValueError(f"method={method!r} is not allowed: {' or '.join(METHODS)} is")
+    check_one_of("method", method, METHODS)
     in_training = [module for module in model.modules() if module.training]
     model.eval()
     try:
         with torch.inference_mode(), threads_for(model, method, b):
-            x = torch.zeros(b, *model.shape, dtype=torch.long, device=model.stem.weight.device)
-            evaluator = METHODS[method](model, b)
+            x = torch.zeros(b, *model.shape, dtype=torch.long, device=model.device)
+            evaluator = METHODS[method](model, b, condition)
             for i in range(model.height):
                 evaluator.begin_row(i)
                 for j in range(model.width):
@@ -178,26 +187,30 @@ def pixel_loop(
     return x.clone()  # a tensor made in inference mode takes part in nothing else
 
 
-def noise(seed: int, images: range, shape: tuple[int, int, int]) -> Tensor:
+def noise(seed: int, images: range, shape: tuple[int, int, int], stage: int = 0) -> Tensor:
     """Uniform numbers in [0, 1) for images of `shape` (c h w): (n c h w) float32.
 
-    Those of image k depend on `seed` and k alone: a counter-based generator has the pair as its key.
+    Those of image k depend on `seed`, k and `stage` alone: a counter-based generator has the pair as its key, and each
+    stage of a model that draws in several has a stretch of its counter for itself.
     """
-    draws = [
-        np.random.Generator(np.random.Philox(key=np.array([seed, k], dtype=np.uint64))).random(shape, dtype=np.float32)
-        for k in images
-    ]
-    return torch.from_numpy(np.stack(draws))
+
+    def draw(k: int) -> np.ndarray:
+        bits = np.random.Philox(key=np.array([seed, k], dtype=np.uint64), counter=[0, 0, 0, stage])
+        return np.random.Generator(bits).random(shape, dtype=np.float32)
+
+    return torch.from_numpy(np.stack([draw(k) for k in images]))
 
 
 def sample(
-    model: AutoregressiveModel,
+    model: ImageModel,
     n: int,
     *,
     seed: int = 0,
     method: str = "cached",
     temperature: float = 1.0,
-    uniforms: Tensor | None = None,
+    label: int | Tensor | None = None,
+    cond: Tensor | None = None,
+    uniforms: Tensor | list[Tensor] | None = None,
     known: tuple[Tensor, Tensor] | None = None,
     batch_size: int = 64,
     tell: Callable[[int], None] = lambda rows: None,
@@ -210,8 +223,12 @@ def sample(
             depend on the batch, and so may, once in some million sub-pixels, a value).
         method: "cached" computes every activation once; "naive" re-runs the network for each sub-pixel.
         temperature: logits are divided by it; 0 takes the likeliest value.
-        uniforms: the noise, (n c h w) in [0, 1), instead of numbers from `seed`.
-        known: (x (n c h w), mask (n c h w)); sub-pixels where the mask is true are kept, the others drawn.
+        label: for a model with classes, (n,) integers, or one for all.
+        cond: for a model with map_features, maps (n d h w).
+        uniforms: the noise, (n c h w) in [0, 1), instead of numbers from `seed`; for Multi-Scale, a list of one such
+            tensor for each of `model.nets`.
+        known: (x (n c h w), mask (n c h w)); sub-pixels where the mask is true are kept, the others drawn. Only those
+            before a sub-pixel in the order of drawing are evidence for it.
         batch_size: how many images are drawn side by side; memory grows with it, not with n.
         tell: called after each finished row of a batch with how many rows of images that were.
 
@@ -225,27 +242,51 @@ def sample(
     check("seed", seed, int, 0, 2**64 - 1)
     check("temperature", temperature, float, 0)
     check("batch_size", batch_size, int, 1)
-    if uniforms is not None and tuple(uniforms.shape) != (n, *model.shape):
-        raise ValueError(f"uniforms are {tuple(uniforms.shape)}: {(n, *model.shape)} is allowed")
-    if uniforms is not None and not ((uniforms >= 0) & (uniforms < 1)).all():
-        raise ValueError(f"uniforms reach from {uniforms.min()} to {uniforms.max()}: [0, 1) is allowed")
+    check_one_of("method", method, METHODS)
+    label = torch.full((n,), label) if isinstance(label, int) else label
+    model.check_condition(n, label, cond)
+    if uniforms is not None:
+        uniforms = [uniforms] if isinstance(uniforms, Tensor) else uniforms
+        check_uniforms(uniforms, [(n, *net.shape) for net in model.nets])
     if known is not None:
-        x, mask = known
-        if len(x) != n or mask.shape != x.shape:
-            raise ValueError(
-                f"known images are {tuple(x.shape)}, their mask {tuple(mask.shape)}: {n} of each are needed"
-            )
-        if mask.dtype != torch.bool:
-            raise ValueError(f"the mask of known sub-pixels is {mask.dtype}: torch.bool is allowed")
-        model.check(x)
-    device, out = model.stem.weight.device, []
+        check_known(model, n, *known)
+    out = []
     for start in range(0, n, batch_size):
         images = range(start, min(start + batch_size, n))
-        part = slice(images.start, images.stop)
-        numbers = noise(seed, images, model.shape) if uniforms is None else uniforms[part]
-        rule = Draw(numbers.to(device), temperature)
-        if known is not None:
-            rule = Keep(x[part].to(device), mask[part].to(device), rule)
-        drawn = pixel_loop(model, method, rule, len(images), partial(tell, len(images)))
-        out.append(drawn.to("cpu", torch.uint8 if model.levels <= 256 else torch.int64))
+
+        def part(x: Tensor | None, images: range = images) -> Tensor | None:
+            return None if x is None else x[images.start : images.stop].to(model.device)
+
+        x, given = None, (part(label), part(cond))
+        for k, net in enumerate(model.nets):
+            numbers = noise(seed, images, net.shape, k).to(model.device) if uniforms is None else part(uniforms[k])
+            rule = Draw(numbers, temperature)
+            with torch.no_grad():
+                stage = model.stage(k, x, *given)
+            if known is not None:
+                step = model.height // net.height
+                rule = Keep(*(part(tensor)[:, :, ::step, ::step] for tensor in known), rule)
+            if stage.known is not None:
+                rule = Keep(stage.x, stage.known, rule)
+            x = pixel_loop(net, method, rule, len(images), partial(tell, len(images)), stage.condition)
+        out.append(x.to("cpu", torch.uint8 if model.levels <= 256 else torch.int64))
     return torch.cat(out)
+
+
+def check_uniforms(uniforms: list[Tensor], shapes: list[tuple[int, ...]]) -> None:
+    """Raise ValueError unless these are uniform numbers of these shapes."""
+    given = [tuple(numbers.shape) for numbers in uniforms]
+    if given != shapes:
+        raise ValueError(f"uniforms are {', '.join(map(str, given))}: {', '.join(map(str, shapes))} is allowed")
+    for numbers in uniforms:
+        if not ((numbers >= 0) & (numbers < 1)).all():
+            raise ValueError(f"uniforms reach from {numbers.min()} to {numbers.max()}: [0, 1) is allowed")
+
+
+def check_known(model: ImageModel, n: int, x: Tensor, mask: Tensor) -> None:
+    """Raise ValueError unless x and mask are n images of the model and which of their sub-pixels are known."""
+    if len(x) != n or mask.shape != x.shape:
+        raise ValueError(f"known images are {tuple(x.shape)}, their mask {tuple(mask.shape)}: {n} of each are needed")
+    if mask.dtype != torch.bool:
+        raise ValueError(f"the mask of known sub-pixels is {mask.dtype}: torch.bool is allowed")
+    model.check(x)

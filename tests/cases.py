@@ -1,31 +1,47 @@
-"""The models that every proof in the tests is made for, and small ones built from them.
+"""The models that every proof in the tests is made for, small ones built from them, and proofs that files share.
 
-Adding a model, or a switch of one, is adding a line to `CASES`.
+Adding a model, or a switch of one, is adding a line to the tables below.
 
-Legend: b batch · c channel (colour) · h w rows, columns · v levels · n sub-pixels in raster order (h w c).
+Legend: b batch · c channel (colour) · h w rows, columns · v levels · n sub-pixels (h w c).
 """
 
 import copy
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 import models
+from models.logistic_mixture import LogisticMixtureHead
+from models.sampling import Given, Record, noise, pixel_loop, sample
+
+# -------------------------------------------------------- what each architecture sees, by its definition: (n n)
+
+
+def relation(h: int, w: int, c: int, seen: Callable) -> Tensor:
+    """`seen(i, j, g, a, b, colour)`: whether sub-pixel (i, j, g) sees (a, b, colour). In raster order: (n n)."""
+    cells = [(i, j, g) for i in range(h) for j in range(w) for g in range(c)]
+    return torch.tensor([[seen(*out, *into) for into in cells] for out in cells])
+
+
+def path(*steps: Tensor) -> Tensor:
+    """What is seen through relations in a row, from the last to the first; paths stay inside the image."""
+    return functools.reduce(torch.matmul, (step.double() for step in steps)) > 0
 
 
 def sees(h: int, w: int, c: int, reach: int, kind: str) -> Tensor:
-    """Which sub-pixels a masked convolution of (2·reach + 1)² sees from each (n n), by its definition."""
-    cells = [(i, j, g) for i in range(h) for j in range(w) for g in range(c)]
+    """A masked convolution of (2·reach + 1)²."""
 
     def seen(i, j, g, a, b, colour):
         before = a < i or (a == i and b < j)
         itself = (a, b) == (i, j) and (colour < g or (kind == "B" and colour == g))
         return i - a <= reach and abs(j - b) <= reach and (before or itself)
 
-    return torch.tensor([[seen(*out, *into) for into in cells] for out in cells])
+    return relation(h, w, c, seen)
 
 
 def everything_before(h: int, w: int, c: int, layers: int) -> Tensor:
@@ -33,37 +49,100 @@ def everything_before(h: int, w: int, c: int, layers: int) -> Tensor:
 
 
 def convolutions(h: int, w: int, c: int, layers: int) -> Tensor:
-    """A 7×7 of mask A, then `layers` times a 3×3 of mask B; paths stay inside the image."""
-    body = torch.matrix_power(sees(h, w, c, 1, "B").double(), layers)
-    return body @ sees(h, w, c, 3, "A").double() > 0
+    """A 7×7 of mask A, then `layers` times a 3×3 of mask B."""
+    return path(*[sees(h, w, c, 1, "B")] * layers, sees(h, w, c, 3, "A"))
+
+
+def rectangle_above(h: int, w: int, c: int, layers: int) -> Tensor:
+    """Without a hole: all of the rows above, as far as layers and stem reach, and so much of the row to the left."""
+    far = 3 + layers
+
+    def seen(i, j, g, a, b, colour):
+        if a == i:
+            return j - far <= b < j or (b == j and colour < g)
+        return i - far <= a < i and abs(j - b) <= far
+
+    return relation(h, w, c, seen)
+
+
+def triangle_above(h: int, w: int, c: int, layers: int) -> Tensor:
+    """A 7×7 of mask A, then in each layer the triangle above, whatever its height, and the pixel to its left."""
+
+    def seen(i, j, g, a, b, colour):
+        if a == i:
+            return b == j - 1 or (b == j and colour <= g)
+        return a < i and j - (i - a) - 1 <= b <= j + (i - a)
+
+    return path(*[relation(h, w, c, seen)] * layers, sees(h, w, c, 3, "A"))
+
+
+# ---------------------------------------------------------------------------------------------------- the table
 
 
 class Case(NamedTuple):
     target: str  # the class, in `models`
     extra: dict  # its arguments beside those that all models have
-    reach: Callable  # (h, w, c, layers) → which sub-pixels each conditional depends on (n n)
+    reach: Callable | None  # (h, w, c, layers) → which sub-pixels each conditional depends on (n n); None: not said
 
 
-CASES = {
-    "pixel_cnn": Case("PixelCNN", {}, convolutions),
-    "pixel_cnn-skip": Case("PixelCNN", {"skip": True}, convolutions),
-    "pixel_cnn-plain": Case("PixelCNN", {"residual": False}, convolutions),
-    "pixel_cnn-only_skip": Case("PixelCNN", {"residual": False, "skip": True}, convolutions),
-    "diag_bilstm": Case("DiagBiLSTM", {}, everything_before),
-    "diag_bilstm-skip": Case("DiagBiLSTM", {"skip": True}, everything_before),
-    "diag_bilstm-plain": Case("DiagBiLSTM", {"residual": False}, everything_before),
-    "diag_bilstm-only_skip": Case("DiagBiLSTM", {"residual": False, "skip": True}, everything_before),
+ARCHITECTURES = {
+    "pixel_cnn": ("PixelCNN", convolutions),
+    "gated_pixel_cnn": ("GatedPixelCNN", rectangle_above),
+    "row_lstm": ("RowLSTM", triangle_above),
+    "diag_bilstm": ("DiagBiLSTM", everything_before),
 }
-TARGETS = {case.target: case for case in reversed(CASES.values())}  # one case a class
+MIXTURE = {"head": "logistic_mixture", "mixtures": 3}
+VARIANTS = {
+    "": {},
+    "-skip": {"skip": True},
+    "-plain": {"residual": False},
+    "-only_skip": {"residual": False, "skip": True},
+    "-given": {"classes": 3, "map_features": 2},
+    "-mixture": MIXTURE,
+    "-mixture-given": {**MIXTURE, "classes": 3, "map_features": 2},
+}
+CASES = {
+    f"{name}{variant}": Case(target, extra, reach)
+    for name, (target, reach) in ARCHITECTURES.items()
+    for variant, extra in VARIANTS.items()
+} | {  # each architecture as a base, each as a conditional
+    "multi_scale": Case("MultiScale", {}, None),
+    "multi_scale-given": Case("MultiScale", {"base": "pixel_cnn", "conditional": "row_lstm", "classes": 3}, None),
+    "multi_scale-mixture": Case("MultiScale", {"base": "row_lstm", "conditional": "gated_pixel_cnn", **MIXTURE}, None),
+    "multi_scale-mixture-given": Case(
+        "MultiScale", {"base": "gated_pixel_cnn", "conditional": "pixel_cnn", "classes": 3, **MIXTURE}, None
+    ),
+}
 
-every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
-every_target = pytest.mark.parametrize("case", TARGETS.values(), ids=TARGETS.keys())
+
+def every(condition: Callable[[Case], bool] = lambda case: True):
+    """Parametrize a test over the cases of which `condition` holds."""
+    chosen = {name: case for name, case in CASES.items() if condition(case)}
+    return pytest.mark.parametrize("case", chosen.values(), ids=chosen.keys())
+
+
+def plain(case: Case) -> bool:
+    """Whether no switch is set."""
+    return not {"skip", "residual"} & set(case.extra)
+
+
+every_case = every()
+every_softmax = every(lambda case: "head" not in case.extra)
+every_architecture = every(lambda case: case.reach is not None)
+every_kind = every(plain)  # class × head × conditioned or not
+every_conditioned = every(lambda case: "classes" in case.extra)  # class × head
+every_mapped = every(lambda case: "map_features" in case.extra)  # architecture × head
+every_target = every(lambda case: not case.extra)  # one case a class
+every_net = every(lambda case: not case.extra and case.reach is not None)  # one case an architecture
 
 
 def config(case: Case, **arguments) -> dict:
-    """What `models.build` takes: a small model, but for what `arguments` say."""
+    """What `models.build` takes: a small model, but for what `arguments` say; Multi-Scale has sides that are even."""
     small = {"channels": 1, "levels": 4, "height": 3, "width": 4, "hidden": 8, "layers": 2}
-    return {"_target_": f"models.{case.target}", **small, **case.extra, **arguments}
+    out = {"_target_": f"models.{case.target}", **small, **case.extra, **arguments}
+    if case.target == "MultiScale":
+        out |= {side: out[side] + max(out[side], 0) % 2 for side in ("height", "width")}
+    return out
 
 
 def add_noise(model, seed: int, std: float = 0.3):
@@ -88,9 +167,42 @@ def images(model, b: int, seed: int = 0) -> Tensor:
     return torch.randint(model.levels, (b, *model.shape), generator=torch.Generator().manual_seed(seed))
 
 
-def raster(values: Tensor) -> Tensor:
+def given(model, b: int, seed: int = 0) -> dict[str, Tensor]:
+    """The `label` and `cond` of b images, of each its own, where the model is conditioned on them."""
+    out = {}
+    if model.classes:
+        out["label"] = (torch.arange(b) + seed) % model.classes
+    if model.map_features:
+        generator, dtype = torch.Generator().manual_seed(seed), next(model.parameters()).dtype
+        out["cond"] = torch.rand(b, model.map_features, model.height, model.width, generator=generator, dtype=dtype)
+    return out
+
+
+def given_alike(model, b: int, seed: int = 0) -> dict[str, Tensor]:
+    """The same `label` and `cond` for each of b images, where the model is conditioned on them."""
+    return {name: value.expand(b, *value.shape[1:]) for name, value in given(model, 1, seed).items()}
+
+
+def stages(model) -> Tensor:
+    """Which of `model.nets` draws each pixel (h w): that of the smallest image that shows it."""
+    _, h, w = model.shape
+    out = torch.zeros(h, w, dtype=torch.long)
+    for k, net in reversed(list(enumerate(model.nets))):
+        out[:: h // net.height, :: w // net.width] = k
+    return out
+
+
+def order(model) -> Tensor:
+    """The sub-pixels (n,), numbered in raster order, in the order in which the model takes them.
+
+    It is raster order too, but that of Multi-Scale takes the pixels of the smaller images first.
+    """
+    return stages(model).repeat_interleave(model.channels).argsort(stable=True)
+
+
+def in_order(model, values: Tensor) -> Tensor:
     """(b c h w …) → (b n …): sub-pixels in the order in which the model takes them."""
-    return values.movedim(1, 3).flatten(1, 3)
+    return values.movedim(1, 3).flatten(1, 3)[:, order(model)]
 
 
 # ----------------------------------------------------------------------------------- a model's states of life
@@ -104,7 +216,7 @@ def train(model, steps: int = 3):
         for step in range(steps):
             torch.manual_seed(step)
             optimizer.zero_grad()
-            model(images(model, 8, seed=step)).mean().backward()
+            model(images(model, 8, seed=step), **given(model, 8, seed=step)).mean().backward()
             optimizer.step()
     return model.eval()
 
@@ -139,7 +251,7 @@ def unused_weights(model, draws: int = 4) -> list[Tensor]:
                 parameter.copy_(parameter.abs() if seed % 2 else parameter)
         x = images(probe, 16, seed)
         x[0] = probe.levels - 1
-        gradients = torch.autograd.grad(probe(x).sum(), list(probe.parameters()))
+        gradients = torch.autograd.grad(probe(x, **given(probe, 16, seed)).sum(), list(probe.parameters()))
         for where, gradient in zip(unused, gradients, strict=True):
             where &= gradient == 0
     return unused
@@ -148,15 +260,122 @@ def unused_weights(model, draws: int = 4) -> list[Tensor]:
 def poisoned(case: Case, **arguments):
     """Huge numbers in every weight that a mask hides."""
     model = build(case, **arguments)
-    x, unused = images(model, 4), unused_weights(model)
+    x, conditions, unused = images(model, 4), given(model, 4), unused_weights(model)
     with torch.no_grad():
-        before = model.log_prob(x)
+        before = model.log_prob(x, **conditions)
         for parameter, where in zip(model.parameters(), unused, strict=True):
             parameter[where] = 1e6
-        assert torch.equal(model.log_prob(x), before)
+        assert torch.equal(model.log_prob(x, **conditions), before)
     assert sum(int(where.sum()) for where in unused) > 0
     return model
 
 
 STATES = {"fresh": build, "trained": trained, "reloaded": reloaded, "copied": copied, "poisoned": poisoned}
 every_state = pytest.mark.parametrize("state", STATES.values(), ids=STATES.keys())
+
+
+# ------------------------------------------------------------------------------------- proofs that files share
+
+
+def changes(model, seed: int = 0):
+    """Whether changing sub-pixel k changes conditional m, in an image of its own for each k: (n n), [k, m].
+
+    Both in the order in which the model takes them. Both forwards have the same batch, rows and random state, so what
+    does not see k is equal to the last bit.
+    """
+    c, h, w = model.shape
+    n = c * h * w
+    x = images(model, n, seed)
+    every = torch.arange(n)
+    flat = x.permute(0, 2, 3, 1).reshape(n, n).clone()
+    shift = torch.randint(1, model.levels, (n,), generator=torch.Generator().manual_seed(seed))
+    flat[every, order(model)] = (flat[every, order(model)] + shift) % model.levels
+    perturbed = flat.view(n, h, w, c).permute(0, 3, 1, 2)
+    conditionals = []
+    for image in (x, perturbed):
+        with torch.random.fork_rng(), torch.no_grad():
+            torch.manual_seed(seed)
+            conditionals.append(in_order(model, model.conditionals(image, **given(model, n, seed))))
+    return (conditionals[0] != conditionals[1]).any(-1)
+
+
+def sizes(model, x):
+    """Images x (b c h w) as each of the model's nets draws them, the smallest first."""
+    return [x[:, :, :: model.height // net.height, :: model.width // net.width] for net in model.nets]
+
+
+def scanned(model, x, conditions):
+    """What the row scan says of given images: conditionals (b c h w v), log-probabilities (b,).
+
+    Conditionals are those of the largest image's net, and of the smaller ones' at the pixels that they make known.
+    """
+    out, smaller, total = None, None, 0
+    for k, (net, of_size) in enumerate(zip(model.nets, sizes(model, x), strict=True)):
+        with torch.no_grad():
+            stage = model.stage(k, smaller, conditions.get("label"), conditions.get("cond"))
+        record = Record(net, Given(of_size), len(x), conditionals=True)
+        smaller = pixel_loop(net, "cached", record, len(x), condition=stage.condition)
+        assert torch.equal(smaller, of_size)
+        log_probs = record.conditionals.gather(-1, smaller[..., None])[..., 0]
+        torch.testing.assert_close(record.log_prob, log_probs.sum((1, 2, 3)), rtol=1e-5, atol=1e-4)
+        if stage.known is not None:
+            log_probs = log_probs.masked_fill(stage.known, 0)
+            record.conditionals[:, :, ::2, ::2] = out
+        out, total = record.conditionals, total + log_probs.sum((1, 2, 3))
+    return out, total
+
+
+def assert_scan_equals_forward(model, b: int = 3):
+    """The row scan's conditionals are the network's, at every sub-pixel of given images.
+
+    The mixture's logarithms amplify rounding where a value is unlikely. They are compared in float64, and in float32
+    the probabilities themselves.
+    """
+    mixture = isinstance(model.nets[0].head, LogisticMixtureHead)
+    for net in (model, copy.deepcopy(model).double()) if mixture else (model,):
+        x, conditions = images(net, b), given(net, b)
+        conditionals, log_prob = scanned(net, x, conditions)
+        with torch.no_grad():
+            pair = conditionals, net.conditionals(x, **conditions)
+            if net is model and mixture:
+                pair, limit = [p.exp() for p in pair], 3e-5
+            else:
+                limit = 1e-8 if mixture else 1e-5
+            error = (pair[0] - pair[1]).abs().amax((0, 4))
+            where = (~(error < limit)).nonzero().tolist()
+            assert not where, f"{error.max():.1e}, at (c h w) {where[:5]}"
+            torch.testing.assert_close(log_prob, net.log_prob(x, **conditions), rtol=1e-5, atol=1e-4)
+
+
+def assert_methods_agree(model, n: int = 3, **arguments):
+    """The same noise gives the same pixels, cached or naive."""
+    arguments = {**given(model, n), **arguments}
+    cached, naive = (sample(model, n, method=method, **arguments) for method in ("cached", "naive"))
+    assert torch.equal(cached, naive), f"differ first at (n c h w) {(cached != naive).nonzero()[0].tolist()}"
+    return cached
+
+
+def noises(model, seed: int, n: int):
+    """The noise that `sample` makes of a seed for n images, a tensor for each of the model's nets."""
+    return [noise(seed, range(n), net.shape, k) for k, net in enumerate(model.nets)]
+
+
+def independent(model, uniforms, temperature=1.0, x=None, known=None):
+    """Sampling as its definition says it: one call of `conditionals` a sub-pixel, inverse CDF by numpy."""
+    n, (c, h, w), stage = len(uniforms[0]), model.shape, stages(model)
+    drawn = torch.zeros(n, c, h, w, dtype=torch.long)
+    for i, j, g in zip(*np.unravel_index(order(model).numpy(), (h, w, c)), strict=True):
+        with torch.no_grad():
+            p = model.conditionals(drawn, **given(model, n))[:, g, i, j].double().numpy()
+        numbers = uniforms[stage[i, j]]
+        step = h // numbers.shape[2]
+        for k in range(n):
+            if known is not None and known[k, g, i, j]:
+                drawn[k, g, i, j] = x[k, g, i, j]
+            elif temperature == 0:
+                drawn[k, g, i, j] = int(p[k].argmax())
+            else:
+                weights = np.exp(p[k] / temperature)
+                cdf, number = (weights / weights.sum()).cumsum(), numbers[k, g, i // step, j // step].item()
+                drawn[k, g, i, j] = int(np.searchsorted(cdf[:-1], number, side="right"))
+    return drawn

@@ -88,12 +88,20 @@ def test_a_baseline_computes_what_its_model_does(name, channels, height, width):
 
 def test_multiply_adds_are_those_of_live_weights():
     sizes = {"channels": 1, "levels": 2, "height": 3, "width": 5, "hidden": 4, "layers": 2}
-    pixel_cnn, diag_bilstm = (m(**sizes, head_features=7) for m in (models.PixelCNN, models.DiagBiLSTM))
+    counts = {
+        m: training.live_multiply_adds(m(**sizes, head_features=7))
+        for m in (models.PixelCNN, models.GatedPixelCNN, models.RowLSTM, models.DiagBiLSTM)
+    }
     stem, head = 24 * 8, 8 * 7 + 7 * 2  # a 7×7 of mask A has 24 live taps
     block = 8 * 4 + 5 * 4 * 4 + 4 * 8  # a 3×3 of mask B has 5
-    layer = 2 * (16 * 8 + 16 * 8) + 4 * 8  # per direction input-to-state and state-to-state; then up
-    assert training.live_multiply_adds(pixel_cnn) == 3 * 5 * (stem + 2 * block + head)
-    assert training.live_multiply_adds(diag_bilstm) == 3 * (6 * (stem + 2 * layer) + 5 * head)
+    assert counts[models.PixelCNN] == 3 * 5 * (stem + 2 * block + head)
+    gated = 6 * 4 * 8 + (2 + 1) * 4 * 8 + 4 * 4  # vertical 2×3; left, centre and vertical; up
+    gated_stem, gated_head = 21 * 4 + 24 * 4, 4 * 7 + 7 * 2  # the vertical half sees the rows above alone
+    assert counts[models.GatedPixelCNN] == 3 * 5 * (gated_stem + 2 * gated + gated_head)
+    row = 2 * 8 * 16 + 3 * 4 * 16 + 4 * 8  # left and centre; the row above; up
+    assert counts[models.RowLSTM] == 3 * 5 * (stem + 2 * row + head)
+    diagonal = 2 * (16 * 8 + 16 * 8) + 4 * 8  # per direction input-to-state and state-to-state; then up
+    assert counts[models.DiagBiLSTM] == 3 * (6 * (stem + 2 * diagonal) + 5 * head)
 
 
 def test_the_benchmarks_need_no_hydra():
@@ -112,7 +120,7 @@ def test_things_are_timed_in_turn():
 
 @pytest.mark.parametrize(
     "arguments, said",
-    [(["--models", "pixel_rnn"], "pixel_cnn, diag_bilstm"), (["--repeats", "0"], "at least 1")],
+    [(["--models", "pixel_rnn"], "pixel_cnn, gated_pixel_cnn"), (["--repeats", "0"], "at least 1")],
 )
 def test_a_wrong_option_ends_in_one_line(arguments, said, capsys):
     with pytest.raises(SystemExit) as stopped:

@@ -14,46 +14,14 @@ import pytest
 import torch
 from PIL import Image
 
-import evaluate
 import kernels
 import models
 import sample
 import train
-from conf import command
 from models.checkpoint import find, load, read
+from tests.commands import COMMANDS, REPOSITORY, SHORT, TINY, process, refused
 
-REPOSITORY = Path(__file__).resolve().parent.parent
-COMMANDS = {"train": (train.main, train.resumed), "sample": (sample.main,), "evaluate": (evaluate.main,)}
-TINY = ["model.hidden=4", "model.layers=1", "model.head_features=8", "batch_size=256"]
-SHORT = [
-    *TINY,
-    "steps=12",
-    "warmup=2",
-    "log_every=4",
-    "evaluate_every=6",
-    "save_every=5",
-    "sample_every=12",
-    "samples=4",
-]
 LONG = [*TINY, "steps=300", "save_every=7", "evaluate_every=50", "log_every=10", "sample_every=0"]
-
-
-@pytest.fixture
-def call(monkeypatch, tmp_path, capsys):
-    """call("train", *arguments) → (exit status, stdout, stderr), in an empty folder of its own."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
-
-    def call(name: str, *arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", [f"{name}.py", *arguments])
-        status = 0
-        try:
-            command.run(name, *COMMANDS[name])
-        except SystemExit as error:
-            status = error.code
-        return status, *capsys.readouterr()
-
-    return call
 
 
 @pytest.fixture(scope="module")
@@ -62,12 +30,6 @@ def trained(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("trained") / "run"
     process("train.py", *SHORT, f"hydra.run.dir={folder}", check=True)
     return folder
-
-
-def process(script: str, *arguments: str, check: bool = False, **options) -> subprocess.CompletedProcess:
-    line = [sys.executable, str(REPOSITORY / script), *arguments]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(line, env=environment, capture_output=True, text=True, check=check, **options)
 
 
 def test_code_is_this_repositorys():
@@ -341,7 +303,7 @@ class TestMistakes:
         (tmp_path / "file.txt").write_text("kept")
         if arguments[0] == "dataset=npy":
             arguments = [*arguments, f"dataset.root={tmp_path}"]
-        self.refused(call("train", *arguments), words)
+        refused(call("train", *arguments), words)
         assert not list(tmp_path.glob("runs/*/*"))
         assert (tmp_path / "file.txt").read_text() == "kept"
 
@@ -350,7 +312,7 @@ class TestMistakes:
         for name in ("train-images-idx3", "train-labels-idx1", "t10k-images-idx3", "t10k-labels-idx1"):
             (tmp_path / "mnist" / f"{name}-ubyte.gz").write_bytes(b"\x1f\x8b\x08\x00cut")
         result = call("train", "dataset=mnist", f"dataset.root={tmp_path}")
-        self.refused(result, ["ubyte.gz"])
+        refused(result, ["ubyte.gz"])
 
     IN_SAMPLING: ClassVar = [
         (["n=0"], ["n=0", "at least 1"]),
@@ -390,33 +352,25 @@ class TestMistakes:
         (tmp_path / "samples.png").write_text("kept")
         if not arguments[0].startswith("checkpoint"):
             arguments = [*arguments, f"checkpoint={trained}"]
-        self.refused(call(name, *arguments), words)
+        refused(call(name, *arguments), words)
         assert (tmp_path / "samples.png").read_text() == "kept"
 
     def test_output_without_permission(self, call, tmp_path, trained, monkeypatch):
         """As root everything is writable, so the system's answer is made up."""
         monkeypatch.setattr(os, "access", lambda path, mode: False)
-        self.refused(call("sample", f"checkpoint={trained}"), ["samples.png", "cannot be written"])
+        refused(call("sample", f"checkpoint={trained}"), ["samples.png", "cannot be written"])
 
     def test_nothing_trained_yet(self, call):
-        self.refused(call("sample"), ["python train.py"])
-        self.refused(call("evaluate"), ["python train.py"])
+        refused(call("sample"), ["python train.py"])
+        refused(call("evaluate"), ["python train.py"])
 
     def test_unknown_split(self, call, trained):
-        self.refused(call("evaluate", f"checkpoint={trained}", "split=dev"), ["dev", "train, val, test"])
+        refused(call("evaluate", f"checkpoint={trained}", "split=dev"), ["dev", "train, val, test"])
 
     def test_traceback_on_request(self, call, monkeypatch):
         monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
         with pytest.raises(ValueError, match="layers=0"):
             call("train", "model.layers=0")
-
-    @staticmethod
-    def refused(result: tuple[int, str, str], words: list[str]) -> None:
-        status, _, err = result
-        assert status == 2, result
-        assert len(err.splitlines()) == 1, err
-        for word in words:
-            assert word in err
 
 
 @pytest.mark.parametrize("name", COMMANDS)

@@ -1,6 +1,6 @@
 """What `models` promises: causality, receptive fields, probabilities, likelihoods, construction.
 
-Legend: b batch · c channel (colour) · h w rows, columns · v levels · n sub-pixels in raster order (h w c).
+Legend: b batch · c channel (colour) · h w rows, columns · v levels · n sub-pixels (h w c).
 """
 
 import copy
@@ -12,18 +12,29 @@ import torch
 
 import models
 from models.base import bits_per_dim
-from models.layers import MaskedConv, MaskedLinear, colour_mask, group_sizes, group_slices
+from models.layers import MaskedConv, MaskedLinear, MaskedRowConv, colour_mask, group_sizes, group_slices
+from models.sampling import sample
 from tests.cases import (
+    ARCHITECTURES,
     CASES,
-    TARGETS,
     add_noise,
     build,
+    changes,
     config,
+    every_architecture,
     every_case,
+    every_conditioned,
+    every_kind,
+    every_mapped,
+    every_net,
+    every_softmax,
     every_state,
     every_target,
+    given,
+    given_alike,
     images,
-    raster,
+    in_order,
+    order,
     sees,
 )
 
@@ -32,133 +43,158 @@ every_colours = pytest.mark.parametrize("channels", [1, 3])
 # -------------------------------------------------------------------------------------------------- causality
 
 
-def changes(model, seed: int = 0):
-    """Whether changing sub-pixel k changes conditional m, in an image of its own for each k: (n n), [k, m].
-
-    Both forwards have the same batch, rows and random state, so what does not see k is equal to the last bit.
-    """
-    c, h, w = model.shape
-    n = c * h * w
-    x = images(model, n, seed)
-    every = torch.arange(n)
-    flat = x.permute(0, 2, 3, 1).reshape(n, n).clone()
-    shift = torch.randint(1, model.levels, (n,), generator=torch.Generator().manual_seed(seed))
-    flat[every, every] = (flat[every, every] + shift) % model.levels
-    perturbed = flat.view(n, h, w, c).permute(0, 3, 1, 2)
-    conditionals = []
-    for given in (x, perturbed):
-        with torch.random.fork_rng(), torch.no_grad():
-            torch.manual_seed(seed)
-            conditionals.append(raster(model.conditionals(given)))
-    return (conditionals[0] != conditionals[1]).any(-1)
-
-
 @every_case
 @every_colours
-@pytest.mark.parametrize("mode", ["train", "eval"])
 @every_state
-def test_no_conditional_sees_itself_or_what_comes_after(case, channels, mode, state):
+def test_no_conditional_sees_itself_or_what_comes_after(case, channels, state):
     """Perturbing any sub-pixel leaves every conditional at or before it as it was, to the last bit."""
     model = state(case, channels=channels, levels=5, height=4, width=5, dropout=0.3)
-    model.train(mode == "train")
-    changed = changes(model)
-    assert not changed.tril().any(), f"(changed, seen by): {changed.tril().nonzero()[:5].tolist()}"
-    assert changed.triu(1).any()
+    for training in (True, False):
+        changed = changes(model.train(training))
+        wrong = changed.tril().nonzero()[:5].tolist()
+        assert not wrong, f"(changed, seen by) in {'training' if training else 'evaluation'}: {wrong}"
+        assert changed.triu(1).any()
 
 
 def ever_changes(case, channels):
-    """The union of `changes` over a few models and images: in one alone, a ReLU may be closed."""
+    """The union of `changes` over a few models and images, in one alone a ReLU may be closed; and one of the models."""
     size = {"channels": channels, "levels": 5, "height": 4, "width": 5, "hidden": 12}
-    return torch.stack([changes(build(case, seed=seed, **size), seed) for seed in range(4)]).any(0)
+    made = [build(case, seed=seed, **size) for seed in range(4)]
+    return torch.stack([changes(model, seed) for seed, model in enumerate(made)]).any(0), made[0]
 
 
 @every_case
 @every_colours
 def test_the_next_conditional_of_the_row_sees_each_sub_pixel(case, channels):
     """Green sees red of its pixel, blue sees green, and red sees blue of the pixel to the left."""
-    of_row = torch.arange(4 * 5 * channels).view(4, -1)
-    k = of_row[:, :-1].flatten()
-    assert ever_changes(case, channels)[k, k + 1].all()
+    changed, model = ever_changes(case, channels)
+    row = order(model) // (model.width * channels)
+    k = (row[:-1] == row[1:]).nonzero()[:, 0]
+    assert changed[k, k + 1].all() and len(k) == len(row) - sum(net.height for net in model.nets)
 
 
 @every_case
 def test_blue_sees_red_of_its_pixel(case):
-    red = torch.arange(0, 60, 3)
-    assert ever_changes(case, 3)[red, red + 2].all()
+    changed, _ = ever_changes(case, 3)
+    red = torch.arange(0, len(changed), 3)
+    assert changed[red, red + 2].all()
 
 
 @every_case
 @pytest.mark.parametrize("channels", [1, 2])
 def test_the_first_conditional_is_the_same_for_every_image(case, channels):
     model = build(case, channels=channels)
-    first = raster(model.conditionals(images(model, 6)))[:, 0]
+    first = in_order(model, model.conditionals(images(model, 6), **given_alike(model, 6)))[:, 0]
     assert torch.equal(first, first[:1].expand_as(first)) and first.std() > 0
 
 
-@every_target
+@every_kind
 def test_images_of_a_batch_do_not_mix(case):
-    """Neither in eval nor in train mode: no normalization over the batch."""
+    """Neither in eval nor in train mode: no normalization over the batch. Nor do labels and maps."""
     model = build(case, channels=3, levels=5)
     x = images(model, 4)
     other = torch.cat([x[:1], (x[1:] + 1) % 5])
+    conditions, others = given(model, 4), given(model, 4, seed=3)
+    for name, value in others.items():
+        value[0] = conditions[name][0]
     for mode in (True, False):
         model.train(mode)
-        assert torch.equal(model.conditionals(x)[0], model.conditionals(other)[0])
+        assert torch.equal(model.conditionals(x, **conditions)[0], model.conditionals(other, **others)[0])
 
 
-@every_target
+@every_kind
 def test_dropout_acts_in_training_only(case):
     model = build(case, dropout=0.3)
-    x = images(model, 4)
+    x, conditions = images(model, 4), given(model, 4)
     with torch.random.fork_rng():
-        assert torch.equal(model.log_prob(x), model.log_prob(x))
+        assert torch.equal(model.log_prob(x, **conditions), model.log_prob(x, **conditions))
         model.train()
-        assert not torch.equal(model.log_prob(x), model.log_prob(x))
+        assert not torch.equal(model.log_prob(x, **conditions), model.log_prob(x, **conditions))
 
 
 # -------------------------------------------------------------------------------------------- receptive field
 
 
 def influence(model, u):
-    """Which inputs the logits of each sub-pixel depend on (n n), by gradients at the image u (h w c)."""
+    """Which inputs the head's parameters for each sub-pixel depend on (n n), by gradients at the image u (h w c).
+
+    A head with one group has the same parameters (p) for all colours of a pixel, others some for each.
+    """
     n = u.numel()
+    every = torch.arange(n)
     u = u.expand(n, *u.shape).clone().requires_grad_()
-    logits = model.head(model.body(model.stem(u)))  # (n h w c v)
-    own = logits.flatten(1, 3).diagonal()  # (v n): row k's conditional k
-    weights = torch.linspace(1, 2, len(own), dtype=u.dtype)[:, None]
+    condition = model.condition(**given_alike(model, n))
+    parameters = model.head(model.body(model.stem(u), condition)).flatten(1, -2)  # (n places p)
+    own = parameters[every, every * parameters.shape[1] // n]  # (n p): row k's parameters for k
+    weights = torch.linspace(1, 2, own.shape[1], dtype=u.dtype)
     (gradient,) = torch.autograd.grad((own * weights).sum(), u)
     return gradient.flatten(1) != 0
 
 
-@every_case
+@every_architecture
 @pytest.mark.parametrize("layers", [1, 2])
 @pytest.mark.parametrize("shape", [(1, 7, 9), (1, 9, 4), (2, 6, 3), (3, 3, 5)], ids=str)
 def test_receptive_field_is_exactly_what_the_architecture_allows(case, layers, shape):
     """Non-zero gradient on all that should be seen, from every position, corners too; zero elsewhere.
 
-    The union of a random model and one whose weights and inputs are positive, where no ReLU is ever closed.
+    The union of a random model and one whose weights and inputs are positive, where no ReLU is ever closed, and
+    small, where no gate is flat. With the mixture no network sees a colour of the pixel itself: the head does.
     """
     c, h, w = shape
     model = build(case, channels=c, height=h, width=w, layers=layers).double()
     positive = copy.deepcopy(model)
     with torch.no_grad():
         for parameter in positive.parameters():
-            parameter.abs_()
+            parameter.abs_().mul_(0.3)
     u = torch.rand(h, w, c, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     seen = influence(model, 2 * u - 1) | influence(positive, u)
-    expected = case.reach(h, w, c, layers)
+    groups = 1 if "head" in case.extra else c
+    expected = case.reach(h, w, groups, layers)
+    for dimension in range(2):
+        expected = expected.repeat_interleave(c // groups, dimension)
     assert not expected.triu().any()
     wrong = (seen != expected).nonzero()
     assert not len(wrong), f"{len(wrong)} differ, (from, into): {wrong[:5].tolist()}"
 
 
-def test_pixel_cnn_is_bounded_and_diagonal_bilstm_is_not():
-    """The table of expectations says what the paper says, with a blind spot to the right in the PixelCNN."""
-    pixel_cnn, diagonal = (TARGETS[t].reach(7, 9, 1, 1) for t in ("PixelCNN", "DiagBiLSTM"))
-    here, blind, far = 4 * 9 + 2, 3 * 9 + 8, 0 * 9 + 0
-    assert not pixel_cnn[here, blind] and diagonal[here, blind]
-    assert pixel_cnn[here, far] and not pixel_cnn[6 * 9 + 8, far] and diagonal[6 * 9 + 8, far]
+def test_the_architectures_see_what_their_papers_say():
+    """The table of expectations, on images of 7×9 with one layer.
+
+    The PixelCNN has a blind spot to the right above, which the Gated PixelCNN has not; both are bounded. The Row LSTM
+    reaches all rows above, but no further to the sides than they are above, and the Diagonal BiLSTM sees everything.
+    """
+    pixel_cnn, gated, row, diagonal = (CASES[name].reach(7, 9, 1, 1) for name in ARCHITECTURES)
+    here, blind, far = 4 * 9 + 2, 3 * 9 + 6, 0 * 9 + 0
+    last, corner, top = 6 * 9 + 8, 6 * 9 + 0, 0 * 9 + 4
+    assert not pixel_cnn[here, blind] and gated[here, blind] and diagonal[here, blind] and not row[here, blind]
+    assert pixel_cnn[here, far] and gated[here, far] and row[here, far]
+    for bounded in (pixel_cnn, gated):
+        assert not bounded[last, far] and not bounded[6 * 9 + 4, top]
+    assert row[6 * 9 + 4, top] and row[last, far] and not row[corner + 1, 5 * 9 + 8]
     assert torch.equal(diagonal.sum(1), torch.arange(63))
+
+
+@pytest.mark.parametrize("layers", [1, 2, 3])
+def test_the_gated_pixel_cnn_has_no_blind_spot_and_the_pixel_cnn_has_one(layers):
+    """Of the rows above the one sees a full rectangle. The other, however deep, sees no more of the row above than its
+    stem does to the right.
+    """
+    h, w, reach = 9, 15, 3 + layers
+    i, j = h - 1, w // 2
+    rectangle = torch.zeros(h, w, dtype=torch.bool)
+    rectangle[i - reach : i, j - reach : j + reach + 1] = True
+    seen = []
+    for name in ("gated_pixel_cnn", "pixel_cnn"):
+        model = build(CASES[name], height=h, width=w, layers=layers).double()
+        u = 2 * torch.rand(1, h, w, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64) - 1
+        u.requires_grad_()
+        (gradient,) = torch.autograd.grad(model.head(model.body(model.stem(u)))[0, i, j].square().sum(), u)
+        seen.append(gradient.view(h, w) != 0)
+        assert seen[-1][i].nonzero().flatten().tolist() == list(range(j - reach, j))
+    assert torch.equal(seen[0][:i], rectangle[:i])
+    blind = rectangle & ~seen[1]
+    assert not (seen[1] & ~rectangle)[:i].any() and not blind[:, : j + 4].any()
+    assert blind[i - 1, j + 4 : j + reach + 1].all()
 
 
 # ------------------------------------------------------------------------------------- masks of single layers
@@ -219,43 +255,87 @@ def test_masked_linear_sees_what_its_mask_says(inputs, outputs, groups, parts):
     assert torch.equal(seen, colour_mask("B", inputs, outputs, groups, parts))
 
 
+@pytest.mark.parametrize("groups, colours, vertical, outputs", [(1, 1, 2, 3), (3, 3, 2, 4), (1, 3, 3, 3)])
+def test_vertical_features_of_a_masked_convolution_see_rows_above_alone(groups, colours, vertical, outputs):
+    """All of their colours, to both sides; the other features' groups are as without."""
+    h, w, reach = 5, 4, 2
+    layer = MaskedConv("A", 5, colours, vertical + outputs, groups, vertical=vertical)
+    seen = connected(layer, colours, h, w).view(h, w, vertical + outputs, h, w, colours)
+    i, j = torch.arange(h), torch.arange(w)
+    rows = (i[:, None] > i) & (i[:, None] - i <= reach)
+    columns = (j[:, None] - j).abs() <= reach
+    above = rows[:, None, None, :, None, None] & columns[None, :, None, None, :, None]
+    assert torch.equal(seen[:, :, :vertical], above.expand(h, w, vertical, h, w, colours))
+    torch.manual_seed(0)
+    alone = connected(MaskedConv("A", 5, colours, outputs, groups), colours, h, w)
+    assert torch.equal(seen[:, :, vertical:].flatten(0, 2).flatten(1), alone)
+
+
+@pytest.mark.parametrize("inputs, outputs, groups, parts, free", [(4, 6, 1, 1, 0), (5, 8, 3, 2, 4), (7, 20, 3, 4, 2)])
+def test_masked_row_convolution_sees_what_its_mask_says(inputs, outputs, groups, parts, free):
+    """All of the pixel to the left, of its own what mask B shows, and all of what is free at the pixel itself."""
+    layer = MaskedRowConv(inputs, outputs, groups, parts, free)
+    with torch.no_grad():
+        layer.weight.abs_().add_(0.1)
+    given_at = torch.zeros(1, 2, 3, inputs + free)
+    jacobian = torch.autograd.functional.jacobian(lambda u: layer(*u.split([inputs, free], -1)), given_at)
+    centre = torch.cat([colour_mask("B", inputs, outputs, groups, parts), torch.ones(outputs, free)], dim=1) > 0
+    expected = torch.zeros(2, 3, outputs, 2, 3, inputs + free, dtype=torch.bool)
+    for i, j in itertools.product(range(2), range(3)):
+        expected[i, j, :, i, j] = centre
+        expected[i, j, :, i, :j, :inputs][:, -1:] = True
+    assert torch.equal(jacobian[0, :, :, :, 0] != 0, expected)
+
+
 # ------------------------------------------------------------------------------------------------- likelihood
 
 
-@every_case
-@pytest.mark.parametrize("shape, levels", [((1, 2, 2), 3), ((2, 2, 2), 2), ((3, 1, 2), 3)], ids=str)
-def test_probabilities_of_all_images_sum_to_one(case, shape, levels):
-    c, h, w = shape
-    model = build(case, channels=c, height=h, width=w, levels=levels)
-    every_image = torch.tensor(list(itertools.product(range(levels), repeat=c * h * w))).view(-1, c, h, w)
-    probabilities = model.log_prob(every_image).detach().double().exp()
+def assert_sums_to_one(model):
+    """Over all images, given any one condition."""
+    c, h, w = model.shape
+    every_image = torch.tensor(list(itertools.product(range(model.levels), repeat=c * h * w))).view(-1, c, h, w)
+    probabilities = model.log_prob(every_image, **given_alike(model, len(every_image), seed=1)).detach().double().exp()
     assert abs(probabilities.sum().item() - 1) < 1e-5
     assert probabilities.max() > 2 * probabilities.min()  # and they are not all the same
+
+
+@every_case
+@pytest.mark.parametrize("shape, levels", [((1, 2, 2), 3), ((2, 2, 2), 2)], ids=str)
+def test_probabilities_of_all_images_sum_to_one(case, shape, levels):
+    c, h, w = shape
+    assert_sums_to_one(build(case, channels=c, height=h, width=w, levels=levels))
+
+
+@every_architecture
+def test_probabilities_of_all_images_of_one_row_and_three_colours_sum_to_one(case):
+    assert_sums_to_one(build(case, channels=3, height=1, width=2, levels=3))
 
 
 @every_case
 @every_colours
 def test_log_prob_is_the_sum_of_the_conditionals_at_the_image(case, channels):
     model = build(case, channels=channels, levels=5)
-    x = images(model, 6)
-    conditionals = model.conditionals(x)
+    x, conditions = images(model, 6), given(model, 6)
+    conditionals = model.conditionals(x, **conditions)
     assert conditionals.shape == (6, *model.shape, 5)
     torch.testing.assert_close(conditionals.exp().sum(-1), torch.ones(x.shape))
     gathered = conditionals.gather(-1, x[..., None]).flatten(1).sum(1)
-    torch.testing.assert_close(gathered, model.log_prob(x), rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(-model(x), model.log_prob(x), rtol=0, atol=0)
+    log_prob = model.log_prob(x, **conditions)
+    torch.testing.assert_close(gathered, log_prob, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(-model(x, **conditions), log_prob, rtol=0, atol=0)
 
 
-@every_case
+@every_softmax
 @every_colours
 def test_uniform_logits_cost_eight_bits_a_sub_pixel(case, channels):
     """256 equal probabilities are exactly 8.00 bits/dim."""
     model = build(case, channels=channels, levels=256)
-    *_, weight, bias = model.head.parameters()
-    with torch.no_grad():
-        weight.zero_()
-        bias.zero_()
-    nats = -model.log_prob(images(model, 3))
+    for net in model.nets:
+        *_, weight, bias = net.head.parameters()
+        with torch.no_grad():
+            weight.zero_()
+            bias.zero_()
+    nats = -model.log_prob(images(model, 3), **given(model, 3))
     torch.testing.assert_close(bits_per_dim(nats, model.shape), torch.full((3,), 8.0), rtol=1e-6, atol=0)
 
 
@@ -264,35 +344,38 @@ def test_bits_per_dim_is_nats_over_log_two_and_sub_pixels():
     assert bits_per_dim(80.75, (1, 28, 28)) == pytest.approx(80.75 / 784 / math.log(2))
 
 
-@every_target
+@every_kind
 def test_likelihood_is_the_same_for_any_integer_type_and_leaves_the_image_alone(case):
     model = build(case)
-    x = images(model, 3)
-    expected, before = model.log_prob(x), x.clone()
+    x, conditions = images(model, 3), given(model, 3)
+    expected, before = model.log_prob(x, **conditions), x.clone()
     for dtype in (torch.uint8, torch.int16, torch.int32):
-        assert torch.equal(model.log_prob(x.to(dtype)), expected)
+        assert torch.equal(model.log_prob(x.to(dtype), **conditions), expected)
+        if "label" in conditions:
+            typed = {**conditions, "label": conditions["label"].to(dtype)}
+            assert torch.equal(model.log_prob(x, **typed), expected)
     assert torch.equal(x, before)
 
 
-@every_target
+@every_kind
 def test_every_parameter_gets_a_gradient_at_a_common_size(case):
     """From initialisation, without noise: nothing starts dead."""
     torch.manual_seed(0)
     model = models.build(config(case, channels=3, height=6, width=6, hidden=12, levels=8, skip=True))
-    gradients = torch.autograd.grad(model(images(model, 16)).mean(), list(model.parameters()))
+    gradients = torch.autograd.grad(model(images(model, 16), **given(model, 16)).mean(), list(model.parameters()))
     assert all(gradient.isfinite().all() and gradient.any() for gradient in gradients)
 
 
-@every_target
+@every_kind
 def test_a_few_steps_of_training_lower_the_loss(case):
     torch.manual_seed(0)
     model = models.build(config(case))
-    x = images(model, 1).expand(8, -1, -1, -1)
+    x, conditions = images(model, 1).expand(8, -1, -1, -1), given(model, 8)
     optimizer = torch.optim.RMSprop(model.parameters(), lr=1e-2)
     losses = []
     for _ in range(20):
         optimizer.zero_grad()
-        loss = model(x).mean()
+        loss = model(x, **conditions).mean()
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
@@ -302,28 +385,115 @@ def test_a_few_steps_of_training_lower_the_loss(case):
 @every_case
 def test_a_reload_gives_the_same_likelihoods(case):
     model, other = build(case, channels=3), build(case, channels=3, seed=1)
-    x = images(model, 4)
-    assert not torch.equal(other.log_prob(x), model.log_prob(x))
+    x, conditions = images(model, 4), given(model, 4)
+    assert not torch.equal(other.log_prob(x, **conditions), model.log_prob(x, **conditions))
     other.load_state_dict(model.state_dict())
-    assert torch.equal(other.log_prob(x), model.log_prob(x))
+    assert torch.equal(other.log_prob(x, **conditions), model.log_prob(x, **conditions))
 
 
 @every_target
 @pytest.mark.parametrize("wrong, named", [
-    (torch.zeros(1, 4, 3), ["(1, 4, 3)", "(b, 1, 3, 4)"]),
-    (torch.zeros(1, 1, 4, 3, dtype=torch.long), ["(1, 1, 4, 3)", "(b, 1, 3, 4)"]),
-    (torch.zeros(2, 3, 3, 4, dtype=torch.long), ["(2, 3, 3, 4)", "(b, 1, 3, 4)"]),
-    (torch.zeros(1, 1, 3, 4), ["float32", "integers"]),
-    (torch.full((1, 1, 3, 4), 4), ["4", "0 to 3"]),
-    (torch.full((1, 1, 3, 4), 255, dtype=torch.uint8), ["255", "0 to 3"]),
-    (torch.full((1, 1, 3, 4), -1), ["-1", "0 to 3"]),
+    (torch.zeros(1, 6, 4), ["(1, 6, 4)", "(b, 1, 4, 6)"]),
+    (torch.zeros(1, 1, 6, 4, dtype=torch.long), ["(1, 1, 6, 4)", "(b, 1, 4, 6)"]),
+    (torch.zeros(2, 3, 4, 6, dtype=torch.long), ["(2, 3, 4, 6)", "(b, 1, 4, 6)"]),
+    (torch.zeros(1, 1, 4, 6), ["float32", "integers"]),
+    (torch.full((1, 1, 4, 6), 4), ["4", "0 to 3"]),
+    (torch.full((1, 1, 4, 6), 255, dtype=torch.uint8), ["255", "0 to 3"]),
+    (torch.full((1, 1, 4, 6), -1), ["-1", "0 to 3"]),
 ], ids=["dimensions", "sides", "colours", "float", "levels", "uint8", "negative"])  # fmt: skip
 def test_images_of_another_kind_are_refused(case, wrong, named):
-    model = build(case)
+    model = build(case, height=4, width=6)
     for method in (model.log_prob, model.conditionals):
         with pytest.raises(ValueError) as error:
             method(wrong)
         assert all(text in str(error.value) for text in named), error.value
+
+
+# ------------------------------------------------------------------------------------------------- conditions
+
+
+@every_conditioned
+@pytest.mark.parametrize("channels", [1, 3])
+def test_the_label_moves_every_conditional(case, channels):
+    """The first too, which no pixel moves."""
+    model = build(case, channels=channels, levels=5, hidden=12)
+    conditions = {**given_alike(model, 3), "label": torch.arange(3)}
+    first, second, third = model.conditionals(images(model, 1).expand(3, -1, -1, -1), **conditions)
+    for one, other in ((first, second), (first, third), (second, third)):
+        assert (one != other).any(-1).all()
+
+
+@every_mapped
+@pytest.mark.parametrize("channels", [1, 3])
+def test_each_feature_of_a_map_moves_the_conditionals_of_the_pixel_itself(case, channels):
+    """A map is known in advance: that of the first pixel moves the first conditional."""
+    model = build(case, channels=channels, levels=5, hidden=12)
+    pixels = model.height * model.width
+    every, x, conditions = torch.arange(pixels), images(model, 1).expand(pixels, -1, -1, -1), given_alike(model, pixels)
+    before = model.conditionals(x, **conditions)
+    for feature in range(model.map_features):
+        cond = conditions["cond"].clone()
+        cond[:, feature].flatten(1)[every, every] += 1
+        changed = (model.conditionals(x, **{**conditions, "cond": cond}) != before).any(-1)
+        assert changed.flatten(2)[every, :, every].all()
+
+
+@every_net
+@pytest.mark.parametrize("conditions", [{"classes": 3}, {"map_features": 2}], ids=["label", "map"])
+def test_a_label_or_a_map_alone_is_a_condition(case, conditions):
+    model = build(case, channels=2, **conditions)
+    x = images(model, 4)
+    assert list(given(model, 4)) == [{"classes": "label", "map_features": "cond"}[name] for name in conditions]
+    one, other = (model.log_prob(x, **given(model, 4, seed)) for seed in (0, 1))
+    assert (one != other).all()
+    changed = changes(model)
+    assert not changed.tril().any() and changed.triu(1).any()
+
+
+LABEL, MAP = {"classes": 3}, {"map_features": 2}
+
+
+@every_target
+@pytest.mark.parametrize("made, wrong, named", [
+    (LABEL, {}, ["label is missing", "3 classes"]),
+    (LABEL, {"label": torch.tensor([0, 3])}, ["label", "from 0 to 3", "0 to 2"]),
+    (LABEL, {"label": torch.tensor([-1, 2])}, ["label", "from -1 to 2", "0 to 2"]),
+    (LABEL, {"label": torch.tensor([255, 2], dtype=torch.uint8)}, ["label", "from 2 to 255", "0 to 2"]),
+    (LABEL, {"label": torch.tensor([1])}, ["label", "(1,)", "(2,)"]),
+    (LABEL, {"label": torch.tensor(1)}, ["label", "()", "(2,)"]),
+    (LABEL, {"label": torch.tensor([[0, 1]])}, ["label", "(1, 2)", "(2,)"]),
+    (LABEL, {"label": torch.tensor([0.0, 1.0])}, ["label", "float32", "integers"]),
+    (LABEL, {"label": torch.tensor([True, False])}, ["label", "bool", "integers"]),
+    ({}, {"label": torch.tensor([0, 1])}, ["label is given", "without classes"]),
+    ({}, {"cond": torch.zeros(2, 2, 4, 6)}, ["cond is given", "without map_features"]),
+], ids=[
+    "missing", "too_high", "negative", "uint8", "number", "scalar", "dimensions", "float", "bool",
+    "no_classes", "no_maps",
+])  # fmt: skip
+def test_a_wrong_condition_is_refused_with_its_value_and_what_is_allowed(case, made, wrong, named):
+    assert_refused(build(case, height=4, width=6, **made), wrong, named)
+
+
+@every_net
+@pytest.mark.parametrize("wrong, named", [
+    ({}, ["cond is missing", "(2, 2, 4, 6)"]),
+    ({"cond": torch.zeros(2, 2, 6, 4)}, ["cond", "(2, 2, 6, 4)", "(2, 2, 4, 6)"]),
+    ({"cond": torch.zeros(2, 3, 4, 6)}, ["cond", "(2, 3, 4, 6)", "(2, 2, 4, 6)"]),
+    ({"cond": torch.zeros(1, 2, 4, 6)}, ["cond", "(1, 2, 4, 6)", "(2, 2, 4, 6)"]),
+    ({"cond": torch.zeros(2, 4, 6)}, ["cond", "(2, 4, 6)", "(2, 2, 4, 6)"]),
+    ({"cond": torch.zeros(2, 2, 4, 6, dtype=torch.long)}, ["cond", "int64", "floats"]),
+], ids=["missing", "sides", "features", "number", "dimensions", "integers"])  # fmt: skip
+def test_a_wrong_map_is_refused_with_its_shape_and_what_is_allowed(case, wrong, named):
+    assert_refused(build(case, height=4, width=6, **MAP), wrong, named)
+
+
+def assert_refused(model, conditions, named):
+    x = images(model, 2)
+    for call in (model.log_prob, model.conditionals, lambda x, **conditions: sample(model, 2, **conditions)):
+        with pytest.raises(ValueError) as error:
+            call(x, **conditions)
+        message = str(error.value)
+        assert all(text in message for text in named) and "\n" not in message, message
 
 
 # ----------------------------------------------------------------------------------------------- construction
@@ -344,7 +514,8 @@ def test_same_seed_same_parameters(case):
 def test_a_class_may_be_called_directly(case):
     arguments = {key: value for key, value in config(case).items() if key != "_target_"}
     model = getattr(models, case.target)(**arguments)
-    assert isinstance(model, torch.nn.Module) and model.shape == (1, 3, 4)
+    assert isinstance(model, torch.nn.Module)
+    assert model.shape == (1, arguments["height"], arguments["width"])
 
 
 @every_target
@@ -356,7 +527,7 @@ def test_features_need_not_be_divisible_by_the_colours(case):
 
 
 def test_every_class_has_a_case():
-    assert set(TARGETS) == set(models.__all__)
+    assert {case.target for case in CASES.values()} == set(models.__all__)
 
 
 WRONG = [  # what is wrong in the config, what the message names: the value, then what is allowed
@@ -379,6 +550,12 @@ WRONG = [  # what is wrong in the config, what the message names: the value, the
     ({"dropout": float("nan")}, ["dropout=nan", "from 0.0 to 0.95"]),
     ({"residual": "yes"}, ["residual='yes'", "true or false"]),
     ({"skip": 1}, ["skip=1", "true or false"]),
+    ({"head": "gaussian"}, ["head='gaussian'", "softmax or logistic_mixture"]),
+    ({"head": None}, ["head=None", "softmax or logistic_mixture"]),
+    ({"mixtures": 0}, ["mixtures=0", "at least 1"]),
+    ({"mixtures": 2.5, "head": "logistic_mixture"}, ["mixtures=2.5", "integer"]),
+    ({"classes": -1}, ["classes=-1", "at least 0"]),
+    ({"classes": True}, ["classes=True", "integer"]),
 ]
 
 
@@ -389,6 +566,17 @@ def test_a_wrong_argument_is_refused_with_its_name_and_what_is_allowed(case, wro
         models.build(config(case, **wrong))
     message = str(error.value)
     assert all(text in message for text in named) and "\n" not in message, message
+
+
+@every_net
+@pytest.mark.parametrize("wrong, named", [
+    ({"map_features": -1}, ["map_features=-1", "at least 0"]),
+    ({"map_features": 1.5}, ["map_features=1.5", "integer"]),
+], ids=["negative", "float"])  # fmt: skip
+def test_a_wrong_number_of_map_features_is_refused(case, wrong, named):
+    with pytest.raises(ValueError) as error:
+        models.build(config(case, **wrong))
+    assert all(text in str(error.value) for text in named), error.value
 
 
 @every_target

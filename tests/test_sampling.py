@@ -6,57 +6,35 @@ Legend: b batch · n images · c channel (colour) · h w rows, columns · v leve
 import copy
 import itertools
 
+import hypothesis
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from models.sampling import METHODS, Draw, Given, Keep, Record, noise, pixel_loop, sample
-from tests.cases import CASES, build, every_case, every_state, every_target, images, train
-
-every_method = pytest.mark.parametrize("method", METHODS)
-every_shape = pytest.mark.parametrize(
-    "height, width", [(4, 7), (7, 4), (1, 6), (6, 1), (1, 1), (2, 2)], ids=lambda side: str(side)
+from models.multi_scale import KINDS
+from models.sampling import METHODS, Draw, Keep, Record, noise, pixel_loop, sample
+from tests.cases import (
+    CASES,
+    assert_methods_agree,
+    assert_scan_equals_forward,
+    build,
+    every_case,
+    every_conditioned,
+    every_kind,
+    every_state,
+    every_target,
+    given,
+    given_alike,
+    images,
+    independent,
+    noises,
+    train,
 )
 
-
-def assert_scan_equals_forward(model, b: int = 3):
-    """The row scan's conditionals are the network's, at every sub-pixel of given images."""
-    x = images(model, b)
-    record = Record(model, Given(x), b, conditionals=True)
-    assert torch.equal(pixel_loop(model, "cached", record, b), x)
-    with torch.no_grad():
-        error = (record.conditionals - model.conditionals(x)).abs().amax((0, 4))
-        where = (error >= 1e-5).nonzero().tolist()
-        assert not where, f"{error.max():.1e}, at (c h w) {where[:5]}"
-        torch.testing.assert_close(record.log_prob, model.log_prob(x), rtol=1e-5, atol=1e-4)
-
-
-def assert_methods_agree(model, n: int = 3, **arguments):
-    """The same noise gives the same pixels, cached or naive."""
-    cached, naive = (sample(model, n, method=method, **arguments) for method in ("cached", "naive"))
-    assert torch.equal(cached, naive), f"differ first at (n c h w) {(cached != naive).nonzero()[0].tolist()}"
-    return cached
-
-
-def independent(model, uniforms, temperature=1.0, x=None, known=None):
-    """Sampling as its definition says it: one call of `conditionals` a sub-pixel, inverse CDF by numpy."""
-    drawn = torch.zeros(uniforms.shape, dtype=torch.long)
-    c, h, w = model.shape
-    for k, i, j, g in itertools.product(range(len(drawn)), range(h), range(w), range(c)):
-        if known is not None and known[k, g, i, j]:
-            drawn[k, g, i, j] = x[k, g, i, j]
-            continue
-        with torch.no_grad():
-            p = model.conditionals(drawn[k : k + 1])[0, g, i, j].double().numpy()
-        if temperature == 0:
-            drawn[k, g, i, j] = int(p.argmax())
-        else:
-            p = np.exp(p / temperature)
-            cdf, number = (p / p.sum()).cumsum(), uniforms[k, g, i, j].item()
-            drawn[k, g, i, j] = int(np.searchsorted(cdf[:-1], number, side="right"))
-    return drawn
+every_method = pytest.mark.parametrize("method", METHODS)
+every_shape = pytest.mark.parametrize("height, width", [(4, 7), (7, 4), (1, 6), (6, 1), (1, 1), (2, 2)], ids=str)
+every_small_shape = pytest.mark.parametrize("height, width", [(3, 5), (5, 2), (1, 6), (6, 1), (1, 1)], ids=str)
 
 
 # ------------------------------------------------------------------------------------------- scan and network
@@ -71,7 +49,7 @@ def test_the_row_scan_is_the_network(case, height, width, channels):
 
 
 @every_case
-@every_shape
+@every_small_shape
 @pytest.mark.parametrize("channels", [1, 3])
 def test_cached_and_naive_draw_the_same_pixels(case, height, width, channels):
     model = build(case, channels=channels, levels=5, height=height, width=width, hidden=7)
@@ -83,7 +61,7 @@ def test_cached_and_naive_draw_the_same_pixels(case, height, width, channels):
 @every_state
 def test_the_row_scan_is_the_network_in_every_state_of_life(case, state):
     """After training, a reload, a copy, and with huge numbers under the masks."""
-    model = state(case, channels=3, levels=5, height=4, width=5)
+    model = state(case, channels=3, levels=5)
     assert_scan_equals_forward(model)
     assert_methods_agree(model)
 
@@ -107,19 +85,19 @@ def test_sampling_follows_the_weights(case):
     assert_scan_equals_forward(model)
 
 
-@every_target
+@every_kind
 def test_training_works_after_sampling(case):
     """At an image size that was first met in inference mode."""
     model = build(case, height=2, width=13)
     for method in METHODS:
-        sample(model, 1, method=method)
-    model(images(model, 2)).sum().backward()
+        sample(model, 1, method=method, **given(model, 1))
+    model(images(model, 2), **given(model, 2)).sum().backward()
     assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
 
 
-@settings(max_examples=25, deadline=None, derandomize=True, database=None)
-@given(
-    case=st.sampled_from(list(CASES.values())),
+@hypothesis.settings(max_examples=50, deadline=None, derandomize=True, database=None)
+@hypothesis.given(
+    case=st.sampled_from([case for case in CASES.values() if not case.extra]),
     arguments=st.fixed_dictionaries(
         {
             "channels": st.integers(1, 3),
@@ -130,13 +108,20 @@ def test_training_works_after_sampling(case):
             "layers": st.integers(1, 3),
             "residual": st.booleans(),
             "skip": st.booleans(),
+            "head": st.sampled_from(["softmax", "logistic_mixture"]),
             "head_features": st.integers(3, 9),
+            "mixtures": st.integers(1, 4),
+            "classes": st.integers(0, 3),
         }
+    ),
+    of_one_net=st.fixed_dictionaries({"map_features": st.integers(0, 3)}),
+    of_several=st.fixed_dictionaries(
+        {"base": st.sampled_from(list(KINDS)), "conditional": st.sampled_from(list(KINDS)), "copy_known": st.booleans()}
     ),
     seed=st.integers(0, 9),
 )
-def test_scan_network_and_samplers_agree_for_any_model(case, arguments, seed):
-    model = build(case, seed=seed, **arguments)
+def test_scan_network_and_samplers_agree_for_any_model(case, arguments, of_one_net, of_several, seed):
+    model = build(case, seed=seed, **arguments, **(of_several if case.target == "MultiScale" else of_one_net))
     assert_scan_equals_forward(model, b=2)
     assert_methods_agree(model, n=2, seed=seed)
 
@@ -147,54 +132,72 @@ def test_scan_network_and_samplers_agree_for_any_model(case, arguments, seed):
 @every_case
 @pytest.mark.parametrize("temperature", [1.0, 0.5, 0])
 def test_a_sample_is_what_the_definition_gives(case, temperature):
-    model = build(case, channels=2, levels=5, height=3, width=4)
-    uniforms = noise(7, range(3), model.shape)
+    model = build(case, channels=2, levels=5, height=2, width=5)
+    uniforms = noises(model, 7, 3)
     drawn = assert_methods_agree(model, uniforms=uniforms, temperature=temperature)
     assert torch.equal(drawn.long(), independent(model, uniforms, temperature))
 
 
 @every_case
 def test_frequencies_of_drawn_images_are_their_probabilities(case):
-    """Chi-square over all 9 images of 1×2 with 3 levels, 8 degrees of freedom: above 26.1 once in 1,000."""
-    model = build(case, levels=3, height=1, width=2, std=0.2)
-    every_image = torch.tensor(list(itertools.product(range(3), repeat=2))).view(9, 1, 1, 2)
-    expected = 4000 * model.log_prob(every_image).detach().double().exp()
+    """Chi-square over all images: above the limit once in 1,000.
+
+    They are 9 of 1×2 with 3 levels, 8 degrees of freedom; for Multi-Scale 16 of 2×2 with 2 levels, 15.
+    """
+    levels, limit = (2, 37.7) if case.target == "MultiScale" else (3, 26.1)
+    model = build(case, levels=levels, height=1, width=2, std=0.15)
+    pixels = model.height * model.width
+    every_image = torch.tensor(list(itertools.product(range(levels), repeat=pixels))).view(-1, *model.shape)
+    conditions = given_alike(model, len(every_image), seed=1)
+    expected = 4000 * model.log_prob(every_image, **conditions).detach().double().exp()
     assert expected.min() > 5
-    drawn = sample(model, 4000, seed=1, batch_size=4000).long().flatten(1)
-    observed = torch.bincount(3 * drawn[:, 0] + drawn[:, 1], minlength=9)
-    assert ((observed - expected) ** 2 / expected).sum() < 26.1
+    drawn = sample(model, 4000, seed=1, batch_size=4000, **given_alike(model, 4000, seed=1)).long().flatten(1)
+    observed = torch.bincount(drawn @ levels ** torch.arange(pixels).flip(0), minlength=len(expected))
+    assert ((observed - expected) ** 2 / expected).sum() < limit
 
 
-@every_target
+@every_kind
 @every_method
 def test_log_probability_added_up_while_sampling_is_that_of_the_sample(case, method):
-    """At temperature 1, whatever the temperature of the draw."""
+    """At temperature 1, whatever the temperature of the draw. What a smaller image shows costs nothing."""
     model = build(case, channels=3, levels=5)
+    conditions = given(model, 4)
     for temperature in (1.0, 0.5):
-        record = Record(model, Draw(noise(0, range(4), model.shape), temperature), 4)
-        x = pixel_loop(model, method, record, 4)
-        torch.testing.assert_close(record.log_prob, model.log_prob(x).detach(), rtol=1e-5, atol=1e-4)
+        x, total = None, 0
+        for k, numbers in enumerate(noises(model, 0, 4)):
+            with torch.no_grad():
+                stage = model.stage(k, x, conditions.get("label"), conditions.get("cond"))
+            rule = Draw(numbers, temperature)
+            rule = rule if stage.known is None else Keep(stage.x, stage.known, rule)
+            record = Record(stage.net, rule, 4, conditionals=True)
+            x = pixel_loop(stage.net, method, record, 4, condition=stage.condition)
+            if stage.known is None:
+                total = total + record.log_prob
+            else:
+                log_probs = record.conditionals.gather(-1, x[..., None])[..., 0]
+                total = total + log_probs.masked_fill(stage.known, 0).sum((1, 2, 3))
+        torch.testing.assert_close(total, model.log_prob(x, **conditions).detach(), rtol=1e-5, atol=1e-4)
 
 
 @every_case
 @pytest.mark.parametrize("temperature", [1.0, 0])
 def test_known_sub_pixels_are_kept_and_the_rest_is_drawn(case, temperature):
     """Any mask, scattered over pixels and colours, of its own for each image."""
-    model = build(case, channels=3, levels=5, height=3, width=3)
-    x, uniforms = images(model, 3, seed=5), noise(2, range(3), model.shape)
+    model = build(case, channels=3, levels=5, height=2, width=4)
+    x, uniforms = images(model, 3, seed=5), noises(model, 2, 3)
     known = torch.rand(x.shape, generator=torch.Generator().manual_seed(1)) < 0.5
     drawn = assert_methods_agree(model, uniforms=uniforms, known=(x, known), temperature=temperature).long()
     assert torch.equal(drawn[known], x[known]) and not torch.equal(drawn, x)
     assert torch.equal(drawn, independent(model, uniforms, temperature, x, known))
 
 
-@every_target
+@every_kind
 def test_all_known_gives_the_image_and_none_known_gives_a_sample(case):
     model = build(case, channels=2, levels=5)
-    x = images(model, 3)
+    x, conditions = images(model, 3), given(model, 3)
     everywhere = torch.ones_like(x, dtype=torch.bool)
-    assert torch.equal(sample(model, 3, known=(x, everywhere)).long(), x)
-    assert torch.equal(sample(model, 3, known=(x, ~everywhere)), sample(model, 3))
+    assert torch.equal(sample(model, 3, known=(x, everywhere), **conditions).long(), x)
+    assert torch.equal(sample(model, 3, known=(x, ~everywhere), **conditions), sample(model, 3, **conditions))
 
 
 def test_keep_asks_the_other_rule_only_where_nothing_is_known():
@@ -221,29 +224,58 @@ def test_draw_is_the_inverse_of_the_cumulative_probabilities():
     assert Draw(uniforms, temperature=1e-3)(0, 0, 0, logits).tolist() == [3] * 6
 
 
-@every_target
+@every_kind
 @every_method
 def test_injected_noise_is_what_is_used(case, method):
     model = build(case)
-    assert (sample(model, 2, method=method, uniforms=torch.zeros(2, *model.shape)) == 0).all()
-    own = noise(4, range(3), model.shape)
-    drawn = sample(model, 3, method=method, uniforms=own)
-    assert torch.equal(drawn, sample(model, 3, method=method, seed=4))
-    assert not torch.equal(drawn, sample(model, 3, method=method, seed=5))
+    zeros = [torch.zeros(2, *net.shape) for net in model.nets]
+    assert (sample(model, 2, method=method, uniforms=zeros, **given(model, 2)) == 0).all()
+    conditions, own = given(model, 3), noises(model, 4, 3)
+    drawn = sample(model, 3, method=method, uniforms=own, **conditions)
+    assert torch.equal(drawn, sample(model, 3, method=method, seed=4, **conditions))
+    assert not torch.equal(drawn, sample(model, 3, method=method, seed=5, **conditions))
+    if len(own) == 1:
+        assert torch.equal(drawn, sample(model, 3, method=method, uniforms=own[0], **conditions))
 
 
-@every_target
+@every_kind
 @every_method
 def test_an_image_depends_on_seed_and_number_not_on_the_batch(case, method):
-    model = build(case, channels=2, levels=5)
-    drawn = sample(model, 5, seed=9, method=method)
-    assert torch.equal(sample(model, 5, seed=9, method=method, batch_size=2), drawn)
-    assert torch.equal(sample(model, 2, seed=9, method=method), drawn[:2])
+    model = build(case, channels=2, levels=5, height=2)
+    x, conditions = images(model, 5), given(model, 5)
+    drawn = sample(model, 5, seed=9, method=method, **conditions)
+    assert torch.equal(sample(model, 5, seed=9, method=method, batch_size=2, **conditions), drawn)
+    two = {name: value[:2] for name, value in conditions.items()}
+    assert torch.equal(sample(model, 2, seed=9, method=method, **two), drawn[:2])
     assert len(drawn.flatten(1).unique(dim=0)) == 5
-    x = images(model, 5)
     known = x < 2
-    whole = sample(model, 5, known=(x, known), method=method)
-    assert torch.equal(sample(model, 5, known=(x, known), method=method, batch_size=2), whole)
+    whole = sample(model, 5, known=(x, known), method=method, **conditions)
+    assert torch.equal(sample(model, 5, known=(x, known), method=method, batch_size=2, **conditions), whole)
+
+
+@every_conditioned
+@every_method
+def test_an_image_depends_on_its_own_label_and_map(case, method):
+    """And on no other's: those of image 1 are changed, with the noise as it was."""
+    model = build(case, channels=2, levels=5)
+    conditions = given(model, 3)
+    drawn = sample(model, 3, method=method, **conditions)
+    for name, value in conditions.items():
+        other = value.clone()
+        other[1] = (value[1] + 1) % model.classes if name == "label" else value[1] + 2
+        changed = sample(model, 3, method=method, **{**conditions, name: other}) != drawn
+        assert changed.flatten(1).any(1).tolist() == [False, True, False]
+
+
+@every_conditioned
+@every_method
+def test_one_label_for_all_is_a_tensor_of_it(case, method):
+    model = build(case, levels=5)
+    conditions = given(model, 3)
+    for label in range(3):
+        conditions["label"] = torch.full((3,), label)
+        drawn = sample(model, 3, method=method, **conditions)
+        assert torch.equal(sample(model, 3, method=method, **{**conditions, "label": label}), drawn)
 
 
 def test_noise_is_uniform_and_of_each_image_its_own():
@@ -256,12 +288,19 @@ def test_noise_is_uniform_and_of_each_image_its_own():
     assert noise(2**64 - 1, range(1), (1, 1, 1)).isfinite().all()
 
 
+def test_each_stage_has_noise_of_its_own():
+    """And that of the first is what a model with one net has."""
+    numbers = [noise(3, range(5), (1, 8, 8), stage) for stage in range(3)]
+    assert torch.equal(numbers[0], noise(3, range(5), (1, 8, 8)))
+    assert torch.cat(numbers).unique().numel() > 3 * 5 * 64 - 5
+
+
 @every_target
 @pytest.mark.parametrize("levels", [2, 256, 257, 1000])
 def test_images_are_bytes_up_to_256_levels_and_int64_above(case, levels):
     model = build(case, levels=levels, height=2, width=3)
     dtype = torch.uint8 if levels <= 256 else torch.int64
-    drawn = assert_methods_agree(model, n=2, uniforms=torch.full((2, *model.shape), 1 - 2**-24))
+    drawn = assert_methods_agree(model, n=2, uniforms=[torch.full((2, *net.shape), 1 - 2**-24) for net in model.nets])
     assert drawn.dtype == dtype and drawn.shape == (2, *model.shape) and drawn.device.type == "cpu"
     assert drawn.max() > 0.9 * (levels - 1)  # values above 255 survive
 
@@ -276,41 +315,50 @@ def test_sampling_leaves_mode_parameters_and_random_states_alone(case, method, t
     model = build(case, dropout=0.5).train(training)
     before = copy.deepcopy(model.state_dict())
     random_state, numpy_state = torch.get_rng_state(), np.random.get_state()[1].copy()
-    drawn = sample(model, 2, method=method)
+    conditions = given(model, 2)
+    drawn = sample(model, 2, method=method, **conditions)
     assert model.training == training and all(module.training == training for module in model.modules())
     assert torch.equal(torch.get_rng_state(), random_state)
     assert np.array_equal(np.random.get_state()[1], numpy_state)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
-    assert torch.equal(sample(model.eval(), 2, method=method), drawn)  # dropout played no part
+    assert torch.equal(sample(model.eval(), 2, method=method, **conditions), drawn)  # dropout played no part
 
 
-@every_target
+def any_condition(net, b):
+    """Of a net of its own or one of Multi-Scale's."""
+    return net.condition(**given(net, b))
+
+
+@every_kind
 @every_method
 def test_the_mode_is_left_as_it_was_when_a_rule_fails(case, method):
     def fail(i, j, g, logits):
         raise RuntimeError("no value")
 
-    model = build(case).train()
-    with pytest.raises(RuntimeError, match="no value"):
-        pixel_loop(model, method, fail, 1)
-    assert model.training
+    for net in build(case).nets:
+        net.train()
+        with pytest.raises(RuntimeError, match="no value"):
+            pixel_loop(net, method, fail, 1, condition=any_condition(net, 1))
+        assert all(module.training for module in net.modules())
 
 
-@every_target
+@every_kind
 @every_method
 def test_what_is_drawn_can_be_trained_on(case, method):
-    model = build(case)
-    x = pixel_loop(model, method, Draw(noise(0, range(2), model.shape)), 2)
-    assert x.dtype == torch.int64
-    model(x).sum().backward()
+    for net in build(case).nets:
+        condition = any_condition(net, 2)
+        x = pixel_loop(net, method, Draw(noise(0, range(2), net.shape)), 2, condition=condition)
+        assert x.dtype == torch.int64
+        net.head.nats(net.parameters_at(x, condition), x).sum().backward()
 
 
 @every_target
 def test_progress_tells_every_row_of_every_image(case):
     model, told = build(case, height=3, width=2), []
+    rows = sum(net.height for net in model.nets)
     sample(model, 5, batch_size=2, tell=told.append)
-    assert told == [2, 2, 2, 2, 2, 2, 1, 1, 1]
+    assert told == [2] * rows + [2] * rows + [1] * rows and rows == (6 if case.target == "MultiScale" else 3)
 
 
 @every_target
@@ -323,19 +371,19 @@ def test_progress_tells_every_row_of_every_image(case):
     (lambda x: {"temperature": float("nan")}, ["temperature=nan", "at least 0"]),
     (lambda x: {"temperature": "hot"}, ["temperature='hot'", "number"]),
     (lambda x: {"batch_size": 0}, ["batch_size=0", "at least 1"]),
-    (lambda x: {"uniforms": torch.zeros(2, 1, 4, 3)}, ["(2, 1, 4, 3)", "(2, 1, 3, 4)"]),
-    (lambda x: {"uniforms": torch.zeros(3, 1, 3, 4)}, ["(3, 1, 3, 4)", "(2, 1, 3, 4)"]),
+    (lambda x: {"uniforms": torch.zeros(2, 1, 6, 4)}, ["(2, 1, 6, 4)", "(2, 1, 4, 6)"]),
+    (lambda x: {"uniforms": torch.zeros(3, 1, 4, 6)}, ["(3, 1, 4, 6)", "(2, 1, 4, 6)"]),
     (lambda x: {"known": (x + 4, x > 0)}, ["7", "0 to 3"]),
     (lambda x: {"known": (x.float(), x > 0)}, ["float32", "integers"]),
-    (lambda x: {"known": (x[:1], x[:1] > 0)}, ["(1, 1, 3, 4)", "2"]),
-    (lambda x: {"known": (x, x[:, :, :2] > 0)}, ["(2, 1, 2, 4)"]),
-    (lambda x: {"known": (x[..., :3], x[..., :3] > 0)}, ["(2, 1, 3, 3)", "(b, 1, 3, 4)"]),
+    (lambda x: {"known": (x[:1], x[:1] > 0)}, ["(1, 1, 4, 6)", "2"]),
+    (lambda x: {"known": (x, x[:, :, :2] > 0)}, ["(2, 1, 2, 6)"]),
+    (lambda x: {"known": (x[..., :3], x[..., :3] > 0)}, ["(2, 1, 4, 3)", "(b, 1, 4, 6)"]),
 ], ids=[
     "n", "n_float", "seed", "method", "temperature", "temperature_nan", "temperature_str", "batch_size",
     "uniforms_sides", "uniforms_n", "known_levels", "known_float", "known_n", "known_mask", "known_sides",
 ])  # fmt: skip
 def test_a_wrong_argument_is_refused_with_its_value_and_what_is_allowed(case, wrong, named):
-    model = build(case)
+    model = build(case, height=4, width=6)
     x = images(model, 2)
     x.flatten()[0] = 3
     with pytest.raises(ValueError) as error:

@@ -1,0 +1,145 @@
+"""The scan of the Row LSTM (van den Oord et al. 2016, 1601.06759, section 3.1).
+
+Legend: b batch · h w rows, columns · k input features · f hidden features · n taps along the row above (odd) ·
+i j t a row, a column, a tap. Gates stand in the order o f i g, so `4f` is cut in four parts of f.
+
+At pixel (i, j), zeros outside the image:
+
+    [o f i g] = [σ σ σ tanh](input_weight · u(i, j) + bias + Σ_t state_weight[:, :, t] · hidden(i−1, j + t − n//2))
+    cell      = f ⊙ cell(i−1, j) + i ⊙ g
+    hidden    = o ⊙ tanh(cell)
+
+All pixels of a row, in all images, are computed together from those of the row above, so the torch form below puts rows
+first: (h b w ·). Beside the features of each pixel stands what its taps read, [u, tap 0, …, tap n−1], and the weights
+stand side by side in the same way. The sum above is then one product a row, and both weights have their gradients from
+one product over all pixels.
+"""
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+
+def row_lstm_reference(u: Tensor, input_weight: Tensor, bias: Tensor, state_weight: Tensor) -> Tensor:
+    """The same as `row_lstm`, pixel by pixel as the equations are written: slow, differentiable, the oracle."""
+    b, h, w, _ = u.shape
+    _, f, n = state_weight.shape
+    zeros = u.new_zeros(b, f)
+    hidden, cell = {}, {}
+    for i in range(h):
+        for j in range(w):
+            gates = u[:, i, j] @ input_weight.T + bias
+            for t in range(n):
+                gates = gates + hidden.get((i - 1, j + t - n // 2), zeros) @ state_weight[:, :, t].T
+            o, forget, i_gate, g = gates.split(f, dim=1)
+            cell[i, j] = forget.sigmoid() * cell.get((i - 1, j), zeros) + i_gate.sigmoid() * g.tanh()
+            hidden[i, j] = o.sigmoid() * cell[i, j].tanh()
+    return torch.stack([torch.stack([hidden[i, j] for j in range(w)], dim=1) for i in range(h)], dim=1)
+
+
+def pair_taps(taps: Tensor, above: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """What each tap reads inside the image: views of `taps` (… w n f) and of `above` (… w f), both (… columns f)."""
+    w, n = taps.shape[-3:-1]
+    pairs = []
+    for t in range(n):
+        shift = t - n // 2  # tap t at column j reads column j + shift
+        columns = w - abs(shift)
+        if columns > 0:
+            tap = taps[..., t, :].narrow(-2, max(0, -shift), columns)
+            pairs.append((tap, above.narrow(-2, max(0, shift), columns)))
+    return pairs
+
+
+class RowLSTM(torch.autograd.Function):
+    """The torch form. The scan does what depends on states; all else is done for all pixels at once, outside of it.
+
+    Under autocast it computes in float32: states are to be kept so, and its products are small.
+    """
+
+    @staticmethod
+    @torch.amp.custom_fwd(device_type="cuda", cast_inputs=torch.float32)
+    def forward(ctx, u, input_weight, bias, state_weight):
+        b, h, w, k = u.shape
+        _, f, n = state_weight.shape
+        weight = torch.cat([input_weight, state_weight.mT.flatten(1)], dim=1)  # (4f k+n·f)
+        # tanh(x) is 2σ(2x) − 1: with g's weights doubled, one sigmoid serves all gates, at a third of the time of tanh.
+        doubled = bias.new_ones(4 * f).masked_fill_(torch.arange(4 * f, device=bias.device) >= 3 * f, 2)
+        doubled_bias, doubled_weight = bias * doubled, weight.T * doubled
+        inputs = u.new_empty(h, b, w, k + n * f)
+        inputs[..., :k] = u.transpose(0, 1)
+        inputs[..., k:] = 0  # the scan fills it but for what lies outside the image
+        hidden, gates = u.new_empty(b, h, w, f), u.new_empty(h, b, w, 4 * f)
+        tanh_cell, cells = u.new_empty(h, b, w, f), u.new_empty(h + 1, b, w, f)
+        cell_up, cell = cells[:-1], cells[1:]
+        cell_up[0] = 0
+
+        rows = hidden.transpose(0, 1)
+        pairs = pair_taps(inputs[1:, ..., k:].unflatten(3, (n, f)), rows[:-1])
+        taps = [(), *zip(*(zip(*pair, strict=True) for pair in pairs), strict=True)]  # row 0 has none
+        wholes = inputs.flatten(1, 2), gates.flatten(1, 2), *gates.split(f, dim=3), cell_up, cell, tanh_cell, rows
+        for taps_now, x, now, o, forget, i, g, c_up, c, tanh_c, h_now in zip(taps, *wholes, strict=True):
+            for tap, above in taps_now:
+                tap.copy_(above)
+            torch.addmm(doubled_bias, x, doubled_weight, out=now).sigmoid_()
+            torch.mul(i, g.mul_(2).sub_(1), out=c)
+            c.addcmul_(forget, c_up)
+            torch.mul(o, torch.tanh(c, out=tanh_c), out=h_now)
+        ctx.save_for_backward(inputs, weight, gates, cells, tanh_cell)
+        ctx.k, ctx.n = k, n
+        return hidden
+
+    @staticmethod
+    @torch.amp.custom_bwd(device_type="cuda")
+    @once_differentiable
+    def backward(ctx, d_out):
+        inputs, weight, gates, cells, tanh_cell = ctx.saved_tensors
+        (h, b, w, f), k, n = tanh_cell.shape, ctx.k, ctx.n
+        input_weight, state_weight = weight.split([k, n * f], dim=1)
+        o, forget, i, g = gates.split(f, dim=3)
+
+        # What each gate's gradient is, but for the factor d_hidden (o) or d_cell (f i g) that only the scan knows.
+        d_gates = torch.empty_like(gates)
+        sigmoid_backward, tanh_backward = torch.ops.aten.sigmoid_backward, torch.ops.aten.tanh_backward
+        for gate, (factor, value) in enumerate(((tanh_cell, o), (cells[:-1], forget), (g, i))):
+            sigmoid_backward.grad_input(factor, value, grad_input=d_gates.narrow(3, gate * f, f))
+        tanh_backward.grad_input(i, g, grad_input=d_gates.narrow(3, 3 * f, f))
+        d_cell_d_hidden = tanh_backward(o, tanh_cell)
+
+        # Of these, unlike of the gates', the row at hand is all that is ever needed.
+        d_hidden, d_cell, d_taps = gates.new_empty(b, w, f), gates.new_zeros(b, w, f), gates.new_zeros(b * w, n * f)
+        pairs = pair_taps(d_taps.view(b, w, n, f), d_hidden)
+        to_o, to_cell = d_gates[..., :f], d_gates[..., f:].unflatten(3, (3, f))
+        wholes = d_out.transpose(0, 1), d_cell_d_hidden, d_gates.flatten(1, 2), to_o, to_cell, forget
+        for row, d_out_now, factor, dg, dg_o, dg_cell, forget_now in reversed([*zip(range(h), *wholes, strict=True)]):
+            d_hidden.copy_(d_out_now)
+            for d_tap, d_above in pairs:  # of the row below, which reads this one
+                d_above.add_(d_tap)
+            d_cell.addcmul_(d_hidden, factor)
+            dg_o.mul_(d_hidden)
+            dg_cell.mul_(d_cell.unsqueeze(2))
+            if row:
+                d_cell.mul_(forget_now)
+                torch.mm(dg, state_weight, out=d_taps)
+
+        d_pixels = d_gates.flatten(0, 2)
+        d_input_weight, d_state_weight = (d_pixels.T @ inputs.flatten(0, 2)).split([k, n * f], dim=1)
+        d_u = (d_pixels @ input_weight).view(h, b, w, k).transpose(0, 1)
+        return d_u, d_input_weight, d_pixels.sum(0), d_state_weight.unflatten(1, (n, f)).mT
+
+
+def row_lstm(u: Tensor, input_weight: Tensor, bias: Tensor, state_weight: Tensor) -> Tensor:
+    """Run the Row LSTM's scan over an image, from its first row to its last.
+
+    Args:
+        u: features (b h w k). For the input-to-state convolution along the row, put the left neighbours' features
+            beside u's; to condition on a map, append it in the same way. Their weights belong in `input_weight`.
+        input_weight: input-to-state weights (4f k), masked by the caller.
+        bias: of the gates (4f).
+        state_weight: state-to-state weights (4f f n), n odd: the taps along the row above, from left to right.
+
+    Returns:
+        The hidden states (b h w f), each at the pixel it belongs to.
+
+    Source: 1601.06759, section 3.1 and equation 3.
+    """
+    return RowLSTM.apply(u, input_weight, bias, state_weight)

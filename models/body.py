@@ -1,0 +1,65 @@
+"""What the bodies of all architectures share: how a layer's output joins the residual stream and the head's input.
+
+Legend: b batch · h w rows, columns · f = hidden features · d features of the condition · g group.
+
+Each layer computes f features from the stream; a 1×1 of mask B takes them to the stream's width, and the result is
+added to the stream (`residual`) or takes its place. With `skip`, a second 1×1 takes them to the head.
+"""
+
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.layers import MaskedLinear
+
+
+class Body(nn.Module):
+    """The layers of an architecture: `forward(u (b h w+extra 2f), condition)` → (b h w features).
+
+    Args:
+        hidden: f, the features of a layer.
+        layers, groups, residual, skip, dropout: see `AutoregressiveModel`.
+        condition: d, the features of the condition; 0: none.
+    """
+
+    extra_columns: ClassVar[int] = 0  # columns of features at the right end of the image that the layers need
+    stream: ClassVar[int] = 2  # the residual stream is so many times as wide as a layer
+    vertical: ClassVar[int] = 0  # and so many times as wide is the first part of the stem, which sees rows above alone
+
+    def __init__(
+        self, hidden: int, layers: int, groups: int, residual: bool, skip: bool, dropout: float, condition: int
+    ):
+        super().__init__()
+        self.hidden, self.layers, self.groups, self.given = hidden, layers, groups, condition
+        self.residual, self.skip, self.dropout = residual, skip, dropout
+        self.features = self.stream * hidden
+        self.make_layers()
+        gain = (2 * layers) ** -0.5 if residual else 1.0  # the sum of all branches is no larger than the stream
+        self.up = nn.ModuleList(MaskedLinear(hidden, self.features, groups, gain=gain) for _ in range(layers))
+        self.to_head = nn.ModuleList(
+            MaskedLinear(hidden, self.features, groups, gain=gain) for _ in range(layers if skip else 0)
+        )
+
+    def make_layers(self) -> None:
+        """Create what stands before `up` in each layer."""
+        raise NotImplementedError
+
+    def conditions(self, outputs: int) -> nn.ModuleList | list[None]:
+        """An unmasked 1×1 from the condition to `outputs` features for each layer; Nones without a condition."""
+        if not self.given:
+            return [None] * self.layers
+        return nn.ModuleList(nn.Linear(self.given, outputs, bias=False) for _ in range(self.layers))
+
+    def condition_weights(self) -> Tensor | None:
+        """What `conditions` made, side by side: (layers outputs d), or None without a condition."""
+        return torch.stack([given.weight for given in self.from_condition]) if self.given else None
+
+    def join(self, layer: int, u: Tensor, skips: Tensor | int, hidden: Tensor) -> tuple[Tensor, Tensor | int]:
+        """The stream (b h w features) and the sum of skips after a layer computed `hidden` (b h w f)."""
+        hidden = F.dropout(hidden, self.dropout, self.training)
+        out = self.up[layer](hidden)
+        if self.skip:
+            skips = skips + self.to_head[layer](hidden)
+        return u + out if self.residual else out, skips

@@ -1,0 +1,168 @@
+"""Gated PixelCNN (van den Oord et al. 2016b, 1606.05328): two stacks of convolutions, no blind spot.
+
+Legend: b batch · h w rows, columns · f = hidden features · g group · i j a row, a column.
+
+The vertical stack `v` sees the rows above (i, j), all of their colours, to both sides; the horizontal stack `u` sees
+its own row to the left as well. A layer, with gate([a, b]) = tanh(a) ⊙ σ(b), each of f features:
+
+    v ← gate(vertical(v))                              2×3, rows i−1 and i, f→2f, no mask: v has not seen row i
+    u ← u + up(gate(horizontal(u(i, j−1), u(i, j), v)))     1×3 mask B along the row, f→2f · up 1×1 f→f, mask B
+
+The stem's first f features, which see rows above alone, are v; its others are u. A condition is added to both gates.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import kernels
+from models.base import AutoregressiveModel
+from models.body import Body
+from models.layers import ConditionScan, MaskedRowConv, group_slices, initialise
+
+
+class VerticalConv(nn.Module):
+    """The 2×3 convolution over rows i − 1 and i, without a mask: (b h w f) → (b h w 2f)."""
+
+    def __init__(self, hidden: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(2 * hidden, hidden, 2, 3))
+        self.bias = nn.Parameter(torch.zeros(2 * hidden))
+        initialise(self.weight, torch.ones_like(self.weight))
+
+    def forward(self, v: Tensor) -> Tensor:
+        return kernels.masked_conv(v, self.weight, self.bias)
+
+
+def gate(u: Tensor) -> Tensor:
+    """tanh of the first half of the features times σ of the second: (… 2f) → (… f)."""
+    a, b = u.chunk(2, dim=-1)
+    return a.tanh() * b.sigmoid()
+
+
+class GatedLayers(Body):
+    """The body: `layers` layers, (b h w 2f) → (b h w f)."""
+
+    stream = 1
+    vertical = 1
+
+    def make_layers(self) -> None:
+        f, groups = self.hidden, self.groups
+        self.vertical_conv = nn.ModuleList(VerticalConv(f) for _ in range(self.layers))
+        self.horizontal = nn.ModuleList(
+            MaskedRowConv(f, 2 * f, groups, parts=2, free=f + self.given) for _ in range(self.layers)
+        )
+        self.from_condition = self.conditions(2 * f)
+
+    def forward(self, u: Tensor, condition: Tensor | None = None) -> Tensor:
+        v, u = u.chunk(2, dim=-1)
+        skips, free = 0, () if condition is None else (condition.expand(*u.shape[:3], -1),)
+        layers = zip(self.vertical_conv, self.horizontal, self.from_condition, strict=True)
+        for layer, (vertical, horizontal, given) in enumerate(layers):
+            v = vertical(v)
+            v = gate(v if given is None else v + given(condition))
+            u, skips = self.join(layer, u, skips, gate(horizontal(u, v, *free)))
+        return u + skips
+
+    def scan(self, b: int, width: int, condition: Tensor | None = None) -> "GatedLayersScan":
+        return GatedLayersScan(self, b, width, condition)
+
+
+class GatedLayersScan:
+    """All layers at one pixel, group by group.
+
+    Once a row, the whole vertical stack, for all columns, and what it gives the horizontal one: the rows above are all
+    that it sees. A sub-pixel then costs a layer its left and centre tap (one product: they stand side by side in
+    `row`), the gate, and the 1×1 up.
+
+    The horizontal gates are sorted by group here: tanh and σ of group 0, then of group 1, ….
+    """
+
+    def __init__(self, body: GatedLayers, b: int, width: int, condition: Tensor | None):
+        layers, f, groups = body.layers, body.hidden, body.groups
+        new = body.up[0].weight.new_zeros
+        self.b, self.width, self.f, self.vertical_conv = b, width, f, body.vertical_conv
+        gates = group_slices(2 * f, groups, parts=2)
+        sort = torch.cat([torch.arange(2 * f)[s] for slices in gates for s in slices])
+        weight = torch.stack([m.masked_weight() for m in body.horizontal])[:, sort]  # (layers 2f 3f+d)
+
+        self.v = new(layers + 1, b, 2, width + 2, f)  # the row above and the row in hand, zeros at both ends
+        self.vertical = self.v[0, :, 1, 1:-1]
+        self.row = new(layers, b, (width + 1) * f)  # u of the row in hand, after a column of zeros
+        self.above = new(layers, b * width, 2 * f)  # what the gates get from the vertical stack, and the bias
+        self.above_weight = weight[:, :, 2 * f : 3 * f].mT.contiguous()
+        self.above_bias = torch.stack([m.bias for m in body.horizontal])[:, None, sort]
+        self.condition = ConditionScan(condition, weight[:, :, 3 * f :] if body.given else None)
+        self.vertical_condition = ConditionScan(condition, body.condition_weights())
+        self.vertical_gates = new(layers, b, width, 2 * f)
+
+        up, to_head = ([m.steps() for m in part] for part in (body.up, body.to_head))
+        narrow = [s for (s,) in group_slices(f, groups)]
+        self.residual, self.skip = body.residual, body.skip
+        self.skips = [new(b, n.stop - n.start) for n in narrow]
+        self.out = [torch.zeros_like(s) for s in self.skips]
+        hidden, above = new(layers, b, f), self.above.view(layers, b, width, 2 * f)
+
+        def slots(layer: int, j: int, n: slice) -> Tensor:
+            """Features n of u at column j."""
+            return self.row[layer, :, (j + 1) * f + n.start : (j + 1) * f + n.stop]
+
+        self.inputs = [[slots(0, j, n) for n in narrow] for j in range(width)]
+        self.plan = [[[] for _ in range(groups)] for _ in range(width)]
+        for g, n in enumerate(narrow):
+            both = new(b, 2 * (n.stop - n.start))
+            columns = slice(2 * n.start, 2 * n.stop)
+            for layer in range(layers):
+                left_centre = weight[layer, columns, : f + n.stop].T.contiguous()
+                for j in range(width):
+                    self.plan[j][g].append(
+                        (
+                            above[layer, :, j, columns],
+                            self.row[layer, :, j * f : (j + 1) * f + n.stop],
+                            left_centre,
+                            both,
+                            *both.chunk(2, dim=1),
+                            hidden[layer, :, n],
+                            hidden[layer, :, : n.stop],
+                            slots(layer, j, n),
+                            *up[layer][g],
+                            slots(layer + 1, j, n) if layer + 1 < layers else self.out[g],
+                            to_head[layer][g] if self.skip else None,
+                        )
+                    )
+
+    def begin_row(self, i: int) -> None:
+        """Called after the stem wrote `vertical` of row i."""
+        self.vertical_gates.zero_()
+        self.vertical_condition.add_to(self.vertical_gates, i)
+        for layer, conv in enumerate(self.vertical_conv):
+            gates = F.conv2d(self.v[layer].permute(0, 3, 1, 2), conv.weight, conv.bias)[:, :, 0].mT
+            self.v[layer + 1, :, 1, 1:-1] = gate(self.vertical_gates[layer].add_(gates))
+        v = self.v[1:, :, 1, 1:-1].reshape(-1, self.b * self.width, self.f)
+        torch.baddbmm(self.above_bias, v, self.above_weight, out=self.above)
+        self.condition.add_to(self.above.view(-1, self.b, self.width, 2 * self.f), i)
+        self.v[:, :, 0] = self.v[:, :, 1]  # the next row's row above
+
+    def step(self, j: int, g: int) -> Tensor:
+        """From group g of the stem at column j, in `inputs[j][g]`, to group g of the head's input (b f_g)."""
+        skips = self.skips[g]
+        if self.skip:
+            skips.zero_()
+        for (
+            above, known, weight, both, a, b, hidden_out, hidden, u, up_w, up_b, following, to_head,
+        ) in self.plan[j][g]:  # fmt: skip
+            torch.addmm(above, known, weight, out=both)
+            torch.mul(a.tanh_(), b.sigmoid_(), out=hidden_out)
+            if self.residual:
+                torch.addmm(u, hidden, up_w, out=following).add_(up_b)
+            else:
+                torch.addmm(up_b, hidden, up_w, out=following)
+            if self.skip:
+                skips.addmm_(hidden, to_head[0]).add_(to_head[1])
+        return self.out[g].add_(skips) if self.skip else self.out[g]
+
+
+class GatedPixelCNN(AutoregressiveModel):
+    """Gated PixelCNN. Arguments: see `AutoregressiveModel`."""
+
+    architecture = GatedLayers

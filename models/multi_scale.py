@@ -1,0 +1,177 @@
+"""Multi-Scale PixelRNN (1601.06759, section 3.6): a small image first, then the large one given the small one.
+
+Legend: b batch · c channel (colour) · h w rows, columns · v levels · d features of the condition · n nets.
+
+The small image is the large one's pixels in even rows and columns (counted from 0), so with x⁰ the smallest:
+
+    p(x) = p(x⁰) · p(x¹ | x⁰) · p(x² | x¹) · …         each twice as high and as wide as the one before
+
+Each net of the larger images is any of the models, conditioned on the smaller image, which transposed convolutions
+bring to its size. With `copy_known` its pixels in even rows and columns are known: they cost no nats and are copied
+when an image is drawn. All probabilities then sum to one. Without it (the paper's form) a net predicts them anew, and
+mass is lost on images that disagree with the smaller one: p(x) is then no normalized likelihood.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from models.base import AutoregressiveModel, ImageModel, Stage
+from models.diag_bilstm import DiagBiLSTM
+from models.gated_pixel_cnn import GatedPixelCNN
+from models.layers import check, check_one_of
+from models.pixel_cnn import PixelCNN
+from models.row_lstm import RowLSTM
+
+KINDS: dict[str, type[AutoregressiveModel]] = {
+    "pixel_cnn": PixelCNN,
+    "gated_pixel_cnn": GatedPixelCNN,
+    "row_lstm": RowLSTM,
+    "diag_bilstm": DiagBiLSTM,
+}
+
+
+class Upsample(nn.Sequential):
+    """Scaled images (b c h w) → features of images twice as high and as wide (b d 2h 2w)."""
+
+    def __init__(self, channels: int, d: int):
+        super().__init__(
+            nn.Conv2d(channels, d, 3, padding=1),
+            nn.ReLU(),
+            nn.ConvTranspose2d(d, d, 4, stride=2, padding=1),
+            nn.ReLU(),
+        )
+
+
+class MultiScale(ImageModel):
+    """Multi-Scale PixelRNN.
+
+    Args:
+        channels, levels, height, width: what the images are; height and width are divisible by 2^doublings.
+        hidden, layers: of the nets of the larger images.
+        base, conditional: "pixel_cnn", "gated_pixel_cnn", "row_lstm" or "diag_bilstm": the net of the smallest images,
+            and those of the larger ones.
+        base_hidden, base_layers: of the net of the smallest images; None: hidden, layers.
+        doublings: how often the image is doubled.
+        copy_known: whether pixels of the smaller image are known in the larger one (else: the paper's form).
+        train: "joint" trains all nets, "base" that of the smallest images alone.
+        residual, skip, head, head_features, mixtures, dropout, classes: of every net, see `AutoregressiveModel`.
+
+    Raises:
+        ValueError: for an argument outside what is allowed.
+    """
+
+    map_features = 0
+
+    def __init__(
+        self,
+        channels: int,
+        levels: int,
+        height: int,
+        width: int,
+        hidden: int,
+        layers: int,
+        base: str = "diag_bilstm",
+        conditional: str = "diag_bilstm",
+        base_hidden: int | None = None,
+        base_layers: int | None = None,
+        doublings: int = 1,
+        copy_known: bool = True,
+        train: str = "joint",
+        residual: bool = True,
+        skip: bool = False,
+        head: str = "softmax",
+        head_features: int = 32,
+        mixtures: int = 10,
+        dropout: float = 0.0,
+        classes: int = 0,
+    ):
+        super().__init__()
+        check_one_of("base", base, KINDS)
+        check_one_of("conditional", conditional, KINDS)
+        check_one_of("train", train, ("joint", "base"))
+        check("copy_known", copy_known, bool, False, True)
+        check("doublings", doublings, int, 1)
+        check("hidden", hidden, int, 1)
+        for name, value in (("height", height), ("width", width)):
+            check(name, value, int, 1)
+            if value % 2**doublings:
+                raise ValueError(f"{name}={value} is not allowed: a multiple of 2^doublings = {2**doublings} is")
+        self.channels, self.levels, self.height, self.width = channels, levels, height, width
+        self.classes, self.copy_known, self.only_base = classes, copy_known, train == "base"
+        shared = {"residual": residual, "skip": skip, "head": head, "head_features": head_features}
+        shared |= {"mixtures": mixtures, "dropout": dropout, "classes": classes}
+
+        def net(kind: str, halvings: int, hidden: int, layers: int, d: int) -> AutoregressiveModel:
+            size = height // 2**halvings, width // 2**halvings
+            return KINDS[kind](channels, levels, *size, hidden, layers, **shared, map_features=d)
+
+        smallest = net(base, doublings, base_hidden or hidden, base_layers or layers, 0)
+        larger = [net(conditional, halvings, hidden, layers, hidden) for halvings in reversed(range(doublings))]
+        self.all_nets = nn.ModuleList([smallest, *larger])
+        self.upsample = nn.ModuleList(Upsample(channels, hidden) for _ in larger)
+
+    @property
+    def nets(self) -> list[AutoregressiveModel]:
+        return list(self.all_nets)
+
+    def sizes(self, x: Tensor) -> list[Tensor]:
+        """Images x (b c h w) in all sizes, the smallest first."""
+        return [x[:, :, :: self.height // net.height, :: self.width // net.width] for net in self.nets]
+
+    def from_smaller(self, k: int, smaller: Tensor) -> Tensor:
+        """What `nets[k]` is conditioned on, made of smaller images (b c h/2 w/2): (b d h w)."""
+        return self.upsample[k - 1](self.scale(smaller))
+
+    def known(self, x: Tensor) -> Tensor:
+        """Which sub-pixels of images x (b c h w) the smaller images show: (b c h w), true or false."""
+        out = torch.zeros_like(x, dtype=torch.bool)
+        out[:, :, ::2, ::2] = True
+        return out
+
+    def nats_of(self, k: int, sizes: list[Tensor], label: Tensor | None) -> Tensor:
+        """Nats (b,) of the images of size k, given those of size k − 1."""
+        net, x = self.nets[k], sizes[k]
+        if k == 0:
+            return net(x, label)
+        nats = net.nats_at(x, label, self.from_smaller(k, sizes[k - 1]))
+        if self.copy_known:
+            nats = nats.masked_fill(self.known(x)[:, 0], 0.0)
+        return nats.sum((1, 2))
+
+    def forward(self, x: Tensor, label: Tensor | None = None, cond: Tensor | None = None) -> Tensor:
+        """Images (b c h w), not checked → nats of each (b,); in training with train="base", of the smallest image."""
+        sizes = self.sizes(x)
+        used = 1 if self.training and self.only_base else len(sizes)
+        return torch.stack([self.nats_of(k, sizes, label) for k in range(used)]).sum(0)
+
+    def parts(self, x: Tensor, label: Tensor | None = None) -> dict[str, Tensor]:
+        sizes = self.sizes(x)
+        names = [f"{'conditional' if k else 'base'}_{net.height}x{net.width}" for k, net in enumerate(self.nets)]
+        return {name: self.nats_of(k, sizes, label) for k, name in enumerate(names)}
+
+    def conditionals(self, x: Tensor, label: Tensor | None = None, cond: Tensor | None = None) -> Tensor:
+        """log p(value | everything drawn before it) of every sub-pixel: x (b c h w) → (b c h w v).
+
+        With copy_known, those of pixels that a smaller image shows are the smaller net's: smaller images come first,
+        each in raster order, so that the whole is a likelihood. Without, all are those of the largest net.
+        """
+        self.check_condition(len(self.check(x)), label, cond)
+        sizes = self.sizes(x)
+        out = self.nets[0].conditionals(sizes[0], label)
+        for k, net in enumerate(self.nets[1:], start=1):
+            smaller, out = out, net.conditionals(sizes[k], label, self.from_smaller(k, sizes[k - 1]))
+            if self.copy_known:
+                out = out.clone()
+                out[:, :, ::2, ::2] = smaller
+        return out
+
+    def stage(self, k: int, smaller: Tensor | None, label: Tensor | None, cond: Tensor | None) -> Stage:
+        net = self.nets[k]
+        if k == 0:
+            return Stage(net, net.condition(label))
+        condition = net.condition(label, self.from_smaller(k, smaller))
+        if not self.copy_known:
+            return Stage(net, condition)
+        x = smaller.new_zeros(len(smaller), *net.shape)
+        x[:, :, ::2, ::2] = smaller
+        return Stage(net, condition, x, self.known(x))

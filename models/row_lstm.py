@@ -1,0 +1,158 @@
+"""Row LSTM (1601.06759, section 3.1): a context of the triangle above, and of the row to the left.
+
+Legend: b batch · h w rows, columns · f = hidden features · g group · i j a row, a column.
+
+A layer, from 2f features to 2f; `kernels/row_lstm.py` has the recurrence:
+
+    hidden = row_lstm(u(i, j−1), u(i, j))     input-to-state 1×3 mask B, state-to-state 1×3 over the row above, no mask
+    u      ← u + up(hidden)                   up 1×1 f→2f, mask B
+
+The input-to-state's tap to the right is masked, so two stand side by side. A condition is added to the gates.
+"""
+
+import torch
+from torch import Tensor, nn
+
+import kernels
+from models.base import AutoregressiveModel
+from models.body import Body
+from models.layers import ConditionScan, MaskedRowConv, group_slices, initialise
+
+
+class RowLSTMLayer(nn.Module):
+    """One layer's LSTM: (b h w 2f) → (b h w f)."""
+
+    def __init__(self, hidden: int, groups: int, condition: int):
+        super().__init__()
+        self.input = MaskedRowConv(2 * hidden, 4 * hidden, groups, parts=4, free=condition)  # gates o f i g
+        self.state_weight = nn.Parameter(torch.empty(4 * hidden, hidden, 3))
+        initialise(self.state_weight, torch.ones(4 * hidden, hidden, 3))
+        with torch.no_grad():
+            self.input.bias[hidden : 2 * hidden] = 1.0  # forget gate: open at first
+
+    def forward(self, u: Tensor, condition: Tensor | None = None) -> Tensor:
+        free = () if condition is None else (condition.expand(*u.shape[:3], -1),)
+        taps = self.input.taps(u, free)
+        return kernels.row_lstm(taps, self.input.masked_weight(), self.input.bias, self.state_weight)
+
+
+class RowLSTMs(Body):
+    """The body: `layers` layers, (b h w 2f) → (b h w 2f)."""
+
+    def make_layers(self) -> None:
+        sizes = self.hidden, self.groups, self.given
+        self.lstm = nn.ModuleList(RowLSTMLayer(*sizes) for _ in range(self.layers))
+
+    def forward(self, u: Tensor, condition: Tensor | None = None) -> Tensor:
+        skips = 0
+        for layer, lstm in enumerate(self.lstm):
+            u, skips = self.join(layer, u, skips, lstm(u, condition))
+        return u + skips
+
+    def scan(self, b: int, width: int, condition: Tensor | None = None) -> "RowLSTMsScan":
+        return RowLSTMsScan(self, b, width, condition)
+
+
+class RowLSTMsScan:
+    """All layers at one pixel, group by group.
+
+    Once a row, for all columns and all layers, the state-to-state convolution of the row above: one batched product. A
+    sub-pixel then costs a layer its input-to-state (one product: left and known inputs stand side by side in `row`),
+    the gates, and the 1×1 up.
+
+    `hidden` and `cell` hold the states of the row above to the right of the pixel in hand, and of its own row up to it.
+    Gates are sorted by group here: o f i g of group 0, then of group 1, ….
+    """
+
+    def __init__(self, body: RowLSTMs, b: int, width: int, condition: Tensor | None):
+        layers, f, groups = body.layers, body.hidden, body.groups
+        new = body.up[0].weight.new_zeros
+        self.b, self.width, self.f = b, width, f
+        gates = group_slices(4 * f, groups, parts=4)
+        sort = torch.cat([torch.arange(4 * f)[s] for slices in gates for s in slices])
+        input_weight = torch.stack([lstm.input.masked_weight() for lstm in body.lstm])[:, sort]  # (layers 4f 4f+d)
+        state_weight = torch.stack([lstm.state_weight for lstm in body.lstm])[:, sort]  # (layers 4f f taps)
+
+        self.vertical = None
+        self.row = new(layers, b, (width + 1) * 2 * f)  # u of the row in hand, after a column of zeros
+        self.hidden, self.cell = new(layers, b, width + 2, f), new(layers, b, width, f)
+        self.taps = new(layers, b * width, 3 * f)
+        self.above = new(layers, b * width, 4 * f)  # what the gates get from the row above, and the bias
+        self.above_weight = state_weight.permute(0, 3, 2, 1).flatten(1, 2).contiguous()
+        self.above_bias = torch.stack([lstm.input.bias for lstm in body.lstm])[:, None, sort]
+        self.condition = ConditionScan(condition, input_weight[:, :, 4 * f :] if body.given else None)
+
+        up, to_head = ([m.steps() for m in part] for part in (body.up, body.to_head))
+        wide, narrow = (group_slices(n, groups) for n in (2 * f, f))
+        self.residual, self.skip = body.residual, body.skip
+        self.skips = [new(b, s.stop - s.start) for (s,) in wide]
+        self.out = [torch.zeros_like(s) for s in self.skips]
+        above = self.above.view(layers, b, width, 4 * f)
+
+        def slots(layer: int, j: int, s: slice) -> Tensor:
+            """Features s of u at column j."""
+            return self.row[layer, :, (j + 1) * 2 * f + s.start : (j + 1) * 2 * f + s.stop]
+
+        self.inputs = [[slots(0, j, w) for (w,) in wide] for j in range(width)]
+        self.plan = [[[] for _ in range(groups)] for _ in range(width)]
+        for g, ((w,), (n,)) in enumerate(zip(wide, narrow, strict=True)):
+            size = n.stop - n.start
+            gate, tanh = new(b, 4 * size), new(b, size)
+            columns = slice(4 * n.start, 4 * n.stop)
+            for layer in range(layers):
+                weight = input_weight[layer, columns, : 2 * f + w.stop].T.contiguous()  # left and known inputs
+                for j in range(width):
+                    self.plan[j][g].append(
+                        (
+                            above[layer, :, j, columns],
+                            self.row[layer, :, j * 2 * f : (j + 1) * 2 * f + w.stop],
+                            weight,
+                            gate,
+                            gate[:, : 3 * size],
+                            gate.split(size, dim=1),
+                            self.cell[layer, :, j, n],
+                            tanh,
+                            self.hidden[layer, :, j + 1, n],
+                            self.hidden[layer, :, j + 1, : n.stop],
+                            slots(layer, j, w),
+                            *up[layer][g],
+                            slots(layer + 1, j, w) if layer + 1 < layers else self.out[g],
+                            to_head[layer][g] if self.skip else None,
+                        )
+                    )
+
+    def begin_row(self, i: int) -> None:
+        w, f = self.width, self.f
+        taps = self.taps.view(-1, self.b, w, 3 * f)
+        torch.cat([self.hidden[:, :, k : k + w] for k in range(3)], dim=3, out=taps)
+        torch.baddbmm(self.above_bias, self.taps, self.above_weight, out=self.above)
+        self.condition.add_to(self.above.view(-1, self.b, w, 4 * f), i)
+
+    def step(self, j: int, g: int) -> Tensor:
+        """From group g of the stem at column j, in `inputs[j][g]`, to group g of the head's input (b 2f_g)."""
+        skips = self.skips[g]
+        if self.skip:
+            skips.zero_()
+        for (
+            above, known, weight, gate, sigmoids, (o, forget, i, candidate), cell, tanh, hidden_out, hidden,
+            u, up_w, up_b, following, to_head,
+        ) in self.plan[j][g]:  # fmt: skip
+            torch.addmm(above, known, weight, out=gate)
+            sigmoids.sigmoid_()
+            candidate.tanh_()
+            cell.mul_(forget).addcmul_(i, candidate)
+            torch.tanh(cell, out=tanh)
+            torch.mul(o, tanh, out=hidden_out)
+            if self.residual:
+                torch.addmm(u, hidden, up_w, out=following).add_(up_b)
+            else:
+                torch.addmm(up_b, hidden, up_w, out=following)
+            if self.skip:
+                skips.addmm_(hidden, to_head[0]).add_(to_head[1])
+        return self.out[g].add_(skips) if self.skip else self.out[g]
+
+
+class RowLSTM(AutoregressiveModel):
+    """Row LSTM. Arguments: see `AutoregressiveModel`."""
+
+    architecture = RowLSTMs
