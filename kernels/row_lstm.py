@@ -105,7 +105,7 @@ class RowLSTM(torch.autograd.Function):
         tanh_backward.grad_input(i, g, grad_input=d_gates.narrow(3, 3 * f, f))
         d_cell_d_hidden = tanh_backward(o, tanh_cell)
 
-        # Of these, unlike of the gates', the row at hand is all that is ever needed.
+        # These are needed for one row at a time; what the taps of a row hold, they pass on to the row above.
         d_hidden, d_cell, d_taps = gates.new_empty(b, w, f), gates.new_zeros(b, w, f), gates.new_zeros(b * w, n * f)
         pairs = pair_taps(d_taps.view(b, w, n, f), d_hidden)
         to_o, to_cell = d_gates[..., :f], d_gates[..., f:].unflatten(3, (3, f))

@@ -26,7 +26,8 @@ class Body(nn.Module):
 
     extra_columns: ClassVar[int] = 0  # columns of features at the right end of the image that the layers need
     stream: ClassVar[int] = 2  # the residual stream is so many times as wide as a layer
-    vertical: ClassVar[int] = 0  # and so many times as wide is the first part of the stem, which sees rows above alone
+    gain: ClassVar[float] = 1.0  # of `up` where its output takes the stream's place
+    vertical: ClassVar[int] = 0  # as wide, in layers, is the first part of the stem, which sees the rows above alone
 
     def __init__(
         self, hidden: int, layers: int, groups: int, residual: bool, skip: bool, dropout: float, condition: int
@@ -36,10 +37,10 @@ class Body(nn.Module):
         self.residual, self.skip, self.dropout = residual, skip, dropout
         self.features = self.stream * hidden
         self.make_layers()
-        gain = (2 * layers) ** -0.5 if residual else 1.0  # the sum of all branches is no larger than the stream
+        gain = (2 * layers) ** -0.5 if residual else self.gain  # the sum of all branches is no larger than the stream
         self.up = nn.ModuleList(MaskedLinear(hidden, self.features, groups, gain=gain) for _ in range(layers))
         self.to_head = nn.ModuleList(
-            MaskedLinear(hidden, self.features, groups, gain=gain) for _ in range(layers if skip else 0)
+            MaskedLinear(hidden, self.features, groups, gain=(2 * layers) ** -0.5) for _ in range(layers if skip else 0)
         )
 
     def make_layers(self) -> None:

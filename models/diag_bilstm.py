@@ -63,6 +63,7 @@ class DiagonalLSTMs(Body):
     """The body: `layers` layers, (b h w+1 2f) → (b h w 2f)."""
 
     extra_columns = 1
+    gain = 4.0  # what leaves the gates is small
 
     def make_layers(self) -> None:
         sizes = self.hidden, self.groups, self.given

@@ -34,16 +34,11 @@ class VerticalConv(nn.Module):
         return kernels.masked_conv(v, self.weight, self.bias)
 
 
-def gate(u: Tensor) -> Tensor:
-    """tanh of the first half of the features times σ of the second: (… 2f) → (… f)."""
-    a, b = u.chunk(2, dim=-1)
-    return a.tanh() * b.sigmoid()
-
-
 class GatedLayers(Body):
     """The body: `layers` layers, (b h w 2f) → (b h w f)."""
 
     stream = 1
+    gain = 4.0  # what leaves the gates is small
     vertical = 1
 
     def make_layers(self) -> None:
@@ -60,8 +55,8 @@ class GatedLayers(Body):
         layers = zip(self.vertical_conv, self.horizontal, self.from_condition, strict=True)
         for layer, (vertical, horizontal, given) in enumerate(layers):
             v = vertical(v)
-            v = gate(v if given is None else v + given(condition))
-            u, skips = self.join(layer, u, skips, gate(horizontal(u, v, *free)))
+            v = kernels.gate(v if given is None else v + given(condition))
+            u, skips = self.join(layer, u, skips, kernels.gate(horizontal(u, v, *free)))
         return u + skips
 
     def scan(self, b: int, width: int, condition: Tensor | None = None) -> "GatedLayersScan":
@@ -137,7 +132,7 @@ class GatedLayersScan:
         self.vertical_condition.add_to(self.vertical_gates, i)
         for layer, conv in enumerate(self.vertical_conv):
             gates = F.conv2d(self.v[layer].permute(0, 3, 1, 2), conv.weight, conv.bias)[:, :, 0].mT
-            self.v[layer + 1, :, 1, 1:-1] = gate(self.vertical_gates[layer].add_(gates))
+            self.v[layer + 1, :, 1, 1:-1] = kernels.gate(self.vertical_gates[layer].add_(gates))
         v = self.v[1:, :, 1, 1:-1].reshape(-1, self.b * self.width, self.f)
         torch.baddbmm(self.above_bias, v, self.above_weight, out=self.above)
         self.condition.add_to(self.above.view(-1, self.b, self.width, 2 * self.f), i)

@@ -20,6 +20,8 @@ from models.layers import ConditionScan, MaskedConv, MaskedLinear, group_slices
 class ResidualBlocks(Body):
     """The body: `layers` blocks, (b h w 2f) → (b h w 2f)."""
 
+    gain = 12.0  # what leaves three products and ReLUs is small
+
     def make_layers(self) -> None:
         f, groups = self.hidden, self.groups
         self.down = nn.ModuleList(MaskedLinear(2 * f, f, groups) for _ in range(self.layers))

@@ -39,6 +39,8 @@ class RowLSTMLayer(nn.Module):
 class RowLSTMs(Body):
     """The body: `layers` layers, (b h w 2f) → (b h w 2f)."""
 
+    gain = 4.0  # what leaves the gates is small
+
     def make_layers(self) -> None:
         sizes = self.hidden, self.groups, self.given
         self.lstm = nn.ModuleList(RowLSTMLayer(*sizes) for _ in range(self.layers))

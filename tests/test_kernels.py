@@ -5,6 +5,7 @@ import torch
 
 import kernels
 from kernels.diagonal_lstm import diagonal_lstm, diagonal_lstm_reference
+from kernels.gate import gate_reference
 from kernels.masked_conv import masked_conv, masked_conv_reference
 
 SIZES = [  # b h w k f
@@ -231,3 +232,19 @@ def test_masked_convolution_equals_a_dense_one(size, extra, relu, dtype, toleran
 @pytest.mark.parametrize("extra", [0, 1])
 def test_masked_convolution_equals_finite_differences(extra):
     assert torch.autograd.gradcheck(lambda *x: masked_conv(*x, True, extra), conv_arguments(2, 3, 4, 2, 3, 1))
+
+
+@pytest.mark.parametrize("shape", [(2,), (6,), (1, 1, 1, 2), (3, 5, 4, 14)])
+def test_gate_equals_its_reference(shape):
+    u = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).mul_(3).requires_grad_()
+    d_out = torch.randn(*shape[:-1], shape[-1] // 2, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    got, expected = (output_and_gradients(operation, [u], d_out, ["u"]) for operation in (kernels.gate, gate_reference))
+    assert_close(got, expected, 1e-12)
+    assert torch.autograd.gradcheck(kernels.gate, u)
+
+
+def test_gate_of_large_numbers_is_finite():
+    u = torch.tensor([[1e4, -1e4, 0.0, 1e4, -1e4, 0.0]], requires_grad=True)
+    out = kernels.gate(u)
+    out.sum().backward()
+    assert out.tolist() == [[1.0, 0.0, 0.0]] and u.grad.isfinite().all()

@@ -401,9 +401,10 @@ def test_a_temperature_near_zero_is_that_of_zero(temperature):
     assert torch.equal(sample(model, 3, temperature=temperature), sample(model, 3, temperature=0))
 
 
-def test_no_images_have_no_likelihoods():
-    model = build(CASES["diag_bilstm"])
-    assert model.log_prob(torch.zeros(0, *model.shape, dtype=torch.long)).shape == (0,)
+@every_kind
+def test_no_images_have_no_likelihoods(case):
+    model = build(case)
+    assert model.log_prob(images(model, 0), **given(model, 0)).shape == (0,)
 
 
 @pytest.mark.parametrize("value", [1.0, -0.1, float("nan")])
