@@ -1,17 +1,21 @@
 """Measure the likelihood of a whole split under a trained model: `python evaluate.py [checkpoint=…] [split=test]`."""
 
+import json
 import math
+import os
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
+from hydra.core.hydra_config import HydraConfig
 from torch import Tensor
 
 import data
 from conf.command import run
 from data.splits import Split
 from models.base import ImageModel, bits_per_dim
-from models.checkpoint import find, read, rebuild
-from report import Bar
+from models.checkpoint import find, read, rebuild, write_atomically
+from report import Bar, environment
 
 
 def choose_device(name: str) -> torch.device:
@@ -21,6 +25,20 @@ def choose_device(name: str) -> torch.device:
     if name == "cuda" and not torch.cuda.is_available():
         raise ValueError("device='cuda' is not available: torch finds no GPU; cpu or auto is allowed")
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def check_writable(path: Path, suffix: str) -> None:
+    """Raise ValueError or OSError, naming the path, unless a file of that suffix can be written there."""
+    if path.suffix.lower() != suffix:
+        raise ValueError(f"{path}: a name that ends in {suffix} is needed")
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"{path}: there is no folder {path.parent}")
+    if not os.access(path.parent, os.W_OK) or (path.exists() and not os.access(path, os.W_OK)):
+        raise PermissionError(f"{path} cannot be written")
+    write_atomically(path.with_name(f".{path.name}.probe"), lambda file: None)
+    path.with_name(f".{path.name}.probe").unlink()
 
 
 def nats_of(
@@ -80,8 +98,12 @@ def summarise(nats: Tensor, shape: tuple[int, int, int]) -> dict[str, float]:
     }
 
 
-def classify(model: ImageModel, split: Split, cfg) -> str:
-    """How often the class of largest log p(x | class) is an image's own, all classes being as likely before (Bayes)."""
+def classify(model: ImageModel, split: Split, cfg) -> dict[str, float]:
+    """Take each image for one of the class of largest log p(x | class): all are as likely before (Bayes' rule).
+
+    Returns:
+        accuracy and its standard error, how many images were right, and the likelihood without the label.
+    """
     if not model.classes:
         raise ValueError("classify=true is not possible: the model was trained without classes (model.classes=0)")
     nats = []
@@ -90,13 +112,14 @@ def classify(model: ImageModel, split: Split, cfg) -> str:
             nats.append(nats_of(model, split, cfg.batch_size, cfg.seed, bar.advance, label)["nats"])
     nats = torch.stack(nats, dim=1)  # (n classes)
     right = nats.argmin(1) == torch.from_numpy(split.labels.astype("int64"))
-    accuracy, n = right.double().mean().item(), len(right)
-    error = (accuracy * (1 - accuracy) / n) ** 0.5
-    marginal = summarise(-(torch.logsumexp(-nats, 1) - math.log(model.classes)), model.shape)
-    return (
-        f"accuracy {100 * accuracy:.2f} ± {100 * error:.2f} %, {int(right.sum())} of {n} images\n"
-        f"without the label: {line(marginal)}"
-    )
+    accuracy = right.double().mean().item()
+    marginal = summarise(math.log(model.classes) - torch.logsumexp(-nats, 1), model.shape)
+    return {
+        "accuracy": accuracy,
+        "accuracy_standard_error": (accuracy * (1 - accuracy) / len(right)) ** 0.5,
+        "right": int(right.sum()),
+        **{f"marginal_{name}": value for name, value in marginal.items()},
+    }
 
 
 def line(result: dict[str, float]) -> str:
@@ -110,6 +133,9 @@ def line(result: dict[str, float]) -> str:
 def main(cfg) -> None:
     if cfg.batch_size < 1:
         raise ValueError(f"batch_size={cfg.batch_size} is not allowed: at least 1 is")
+    out = None if cfg.out is None else Path(cfg.out)
+    if out is not None:
+        check_writable(out, ".json")
     path = find(cfg.checkpoint)
     checkpoint = read(path, choose_device(cfg.device))
     model = rebuild(checkpoint)
@@ -119,13 +145,24 @@ def main(cfg) -> None:
     print(f"{path} · {dataset.name} {cfg.split}, {len(split):,} images")
     with Bar("evaluate", len(split)) as bar:
         result = nats_of(model, split, cfg.batch_size, cfg.seed, bar.advance)
-    print(f"{cfg.split}: {line(summarise(result['nats'], model.shape))}" + ", given the label" * bool(model.classes))
+    total = summarise(result.pop("nats"), model.shape)
+    print(f"{cfg.split}: {line(total)}" + ", given the label" * bool(model.classes))
+    numbers = {"checkpoint": str(path), "split": cfg.split, "images": len(split), **total}
     for name, nats in result.items():
-        if name != "nats":
-            mean = summarise(nats, model.shape)
-            print(f"  of which {name}: {mean['nats']:.4f} ± {mean['nats_standard_error']:.4f} nats")
+        mean = summarise(nats, model.shape)
+        print(f"  of which {name}: {mean['nats']:.4f} ± {mean['nats_standard_error']:.4f} nats")
+        numbers[f"{name}_nats"] = mean["nats"]
     if cfg.classify:
-        print(classify(model, split, cfg))
+        told = classify(model, split, cfg)
+        marginal = {name.removeprefix("marginal_"): value for name, value in told.items()}
+        percent, error = 100 * told["accuracy"], 100 * told["accuracy_standard_error"]
+        print(f"accuracy {percent:.2f} ± {error:.2f} %, {told['right']} of {len(split)} images")
+        print(f"without the label: {line(marginal)}")
+        numbers |= told
+    if out is not None:
+        overrides = HydraConfig.get().overrides.task
+        numbers |= {"command": " ".join(["python evaluate.py", *overrides]), **environment(model.device)}
+        write_atomically(out, lambda file: file.write((json.dumps(numbers, indent=2) + "\n").encode()))
 
 
 def dataset_of(checkpoint: dict, root: str | None) -> data.Dataset:

@@ -1,7 +1,6 @@
 """Draw images from a trained model: `python sample.py [checkpoint=…] [n=64] [out=samples.png]`."""
 
 import math
-import os
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -16,7 +15,7 @@ from conf.command import run
 from data.arrays import open_integers
 from data.given import read_images
 from data.splits import SPLITS
-from evaluate import choose_device, dataset_of
+from evaluate import check_writable, choose_device, dataset_of
 from models.base import ImageModel
 from models.checkpoint import find, read, rebuild, write_atomically
 from models.layers import check
@@ -44,20 +43,6 @@ def grid(x: Tensor, levels: int, columns: int | None = None) -> Image.Image:
 def save_grid(path: Path, x: Tensor, levels: int, columns: int | None = None) -> None:
     """Write `grid` as a PNG, whole or not at all."""
     write_atomically(path, lambda file: grid(x, levels, columns).save(file, format="PNG"))
-
-
-def check_writable(path: Path, suffix: str) -> None:
-    """Raise ValueError or OSError, naming the path, unless a file of that suffix can be written there."""
-    if path.suffix.lower() != suffix:
-        raise ValueError(f"{path}: a name that ends in {suffix} is needed")
-    if path.is_dir():
-        raise ValueError(f"{path} is a folder")
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"{path}: there is no folder {path.parent}")
-    if not os.access(path.parent, os.W_OK) or (path.exists() and not os.access(path, os.W_OK)):
-        raise PermissionError(f"{path} cannot be written")
-    write_atomically(path.with_name(f".{path.name}.probe"), lambda file: None)
-    path.with_name(f".{path.name}.probe").unlink()
 
 
 def labels_in_rows(classes: int, n: int | None) -> tuple[Tensor | None, int | None]:

@@ -62,6 +62,7 @@ class Evaluate:
     split: str = MISSING
     root: str | None = None
     classify: bool = MISSING
+    out: str | None = None
     batch_size: int = MISSING
     seed: int = MISSING
     device: str = MISSING

@@ -1,17 +1,19 @@
 """The scan of the Row LSTM (van den Oord et al. 2016, 1601.06759, section 3.1).
 
-Legend: b batch · h w rows, columns · k input features · f hidden features · n taps along the row above (odd) ·
-i j t a row, a column, a tap. Gates stand in the order o f i g, so `4f` is cut in four parts of f.
+Legend: b batch · h w rows, columns · k input features · m ≤ k of them, the first, that are read from the left too ·
+f hidden features · n taps along the row above (odd) · i j t a row, a column, a tap. Gates stand in the order o f i g,
+so `4f` is cut in four parts of f.
 
 At pixel (i, j), zeros outside the image:
 
-    [o f i g] = [σ σ σ tanh](input_weight · u(i, j) + bias + Σ_t state_weight[:, :, t] · hidden(i−1, j + t − n//2))
+    [o f i g] = [σ σ σ tanh](input_weight · u(i, j) + left_weight · u(i, j−1)[:m] + bias
+                             + Σ_t state_weight[:, :, t] · hidden(i−1, j + t − n//2))
     cell      = f ⊙ cell(i−1, j) + i ⊙ g
     hidden    = o ⊙ tanh(cell)
 
 All pixels of a row, in all images, are computed together from those of the row above, so the torch form below puts rows
-first: (h b w ·). Beside the features of each pixel stands what its taps read, [u, tap 0, …, tap n−1], and the weights
-stand side by side in the same way. The sum above is then one product a row, and both weights have their gradients from
+first: (h b w ·). Beside the features of each pixel stands what its taps read, [u, left, tap 0, …, tap n−1], and the
+weights stand side by side in the same way. The sum above is then one product a row, and both weights have their gradients from
 one product over all pixels.
 """
 
@@ -20,7 +22,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 
-def row_lstm_reference(u: Tensor, input_weight: Tensor, bias: Tensor, state_weight: Tensor) -> Tensor:
+def row_lstm_reference(
+    u: Tensor, input_weight: Tensor, bias: Tensor, state_weight: Tensor, left_weight: Tensor | None = None
+) -> Tensor:
     """The same as `row_lstm`, pixel by pixel as the equations are written: slow, differentiable, the oracle."""
     b, h, w, _ = u.shape
     _, f, n = state_weight.shape
@@ -29,6 +33,8 @@ def row_lstm_reference(u: Tensor, input_weight: Tensor, bias: Tensor, state_weig
     for i in range(h):
         for j in range(w):
             gates = u[:, i, j] @ input_weight.T + bias
+            if left_weight is not None and j > 0:
+                gates = gates + u[:, i, j - 1, : left_weight.shape[1]] @ left_weight.T
             for t in range(n):
                 gates = gates + hidden.get((i - 1, j + t - n // 2), zeros) @ state_weight[:, :, t].T
             o, forget, i_gate, g = gates.split(f, dim=1)
@@ -58,23 +64,25 @@ class RowLSTM(torch.autograd.Function):
 
     @staticmethod
     @torch.amp.custom_fwd(device_type="cuda", cast_inputs=torch.float32)
-    def forward(ctx, u, input_weight, bias, state_weight):
-        b, h, w, k = u.shape
+    def forward(ctx, u, input_weight, bias, state_weight, left_weight):
+        (b, h, w, k), m = u.shape, left_weight.shape[1]
         _, f, n = state_weight.shape
-        weight = torch.cat([input_weight, state_weight.mT.flatten(1)], dim=1)  # (4f k+n·f)
+        weight = torch.cat([input_weight, left_weight, state_weight.mT.flatten(1)], dim=1)  # (4f k+m+n·f)
         # tanh(x) is 2σ(2x) − 1: with g's weights doubled, one sigmoid serves all gates, at a third of the time of tanh.
         doubled = bias.new_ones(4 * f).masked_fill_(torch.arange(4 * f, device=bias.device) >= 3 * f, 2)
         doubled_bias, doubled_weight = bias * doubled, weight.T * doubled
-        inputs = u.new_empty(h, b, w, k + n * f)
+        inputs = u.new_empty(h, b, w, k + m + n * f)
         inputs[..., :k] = u.transpose(0, 1)
-        inputs[..., k:] = 0  # the scan fills it but for what lies outside the image
+        inputs[:, :, 1:, k : k + m] = u.transpose(0, 1)[:, :, :-1, :m]
+        inputs[:, :, 0, k : k + m] = 0
+        inputs[..., k + m :] = 0  # the scan fills it but for what lies outside the image
         hidden, gates = u.new_empty(b, h, w, f), u.new_empty(h, b, w, 4 * f)
         tanh_cell, cells = u.new_empty(h, b, w, f), u.new_empty(h + 1, b, w, f)
         cell_up, cell = cells[:-1], cells[1:]
         cell_up[0] = 0
 
         rows = hidden.transpose(0, 1)
-        pairs = pair_taps(inputs[1:, ..., k:].unflatten(3, (n, f)), rows[:-1])
+        pairs = pair_taps(inputs[1:, ..., k + m :].unflatten(3, (n, f)), rows[:-1])
         taps = [(), *zip(*(zip(*pair, strict=True) for pair in pairs), strict=True)]  # row 0 has none
         wholes = inputs.flatten(1, 2), gates.flatten(1, 2), *gates.split(f, dim=3), cell_up, cell, tanh_cell, rows
         for taps_now, x, now, o, forget, i, g, c_up, c, tanh_c, h_now in zip(taps, *wholes, strict=True):
@@ -85,7 +93,7 @@ class RowLSTM(torch.autograd.Function):
             c.addcmul_(forget, c_up)
             torch.mul(o, torch.tanh(c, out=tanh_c), out=h_now)
         ctx.save_for_backward(inputs, weight, gates, cells, tanh_cell)
-        ctx.k, ctx.n = k, n
+        ctx.sizes = k, m, n * f
         return hidden
 
     @staticmethod
@@ -93,8 +101,8 @@ class RowLSTM(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, d_out):
         inputs, weight, gates, cells, tanh_cell = ctx.saved_tensors
-        (h, b, w, f), k, n = tanh_cell.shape, ctx.k, ctx.n
-        input_weight, state_weight = weight.split([k, n * f], dim=1)
+        (h, b, w, f), (k, m, taps) = tanh_cell.shape, ctx.sizes
+        seen_weight, state_weight = weight.split([k + m, taps], dim=1)
         o, forget, i, g = gates.split(f, dim=3)
 
         # What each gate's gradient is, but for the factor d_hidden (o) or d_cell (f i g) that only the scan knows.
@@ -106,8 +114,8 @@ class RowLSTM(torch.autograd.Function):
         d_cell_d_hidden = tanh_backward(o, tanh_cell)
 
         # These are needed for one row at a time; what the taps of a row hold, they pass on to the row above.
-        d_hidden, d_cell, d_taps = gates.new_empty(b, w, f), gates.new_zeros(b, w, f), gates.new_zeros(b * w, n * f)
-        pairs = pair_taps(d_taps.view(b, w, n, f), d_hidden)
+        d_hidden, d_cell, d_taps = gates.new_empty(b, w, f), gates.new_zeros(b, w, f), gates.new_zeros(b * w, taps)
+        pairs = pair_taps(d_taps.view(b, w, -1, f), d_hidden)
         to_o, to_cell = d_gates[..., :f], d_gates[..., f:].unflatten(3, (3, f))
         wholes = d_out.transpose(0, 1), d_cell_d_hidden, d_gates.flatten(1, 2), to_o, to_cell, forget
         for row, d_out_now, factor, dg, dg_o, dg_cell, forget_now in reversed([*zip(range(h), *wholes, strict=True)]):
@@ -122,24 +130,30 @@ class RowLSTM(torch.autograd.Function):
                 torch.mm(dg, state_weight, out=d_taps)
 
         d_pixels = d_gates.flatten(0, 2)
-        d_input_weight, d_state_weight = (d_pixels.T @ inputs.flatten(0, 2)).split([k, n * f], dim=1)
-        d_u = (d_pixels @ input_weight).view(h, b, w, k).transpose(0, 1)
-        return d_u, d_input_weight, d_pixels.sum(0), d_state_weight.unflatten(1, (n, f)).mT
+        d_input_weight, d_left_weight, d_state_weight = (d_pixels.T @ inputs.flatten(0, 2)).split([k, m, taps], dim=1)
+        d_u, d_left = (d_pixels @ seen_weight).view(h, b, w, k + m).split([k, m], dim=3)
+        d_u[:, :, :-1, :m] += d_left[:, :, 1:]
+        d_state_weight = d_state_weight.unflatten(1, (-1, f)).mT
+        return d_u.transpose(0, 1), d_input_weight, d_pixels.sum(0), d_state_weight, d_left_weight
 
 
-def row_lstm(u: Tensor, input_weight: Tensor, bias: Tensor, state_weight: Tensor) -> Tensor:
+def row_lstm(
+    u: Tensor, input_weight: Tensor, bias: Tensor, state_weight: Tensor, left_weight: Tensor | None = None
+) -> Tensor:
     """Run the Row LSTM's scan over an image, from its first row to its last.
 
     Args:
-        u: features (b h w k). For the input-to-state convolution along the row, put the left neighbours' features
-            beside u's; to condition on a map, append it in the same way. Their weights belong in `input_weight`.
-        input_weight: input-to-state weights (4f k), masked by the caller.
+        u: features (b h w k). To condition on a map, append it to the features and its weights to `input_weight`.
+        input_weight: input-to-state weights of the pixel itself (4f k), masked by the caller.
         bias: of the gates (4f).
         state_weight: state-to-state weights (4f f n), n odd: the taps along the row above, from left to right.
+        left_weight: input-to-state weights (4f m) of the left neighbour's first m ≤ k features: with `input_weight`,
+            the taps of a 1×3 convolution along the row whose third is masked. None: no such tap.
 
     Returns:
         The hidden states (b h w f), each at the pixel it belongs to.
 
     Source: 1601.06759, section 3.1 and equation 3.
     """
-    return RowLSTM.apply(u, input_weight, bias, state_weight)
+    left_weight = input_weight[:, :0] if left_weight is None else left_weight
+    return RowLSTM.apply(u, input_weight, bias, state_weight, left_weight)

@@ -4,10 +4,10 @@ Legend: b batch · h w rows, columns · f = hidden features · g group · i j a 
 
 A layer, from 2f features to 2f; `kernels/row_lstm.py` has the recurrence:
 
-    hidden = row_lstm(u(i, j−1), u(i, j))     input-to-state 1×3 mask B, state-to-state 1×3 over the row above, no mask
-    u      ← u + up(hidden)                   up 1×1 f→2f, mask B
+    hidden = row_lstm(u)     input-to-state 1×3 mask B, state-to-state 1×3 over the row above, no mask
+    u      ← u + up(hidden)  up 1×1 f→2f, mask B
 
-The input-to-state's tap to the right is masked, so two stand side by side. A condition is added to the gates.
+The input-to-state has two taps, left and centre: the one to the right is masked. A condition is added to the gates.
 """
 
 import torch
@@ -31,9 +31,11 @@ class RowLSTMLayer(nn.Module):
             self.input.bias[hidden : 2 * hidden] = 1.0  # forget gate: open at first
 
     def forward(self, u: Tensor, condition: Tensor | None = None) -> Tensor:
-        free = () if condition is None else (condition.expand(*u.shape[:3], -1),)
-        taps = self.input.taps(u, free)
-        return kernels.row_lstm(taps, self.input.masked_weight(), self.input.bias, self.state_weight)
+        k = u.shape[3]
+        if condition is not None:  # more inputs, which no mask hides
+            u = torch.cat([u, condition.expand(*u.shape[:3], -1)], dim=-1)
+        weight, bias = self.input.masked_weight(), self.input.bias
+        return kernels.row_lstm(u, weight[:, k:], bias, self.state_weight, weight[:, :k])
 
 
 class RowLSTMs(Body):

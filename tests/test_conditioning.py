@@ -43,18 +43,21 @@ def size_of(path: str) -> tuple[int, int]:
 
 class TestClasses:
     def test_classification_is_bayes_rule(self, call, classes):
-        status, out, err = call("evaluate", f"checkpoint={classes}", "classify=true", "split=val")
+        status, out, err = call("evaluate", f"checkpoint={classes}", "classify=true", "split=val", "out=val.json")
         assert status == 0, err
+        numbers = json.loads(Path("val.json").read_text())
         model, split = load(classes / "best.pt"), data.build({"name": "digits"}).val
         x, labels = split.batch(slice(None))
         with torch.no_grad():
             log_p = torch.stack([model.log_prob(x, torch.full((len(x),), k)) for k in range(10)], dim=1)
         right = int((log_p.argmax(1) == labels).sum())
-        assert f"{right} of {len(x)} images" in out and "accuracy" in out
+        assert f"{right} of {len(x)} images" in out and numbers["right"] == right and numbers["images"] == len(x)
         own = -log_p.gather(1, labels[:, None]).double().mean().item()
         said = [float(number) for number in re.findall(r"([0-9.]+) ± [0-9.]+ nats", out)]
         marginal = -(log_p.double().logsumexp(1) - np.log(10)).mean().item()
         assert said == pytest.approx([own, marginal], abs=1e-3)
+        assert [numbers["nats"], numbers["marginal_nats"]] == pytest.approx([own, marginal], abs=1e-3)
+        assert numbers["command"].startswith("python evaluate.py checkpoint=") and "torch" in numbers
 
     def test_a_row_of_the_picture_is_a_class(self, call, classes):
         status, _, err = call("sample", f"checkpoint={classes}", "npy=all.npy")
@@ -87,6 +90,7 @@ class TestClasses:
             ("sample", ["label=10"], ["10", "0 to 9"]),
             ("sample", ["label=-1"], ["-1", "0 to 9"]),
             ("sample", ["label=cat"], ["label=cat"]),
+            ("evaluate", ["out=numbers.txt"], ["numbers.txt", ".json"]),
             ("train", ["model.classes=9"], ["classes=9", "10 classes"]),
             ("train", ["model.classes=many"], ["classes='many'", "integer"]),
             ("train", ["dataset=npy", "dataset.path=x.npy", "dataset.root=.", "model.classes=2"], ["no labels"]),
@@ -94,7 +98,7 @@ class TestClasses:
     )
     def test_mistakes(self, call, classes, name, arguments, words):
         np.save("x.npy", np.arange(20 * 16, dtype=np.uint8).reshape(20, 4, 4) % 5)
-        refused(call(name, *arguments, *([f"checkpoint={classes}"] if name == "sample" else [])), words)
+        refused(call(name, *arguments, *([f"checkpoint={classes}"] if name != "train" else [])), words)
 
     def test_a_model_without_classes(self, call, multi_scale):
         refused(call("sample", f"checkpoint={multi_scale}", "label=1"), ["label", "without classes"])

@@ -191,3 +191,21 @@ def test_saturated_gates_give_finite_gradients():
 
 def test_the_public_name_is_the_operation():
     assert kernels.row_lstm is row_lstm
+
+
+@pytest.mark.parametrize("size", [size for size in SIZES if size[2] > 1], ids=str)
+@pytest.mark.parametrize("all_features", [True, False])
+def test_a_tap_on_the_left_neighbour_equals_the_reference(size, all_features):
+    """It reads all of its features, or the first ones alone; it equals features that stand beside u's."""
+    inputs = arguments(size)
+    k, f = inputs[1].shape[1], inputs[3].shape[1]
+    m = k if all_features else (k + 1) // 2
+    left = torch.randn(4 * f, m, generator=torch.Generator().manual_seed(2), dtype=torch.float64).requires_grad_()
+    d_out = torch.randn(*size[:3], f, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    names = (*NAMES, "left_weight")
+    expected = output_and_gradients(row_lstm_reference, [*inputs, left], d_out, names)
+    assert_close(output_and_gradients(row_lstm, [*inputs, left], d_out, names), expected, 1e-12)
+    u, input_weight, bias, state_weight = inputs
+    beside = torch.cat([u, torch.nn.functional.pad(u[:, :, :-1, :m], (0, 0, 1, 0))], dim=-1)
+    out = row_lstm(beside, torch.cat([input_weight, left], dim=1), bias, state_weight)
+    torch.testing.assert_close(out, expected["out"], rtol=1e-12, atol=1e-12)

@@ -257,7 +257,7 @@ def test_an_image_depends_on_seed_and_number_not_on_the_batch(case, method):
 @every_method
 def test_an_image_depends_on_its_own_label_and_map(case, method):
     """And on no other's: those of image 1 are changed, with the noise as it was."""
-    model = build(case, channels=2, levels=5)
+    model = build(case, channels=2, levels=16, width=6)
     conditions = given(model, 3)
     drawn = sample(model, 3, method=method, **conditions)
     for name, value in conditions.items():
