@@ -13,8 +13,8 @@ At pixel (i, j), zeros outside the image:
 
 All pixels of a row, in all images, are computed together from those of the row above, so the torch form below puts rows
 first: (h b w ·). Beside the features of each pixel stands what its taps read, [u, left, tap 0, …, tap n−1], and the
-weights stand side by side in the same way. The sum above is then one product a row, and both weights have their gradients from
-one product over all pixels.
+weights stand side by side in the same way. The sum above is then one product a row, and all weights have their
+gradients from one product over all pixels.
 """
 
 import torch

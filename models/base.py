@@ -75,6 +75,8 @@ class ImageModel(nn.Module):
             raise ValueError(f"cond is missing: the model is conditioned on maps {expected}")
         if not self.map_features and cond is not None:
             raise ValueError("cond is given, but the model was built without map_features")
+        if cond is not None and not isinstance(cond, Tensor):
+            raise ValueError(f"cond is a {type(cond).__name__}: a tensor is allowed")
         if cond is not None and (tuple(cond.shape) != expected or not cond.is_floating_point()):
             raise ValueError(f"cond is {tuple(cond.shape)} of {cond.dtype}: {expected} of floats is allowed")
 
@@ -190,7 +192,8 @@ class AutoregressiveModel(ImageModel):
         """What reaches every layer: labels (b,), maps (b d h w) → (b h w d), (b 1 1 d) for labels alone, or None."""
         parts = []
         if cond is not None:
-            parts.append(F.pad(cond.permute(0, 2, 3, 1), (0, 0, 0, self.stem.extra)))
+            cond = cond.permute(0, 2, 3, 1).to(self.stem.weight.dtype)
+            parts.append(F.pad(cond, (0, 0, 0, self.stem.extra)))
         if label is not None:
             label = self.embedding(label.long())[:, None, None]
             parts.append(label.expand(-1, *parts[0].shape[1:3], -1) if parts else label)
@@ -227,6 +230,8 @@ def check_label(classes: int, b: int, label: Tensor | None) -> None:
         raise ValueError(f"label is missing: the model is conditioned on {classes} classes")
     if label is None:
         return
+    if not isinstance(label, Tensor):
+        raise ValueError(f"label is a {type(label).__name__}: a tensor of {b} integers is allowed")
     if tuple(label.shape) != (b,) or label.is_floating_point() or label.dtype == torch.bool:
         raise ValueError(f"label is {tuple(label.shape)} of {label.dtype}: integers of shape ({b},) are allowed")
     if label.numel() and not 0 <= int(label.min()) <= int(label.max()) < classes:

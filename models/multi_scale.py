@@ -90,8 +90,12 @@ class MultiScale(ImageModel):
         check_one_of("conditional", conditional, KINDS)
         check_one_of("train", train, ("joint", "base"))
         check("copy_known", copy_known, bool, False, True)
-        check("doublings", doublings, int, 1)
-        check("hidden", hidden, int, 1)
+        check("doublings", doublings, int, 1, 30)
+        base_hidden = hidden if base_hidden is None else base_hidden
+        base_layers = layers if base_layers is None else base_layers
+        sizes = {"hidden": hidden, "layers": layers, "base_hidden": base_hidden, "base_layers": base_layers}
+        for name, value in sizes.items():
+            check(name, value, int, 1)
         for name, value in (("height", height), ("width", width)):
             check(name, value, int, 1)
             if value % 2**doublings:
@@ -105,7 +109,7 @@ class MultiScale(ImageModel):
             size = height // 2**halvings, width // 2**halvings
             return KINDS[kind](channels, levels, *size, hidden, layers, **shared, map_features=d)
 
-        smallest = net(base, doublings, base_hidden or hidden, base_layers or layers, 0)
+        smallest = net(base, doublings, base_hidden, base_layers, 0)
         larger = [net(conditional, halvings, hidden, layers, hidden) for halvings in reversed(range(doublings))]
         self.all_nets = nn.ModuleList([smallest, *larger])
         self.upsample = nn.ModuleList(Upsample(channels, hidden) for _ in larger)

@@ -450,6 +450,13 @@ def test_a_label_or_a_map_alone_is_a_condition(case, conditions):
     assert not changed.tril().any() and changed.triu(1).any()
 
 
+@every_net
+def test_a_map_of_another_precision_is_converted(case):
+    model = build(case, map_features=2)
+    x, cond = images(model, 2), given(model, 2)["cond"]
+    assert torch.equal(model.log_prob(x, cond=cond.double()), model.log_prob(x, cond=cond))
+
+
 LABEL, MAP = {"classes": 3}, {"map_features": 2}
 
 
@@ -464,10 +471,11 @@ LABEL, MAP = {"classes": 3}, {"map_features": 2}
     (LABEL, {"label": torch.tensor([[0, 1]])}, ["label", "(1, 2)", "(2,)"]),
     (LABEL, {"label": torch.tensor([0.0, 1.0])}, ["label", "float32", "integers"]),
     (LABEL, {"label": torch.tensor([True, False])}, ["label", "bool", "integers"]),
+    (LABEL, {"label": [0, 1]}, ["label", "list", "tensor"]),
     ({}, {"label": torch.tensor([0, 1])}, ["label is given", "without classes"]),
     ({}, {"cond": torch.zeros(2, 2, 4, 6)}, ["cond is given", "without map_features"]),
 ], ids=[
-    "missing", "too_high", "negative", "uint8", "number", "scalar", "dimensions", "float", "bool",
+    "missing", "too_high", "negative", "uint8", "number", "scalar", "dimensions", "float", "bool", "list",
     "no_classes", "no_maps",
 ])  # fmt: skip
 def test_a_wrong_condition_is_refused_with_its_value_and_what_is_allowed(case, made, wrong, named):

@@ -316,7 +316,7 @@ def test_the_paper_s_form_is_not_the_default():
     ({"height": 6, "doublings": 2}, ["height=6", "multiple", "= 4"]),
     ({"width": 6, "doublings": 2}, ["width=6", "multiple", "= 4"]),
     ({"doublings": 3}, ["height=4", "multiple", "= 8"]),
-    ({"doublings": 0}, ["doublings=0", "at least 1"]),
+    ({"doublings": 0}, ["doublings=0", "from 1 to 30"]),
     ({"doublings": 1.0}, ["doublings=1.0", "integer"]),
     ({"base": "transformer"}, ["base='transformer'", "pixel_cnn or gated_pixel_cnn or row_lstm or diag_bilstm"]),
     ({"base": "multi_scale"}, ["base='multi_scale'", "pixel_cnn"]),
@@ -326,8 +326,12 @@ def test_the_paper_s_form_is_not_the_default():
     ({"train": "x"}, ["train='x'", "joint or base"]),
     ({"train": True}, ["train=True", "joint or base"]),
     ({"copy_known": "yes"}, ["copy_known='yes'", "true or false"]),
-    ({"base_hidden": -1}, ["hidden=-1", "at least 1"]),
-    ({"base_layers": -1}, ["layers=-1", "at least 1"]),
+    ({"doublings": 20_000}, ["doublings=20000", "from 1 to 30"]),
+    ({"base_hidden": -1}, ["base_hidden=-1", "at least 1"]),
+    ({"base_hidden": 0}, ["base_hidden=0", "at least 1"]),
+    ({"base_hidden": "abc"}, ["base_hidden='abc'", "integer"]),
+    ({"base_layers": 0}, ["base_layers=0", "at least 1"]),
+    ({"base_layers": False}, ["base_layers=False", "integer"]),
     ({"map_features": 2}, ["'map_features'", "copy_known"]),
 ], ids=lambda value: "-".join(map(str, value))[:24])  # fmt: skip
 def test_a_wrong_argument_is_refused_with_its_name_and_what_is_allowed(wrong, named):
