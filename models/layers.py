@@ -143,12 +143,9 @@ class MaskedRowConv(nn.Module):
     def masked_weight(self) -> Tensor:
         return self.weight * self.mask
 
-    def taps(self, u: Tensor, free: tuple[Tensor, ...] = ()) -> Tensor:
-        """What the weight is multiplied with: (b h w 2·inputs + free)."""
-        return torch.cat([F.pad(u[:, :, :-1], (0, 0, 1, 0)), u, *free], dim=-1)
-
     def forward(self, u: Tensor, *free: Tensor) -> Tensor:
-        return F.linear(self.taps(u, free), self.masked_weight(), self.bias)
+        taps = torch.cat([F.pad(u[:, :, :-1], (0, 0, 1, 0)), u, *free], dim=-1)
+        return F.linear(taps, self.masked_weight(), self.bias)
 
 
 class MaskedConvScan:
