@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.layers import MaskedLinear
+from models.layers import MaskedLinear, group_sizes
 
 
 class Body(nn.Module):
@@ -64,3 +64,37 @@ class Body(nn.Module):
         if self.skip:
             skips = skips + self.to_head[layer](hidden)
         return u + out if self.residual else out, skips
+
+
+class JoinScan:
+    """`Body.join` at one pixel, for one group's features: `begin`, then a call for each layer, then `end`.
+
+    `out` is where the last layer's stream goes, (b features_g) for each group.
+    """
+
+    def __init__(self, body: Body, b: int):
+        self.residual, self.skip = body.residual, body.skip
+        self.up, self.to_head = ([m.steps() for m in part] for part in (body.up, body.to_head))
+        sizes, new = group_sizes(body.features, body.groups), body.up[0].weight.new_zeros
+        self.out, self.skips = ([new(b, size) for size in sizes] for _ in range(2))
+
+    def weights(self, layer: int, g: int) -> tuple:
+        """What a call takes as its last three arguments."""
+        return *self.up[layer][g], self.to_head[layer][g] if self.skip else None
+
+    def begin(self, g: int) -> None:
+        if self.skip:
+            self.skips[g].zero_()
+
+    def __call__(self, g: int, u: Tensor, hidden: Tensor, out: Tensor, weight: Tensor, bias: Tensor, to_head) -> None:
+        """From group g of the stream, u (b features_g), and what the layer computed (b known f), to `out`, like u."""
+        if self.residual:
+            torch.addmm(u, hidden, weight, out=out).add_(bias)
+        else:
+            torch.addmm(bias, hidden, weight, out=out)
+        if self.skip:
+            self.skips[g].addmm_(hidden, to_head[0]).add_(to_head[1])
+
+    def end(self, g: int) -> Tensor:
+        """The head's input (b features_g)."""
+        return self.out[g].add_(self.skips[g]) if self.skip else self.out[g]

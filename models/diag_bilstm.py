@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 import kernels
 from models.base import AutoregressiveModel
-from models.body import Body
+from models.body import Body, JoinScan
 from models.layers import ConditionScan, colour_mask, group_slices, initialise
 
 
@@ -119,11 +119,8 @@ class DiagonalLSTMsScan:
         self.mirrored_cell = new(layers, b, f)
         self.mirrored_tanh = new(layers, b, f)
 
-        up, to_head = ([m.steps() for m in part] for part in (body.up, body.to_head))
+        self.join = JoinScan(body, b)
         wide, narrow = (group_slices(n, groups) for n in (2 * f, f))
-        self.residual, self.skip = body.residual, body.skip
-        self.skips = [new(b, s.stop - s.start) for (s,) in wide]
-        self.out = [torch.zeros_like(s) for s in self.skips]
         summed = new(layers, b, f)
         above = self.above.view(layers, b, width, 4 * f)
         self.inputs = [[self.row[0, :, j, f + w.start : f + w.stop] for (w,) in wide] for j in range(width)]
@@ -139,7 +136,7 @@ class DiagonalLSTMsScan:
                 for j in range(width):
                     u = self.row[layer, :, j, f + w.start : f + w.stop]
                     following = (
-                        self.row[layer + 1, :, j, f + w.start : f + w.stop] if layer + 1 < layers else self.out[g]
+                        self.row[layer + 1, :, j, f + w.start : f + w.stop] if layer + 1 < layers else self.join.out[g]
                     )
                     self.plan[j][g].append(
                         (
@@ -156,9 +153,8 @@ class DiagonalLSTMsScan:
                             summed[layer, :, n],
                             summed[layer, :, : n.stop],
                             u,
-                            *up[layer][g],
                             following,
-                            to_head[layer][g] if self.skip else None,
+                            self.join.weights(layer, g),
                         )
                     )
 
@@ -192,12 +188,10 @@ class DiagonalLSTMsScan:
 
     def step(self, j: int, g: int) -> Tensor:
         """From group g of the stem at column j, in `inputs[j][g]`, to group g of the head's input (b 2f_g)."""
-        skips = self.skips[g]
-        if self.skip:
-            skips.zero_()
+        self.join.begin(g)
         for (
             above, known, weight, gate, sigmoids, (o, forget, i, candidate), cell, tanh, hidden, mirrored,
-            summed_out, summed, u, up_w, up_b, following, to_head,
+            summed_out, summed, u, following, weights,
         ) in self.plan[j][g]:  # fmt: skip
             torch.addmm(above, known, weight, out=gate)
             sigmoids.sigmoid_()
@@ -206,13 +200,8 @@ class DiagonalLSTMsScan:
             torch.tanh(cell, out=tanh)
             torch.mul(o, tanh, out=hidden)
             torch.add(hidden, mirrored, out=summed_out)
-            if self.residual:
-                torch.addmm(u, summed, up_w, out=following).add_(up_b)
-            else:
-                torch.addmm(up_b, summed, up_w, out=following)
-            if self.skip:
-                skips.addmm_(summed, to_head[0]).add_(to_head[1])
-        return self.out[g].add_(skips) if self.skip else self.out[g]
+            self.join(g, u, summed, following, *weights)
+        return self.join.end(g)
 
 
 class DiagBiLSTM(AutoregressiveModel):

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import kernels
 from models.base import AutoregressiveModel
-from models.body import Body
+from models.body import Body, JoinScan
 from models.layers import ConditionScan, MaskedRowConv, group_slices, initialise
 
 
@@ -91,11 +91,8 @@ class GatedLayersScan:
         self.vertical_condition = ConditionScan(condition, body.condition_weights())
         self.vertical_gates = new(layers, b, width, 2 * f)
 
-        up, to_head = ([m.steps() for m in part] for part in (body.up, body.to_head))
+        self.join = JoinScan(body, b)
         narrow = [s for (s,) in group_slices(f, groups)]
-        self.residual, self.skip = body.residual, body.skip
-        self.skips = [new(b, n.stop - n.start) for n in narrow]
-        self.out = [torch.zeros_like(s) for s in self.skips]
         hidden, above = new(layers, b, f), self.above.view(layers, b, width, 2 * f)
 
         def slots(layer: int, j: int, n: slice) -> Tensor:
@@ -120,9 +117,8 @@ class GatedLayersScan:
                             hidden[layer, :, n],
                             hidden[layer, :, : n.stop],
                             slots(layer, j, n),
-                            *up[layer][g],
-                            slots(layer + 1, j, n) if layer + 1 < layers else self.out[g],
-                            to_head[layer][g] if self.skip else None,
+                            slots(layer + 1, j, n) if layer + 1 < layers else self.join.out[g],
+                            self.join.weights(layer, g),
                         )
                     )
 
@@ -140,21 +136,14 @@ class GatedLayersScan:
 
     def step(self, j: int, g: int) -> Tensor:
         """From group g of the stem at column j, in `inputs[j][g]`, to group g of the head's input (b f_g)."""
-        skips = self.skips[g]
-        if self.skip:
-            skips.zero_()
+        self.join.begin(g)
         for (
-            above, known, weight, both, a, b, hidden_out, hidden, u, up_w, up_b, following, to_head,
+            above, known, weight, both, a, b, hidden_out, hidden, u, following, weights,
         ) in self.plan[j][g]:  # fmt: skip
             torch.addmm(above, known, weight, out=both)
             torch.mul(a.tanh_(), b.sigmoid_(), out=hidden_out)
-            if self.residual:
-                torch.addmm(u, hidden, up_w, out=following).add_(up_b)
-            else:
-                torch.addmm(up_b, hidden, up_w, out=following)
-            if self.skip:
-                skips.addmm_(hidden, to_head[0]).add_(to_head[1])
-        return self.out[g].add_(skips) if self.skip else self.out[g]
+            self.join(g, u, hidden, following, *weights)
+        return self.join.end(g)
 
 
 class GatedPixelCNN(AutoregressiveModel):

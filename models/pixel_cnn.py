@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from models.base import AutoregressiveModel
-from models.body import Body
+from models.body import Body, JoinScan
 from models.layers import ConditionScan, MaskedConv, MaskedLinear, group_slices
 
 
@@ -62,13 +62,10 @@ class ResidualBlocksScan:
         self.condition = ConditionScan(condition, body.condition_weights())
 
         relu_u, mid = new(layers, b, 2 * f), new(layers, b, f)
-        down, up, to_head = ([m.steps() for m in part] for part in (body.down, body.up, body.to_head))
+        down, self.join = [m.steps() for m in body.down], JoinScan(body, b)
         wide, narrow = (group_slices(n, groups) for n in (2 * f, f))
         above, row = self.above.view(layers, b, width, f), self.row.flatten(2)
-        self.residual, self.skip = body.residual, body.skip
-        self.u = [new(b, s.stop - s.start) for (s,) in wide]
-        self.skips = [torch.zeros_like(u) for u in self.u]
-        self.inputs = [self.u] * width
+        self.inputs = [self.join.out] * width  # the stream of a pixel, changed in place
         self.plan = [[[] for _ in range(groups)] for _ in range(width)]
         for g, ((w,), (n,)) in enumerate(zip(wide, narrow, strict=True)):
             step = new(b, n.stop - n.start)
@@ -88,8 +85,7 @@ class ResidualBlocksScan:
                             left_centre,
                             mid[layer, :, n],
                             mid[layer, :, : n.stop],
-                            *up[layer][g],
-                            to_head[layer][g] if self.skip else None,
+                            self.join.weights(layer, g),
                         )
                     )
 
@@ -105,24 +101,18 @@ class ResidualBlocksScan:
 
     def step(self, j: int, g: int) -> Tensor:
         """From group g of the stem at column j, in `inputs[j][g]`, to group g of the head's input (b 2f_g)."""
-        u, skips = self.u[g], self.skips[g]
-        if self.skip:
-            skips.zero_()
+        u = self.join.out[g]
+        self.join.begin(g)
         for (
-            relu_out, relu_u, down_w, down_b, step, row_out, row, above, conv_w, mid_out, mid, up_w, up_b, to_head,
+            relu_out, relu_u, down_w, down_b, step, row_out, row, above, conv_w, mid_out, mid, weights,
         ) in self.plan[j][g]:  # fmt: skip
             torch.clamp_min(u, 0, out=relu_out)
             torch.addmm(down_b, relu_u, down_w, out=step)
             torch.clamp_min(step, 0, out=row_out)
             torch.addmm(above, row, conv_w, out=step)
             torch.clamp_min(step, 0, out=mid_out)
-            if self.residual:
-                u.addmm_(mid, up_w).add_(up_b)
-            else:
-                torch.addmm(up_b, mid, up_w, out=u)
-            if self.skip:
-                skips.addmm_(mid, to_head[0]).add_(to_head[1])
-        return u.add_(skips) if self.skip else u
+            self.join(g, u, mid, u, *weights)
+        return self.join.end(g)
 
 
 class PixelCNN(AutoregressiveModel):

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import kernels
 from models.base import AutoregressiveModel
-from models.body import Body
+from models.body import Body, JoinScan
 from models.layers import ConditionScan, MaskedRowConv, group_slices, initialise
 
 
@@ -86,11 +86,8 @@ class RowLSTMsScan:
         self.above_bias = torch.stack([lstm.input.bias for lstm in body.lstm])[:, None, sort]
         self.condition = ConditionScan(condition, input_weight[:, :, 4 * f :] if body.given else None)
 
-        up, to_head = ([m.steps() for m in part] for part in (body.up, body.to_head))
+        self.join = JoinScan(body, b)
         wide, narrow = (group_slices(n, groups) for n in (2 * f, f))
-        self.residual, self.skip = body.residual, body.skip
-        self.skips = [new(b, s.stop - s.start) for (s,) in wide]
-        self.out = [torch.zeros_like(s) for s in self.skips]
         above = self.above.view(layers, b, width, 4 * f)
 
         def slots(layer: int, j: int, s: slice) -> Tensor:
@@ -119,9 +116,8 @@ class RowLSTMsScan:
                             self.hidden[layer, :, j + 1, n],
                             self.hidden[layer, :, j + 1, : n.stop],
                             slots(layer, j, w),
-                            *up[layer][g],
-                            slots(layer + 1, j, w) if layer + 1 < layers else self.out[g],
-                            to_head[layer][g] if self.skip else None,
+                            slots(layer + 1, j, w) if layer + 1 < layers else self.join.out[g],
+                            self.join.weights(layer, g),
                         )
                     )
 
@@ -134,12 +130,10 @@ class RowLSTMsScan:
 
     def step(self, j: int, g: int) -> Tensor:
         """From group g of the stem at column j, in `inputs[j][g]`, to group g of the head's input (b 2f_g)."""
-        skips = self.skips[g]
-        if self.skip:
-            skips.zero_()
+        self.join.begin(g)
         for (
             above, known, weight, gate, sigmoids, (o, forget, i, candidate), cell, tanh, hidden_out, hidden,
-            u, up_w, up_b, following, to_head,
+            u, following, weights,
         ) in self.plan[j][g]:  # fmt: skip
             torch.addmm(above, known, weight, out=gate)
             sigmoids.sigmoid_()
@@ -147,13 +141,8 @@ class RowLSTMsScan:
             cell.mul_(forget).addcmul_(i, candidate)
             torch.tanh(cell, out=tanh)
             torch.mul(o, tanh, out=hidden_out)
-            if self.residual:
-                torch.addmm(u, hidden, up_w, out=following).add_(up_b)
-            else:
-                torch.addmm(up_b, hidden, up_w, out=following)
-            if self.skip:
-                skips.addmm_(hidden, to_head[0]).add_(to_head[1])
-        return self.out[g].add_(skips) if self.skip else self.out[g]
+            self.join(g, u, hidden, following, *weights)
+        return self.join.end(g)
 
 
 class RowLSTM(AutoregressiveModel):
