@@ -26,7 +26,16 @@ MODELS = {  # class, hidden, layers
 }
 
 
-def build(name: str, side: int, channels: int, levels: int, hidden: int | None, layers: int | None, device):
+def build(
+    name: str,
+    side: int,
+    channels: int,
+    levels: int,
+    hidden: int | None,
+    layers: int | None,
+    device,
+    head_features: int = 32,
+):
     """A model for side × side images, of the same weights each time; None: as in `MODELS`."""
     target, usual_hidden, usual_layers = MODELS[name]
     torch.manual_seed(0)
@@ -39,7 +48,7 @@ def build(name: str, side: int, channels: int, levels: int, hidden: int | None, 
             "width": side,
             "hidden": hidden or usual_hidden,
             "layers": layers or usual_layers,
-            "head_features": 32,
+            "head_features": head_features,
         }
     )
     return model.to(device)
@@ -58,27 +67,30 @@ def positive(text: str) -> int:
     return int(text)
 
 
-def parser(command: str, description: str, repeats: int) -> argparse.ArgumentParser:
-    """The options that all benchmarks have."""
+def parser(command: str, description: str, repeats: int, names: dict = MODELS) -> argparse.ArgumentParser:
+    """The options that all benchmarks have; `names` are what can be measured."""
     out = argparse.ArgumentParser(prog=f"python -m bench.{command}", description=description)
     out.add_argument("--out", default="bench/results", metavar="DIR", help="folder of the JSON (%(default)s)")
     out.add_argument("--name", help="name of the JSON, without .json (command and device, sampling-cpu)")
     out.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     out.add_argument("--threads", type=positive, metavar="N", help="of torch on the CPU (torch's own choice)")
-    out.add_argument("--models", default=",".join(MODELS), help="which, with commas between (%(default)s)")
+    what = "models" if names is MODELS else command
+    out.add_argument(
+        f"--{what}", dest="names", default=",".join(names), help="which, with commas between (%(default)s)"
+    )
     out.add_argument("--repeats", type=positive, metavar="N", help=f"how often all is timed ({repeats})")
     out.add_argument("--quick", action="store_true", help="tiny sizes, two repeats: does it run at all?")
-    out.set_defaults(command=command, usual_repeats=repeats)
+    out.set_defaults(command=command, usual_repeats=repeats, what=what, allowed=tuple(names))
     return out
 
 
 def parse(options: argparse.ArgumentParser, argv: list[str] | None) -> argparse.Namespace:
     """Read the options, set torch's threads; `command_line` is what was typed, less the folder of `out`."""
     args = options.parse_args(argv)
-    args.models = args.models.split(",")
-    for name in args.models:
-        if name not in MODELS:
-            options.error(f"--models: {name!r} is not allowed: {', '.join(MODELS)} are")
+    args.names = args.names.split(",")
+    for name in args.names:
+        if name not in args.allowed:
+            options.error(f"--{args.what}: {name!r} is not allowed: {', '.join(args.allowed)} are")
     if args.device == "auto":
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
     if args.device == "cuda" and not torch.cuda.is_available():
@@ -164,6 +176,29 @@ def spread(ms: list[float], factor: float = 1.0) -> dict[str, float]:
     return {"median": median, "min": low, "q1": q1, "q3": q3, "repeats": len(ms)}
 
 
+def ceilings(device: torch.device, dtype: torch.dtype, n: int, megabytes: int, repeats: int) -> dict[str, float]:
+    """What the device reaches at best, just now: GFLOP/s of an n³ matrix product, GB/s of a copy (read and written).
+
+    The product is in `dtype`; both are the median of as many repeats.
+    """
+    left, right = torch.randn(2, n, n, device=device).to(dtype)
+    source = torch.zeros(megabytes << 18, device=device)
+    target = torch.empty_like(source)
+    rounds = 20 if device.type == "cuda" else 1  # one alone takes a GPU no longer than its launch
+
+    def products() -> None:
+        for _ in range(rounds):
+            left @ right
+
+    def copies() -> None:
+        for _ in range(rounds):
+            target.copy_(source)
+
+    times = interleave({"product": whole(products), "copy": whole(copies)}, device, repeats, warmup=2)
+    product, copy = (spread(times[name]["total"])["median"] / rounds for name in ("product", "copy"))
+    return {"gflops": 2 * n**3 / (product * 1e6), "gigabytes_per_second": 2 * (megabytes << 20) / (copy * 1e6)}
+
+
 def write(args: argparse.Namespace, rows: list[dict]) -> Path:
     """Write the rows, and what they were measured on, to DIR/NAME.json."""
     result = {"command": args.command_line, **environment(args.device), "rows": rows}
@@ -179,6 +214,8 @@ def cell(value) -> str:
     """A value as the table shows it: of a spread the median and quartiles, of a number three digits."""
     if value is None:
         return ""
+    if isinstance(value, dict) and "median" not in value:
+        return " ".join(f"{name}={size}" for name, size in value.items())
     if isinstance(value, dict):
         return f"{cell(value['median'])} ({cell(value['q1'])}–{cell(value['q3'])})"
     if isinstance(value, list):

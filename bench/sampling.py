@@ -89,17 +89,17 @@ def main(argv: list[str] | None = None) -> None:
 
     columns = ("model", "shape", "method", "seconds", "images_per_second", "ratio", "extrapolated", "ms")
     rows = []
-    for name in args.models:
+    for name in args.names:
         model = build(name, side, 1, 2, args.hidden, args.layers, args.device)
         rows += compare_methods("methods", name, model, args)
     table("Binary images; ratio: time over the cached sampler's", rows, columns)
 
-    grown = [row for name in args.models for row in growth(name, args)]
+    grown = [row for name in args.names for row in growth(name, args)]
     columns_of_growth = ("model", "shape", "seconds", "images_per_second", "ms_per_pixel", "ratio", "ms")
     table("Growth with the size of the image; ratio: of the time a pixel", grown, columns_of_growth)
 
     coloured = []
-    for name in args.models:
+    for name in args.names:
         model = build(name, colour_side, 3, colour_levels, colour_hidden, colour_layers, args.device)
         coloured += compare_methods("colour", name, model, args)
     table("Colour images; ratio: time over the cached sampler's", coloured, columns)

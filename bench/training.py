@@ -1,8 +1,9 @@
 """How fast a training step is: `python -m bench.training`.
 
-A step is forward, backward, and RMSprop's step with zero_grad, on random binary images that are on the device
-already. Each model is timed in turn with a baseline, the same function of the same weights as it is usually
-written, and with a matrix product of 1024³, whose rate says what the machine can do just then. The baselines:
+A step is forward, backward, and RMSprop's step with zero_grad, on random images that are on the device already: binary
+ones of 28×28, and on a GPU the papers' sizes (`ON_A_GPU`), with products in bfloat16 as train.py has them. Each model
+is timed in turn with a baseline, the same function of the same weights as it is usually written, and with a matrix
+product of 1024³ (on a GPU 8192³), whose rate says what the machine can do just then. The baselines:
 
     PixelCNN        (b f h w) layout, whole k×k kernels, `weight * mask` in each forward
     GatedPixelCNN   the same
@@ -30,6 +31,15 @@ from models.diag_bilstm import DiagonalLSTMLayer
 from models.gated_pixel_cnn import VerticalConv
 from models.layers import MaskedRowConv
 from models.row_lstm import RowLSTMLayer
+
+ON_A_GPU = [  # model, side, colours, levels, h, layers, features of the head, batch
+    ("diag_bilstm", 28, 1, 2, 16, 7, 32, 16),
+    ("diag_bilstm", 32, 3, 256, 128, 12, 1024, 16),
+    ("diag_bilstm", 32, 3, 256, 128, 12, 1024, 64),
+    ("row_lstm", 32, 3, 256, 128, 12, 1024, 16),
+    ("pixel_cnn", 32, 3, 256, 128, 15, 1024, 16),
+    ("gated_pixel_cnn", 32, 3, 256, 128, 15, 1024, 16),
+]
 
 
 class DenseConv(nn.Conv2d):
@@ -110,13 +120,12 @@ class DenseGatedLayer(nn.Module):
         return torch.cat([v, u + self.up(self.gate(self.horizontal(u, v)))], dim=1)
 
 
-class DenseRowLSTMLayer(nn.Module):
-    """A layer of a Row LSTM: a loop over the rows, differentiated by autograd."""
+class DenseRowLSTM(nn.Module):
+    """One layer's LSTM, (b 2f h w) → (b f h w): a loop over the rows, differentiated by autograd."""
 
-    def __init__(self, body: nn.Module, layer: int):
+    def __init__(self, lstm: RowLSTMLayer):
         super().__init__()
-        lstm = body.lstm[layer]
-        self.input, self.up = DenseRowConv(lstm.input), DenseConv.like(body.up[layer])
+        self.input = DenseRowConv(lstm.input)
         self.state_weight = nn.Parameter(lstm.state_weight.detach().clone())
 
     def forward(self, u: Tensor) -> Tensor:
@@ -128,7 +137,18 @@ class DenseRowLSTMLayer(nn.Module):
             cell = forget.sigmoid() * cell + i.sigmoid() * g.tanh()
             hidden = o.sigmoid() * cell.tanh()
             rows.append(hidden)
-        return u + self.up(torch.stack(rows, dim=2))
+        return torch.stack(rows, dim=2)
+
+
+class DenseRowLSTMLayer(nn.Module):
+    """A layer of a Row LSTM."""
+
+    def __init__(self, body: nn.Module, layer: int):
+        super().__init__()
+        self.lstm, self.up = DenseRowLSTM(body.lstm[layer]), DenseConv.like(body.up[layer])
+
+    def forward(self, u: Tensor) -> Tensor:
+        return u + self.up(self.lstm(u))
 
 
 class DenseNet(nn.Module):
@@ -257,11 +277,12 @@ def live_multiply_adds(model: nn.Module) -> int:
 def step_of(model: nn.Module, x: Tensor):
     """A training step of a model on images x, as what takes a clock and ends three laps."""
     optimizer = torch.optim.RMSprop(model.parameters(), lr=1e-3, alpha=0.95, eps=1e-8, momentum=0.9, foreach=True)
-    sub_pixels = math.prod(x.shape[1:])
+    sub_pixels, half = math.prod(x.shape[1:]), torch.autocast("cuda", torch.bfloat16, enabled=x.is_cuda)
     model.train()
 
     def step(clock: Clock) -> None:
-        loss = model(x).mean() / sub_pixels
+        with half:
+            loss = model(x).mean() / sub_pixels
         clock.lap("forward")
         loss.backward()
         clock.lap("backward")
@@ -277,7 +298,8 @@ def compare(name: str, model: nn.Module, b: int, n: int, args) -> list[dict]:
     plain, (c, h, w) = baseline(model), model.shape
     x = torch.randint(0, model.levels, (b, c, h, w), generator=torch.Generator().manual_seed(0))
     x = x.to(args.device)
-    left, right, product = torch.randn(3, n, n, device=args.device)
+    dtype = torch.bfloat16 if args.device.type == "cuda" else torch.float32
+    left, right, product = torch.randn(3, n, n, device=args.device).to(dtype)
     products = 20 if args.device.type == "cuda" else 1  # one alone takes a GPU no longer than its launch
 
     def matmul() -> None:
@@ -301,6 +323,10 @@ def compare(name: str, model: nn.Module, b: int, n: int, args) -> list[dict]:
         row |= {f"{lap}_ms": spread(times[thing][lap]) for lap in ("forward", "backward", "optimizer")}
         row |= {"images_per_second": b / ms[thing]["median"] * 1e3, "multiply_adds": multiply_adds}
         row |= {"gflops": gflops[thing], "share_of_matmul": gflops[thing] / gflops["matmul"]}
+        if args.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+            things[thing](Clock(args.device))
+            row["peak_megabytes"] = torch.cuda.max_memory_allocated() / 2**20
         rows.append(row | {"ratio": ms[thing]["median"] / ms["ours"]["median"], "ratio_to": "ours"})
     measured = {"step_ms": ms["matmul"], "gflops": gflops["matmul"], "share_of_matmul": 1.0}
     rows.append({"model": name, "implementation": "matmul", "shape": [n, n, n], **measured})
@@ -310,10 +336,16 @@ def compare(name: str, model: nn.Module, b: int, n: int, args) -> list[dict]:
 def main(argv: list[str] | None = None) -> None:
     description = "Time a training step of each model against the same network plainly written."
     args = parse(parser("training", description, repeats=20), argv)
-    b, side, hidden, layers, n = (2, 5, 4, 2, 64) if args.quick else (16, 28, None, None, 1024)
+    cuda = args.device.type == "cuda"
+    if args.quick:
+        cases, n = [(name, 5, 1, 2, 4, 2, 32, 2) for name in args.names], 64
+    elif cuda:
+        cases, n = [case for case in ON_A_GPU if case[0] in args.names], 8192
+    else:
+        cases, n = [(name, 28, 1, 2, None, None, 32, 16) for name in args.names], 1024
     rows = []
-    for name in args.models:
-        model = build(name, side, 1, 2, hidden, layers, args.device)
+    for name, side, channels, levels, hidden, layers, head, b in cases:
+        model = build(name, side, channels, levels, hidden, layers, args.device, head)
         rows += compare(name, model, b, n, args)
     times = ("step_ms", "forward_ms", "backward_ms", "optimizer_ms")
     rates = ("images_per_second", "gflops", "share_of_matmul", "ratio")

@@ -11,17 +11,20 @@ At pixel (i, j), with `left` = (i, j−1) and `up` = (i−1, j), zeros outside t
 
 Direction 0 reads the image from left to right, direction 1 its mirror image: `left` is (i, j+1) there.
 
-All pixels of one diagonal i + j = t are computed together, from those of t − 1. The torch form below packs the
-pixels diagonal after diagonal, so that every diagonal, and every diagonal's neighbours, is one slice; pixels
-outside the image do not exist there, and no state can pass through them.
+All pixels of one diagonal i + j = t are computed together, from those of t − 1. The Triton form is in
+`kernels/lstm_scan.py`. The torch form below packs the pixels diagonal after diagonal, so that every diagonal, and every
+diagonal's neighbours, is one slice; pixels outside the image do not exist there, and no state can pass through them.
 """
 
 from functools import lru_cache
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+import kernels
+from kernels.lstm_scan import lstm_scan
 
 
 def diagonal_lstm_reference(u: Tensor, input_weight: Tensor, bias: Tensor, state_weight: Tensor) -> Tensor:
@@ -115,17 +118,17 @@ def gather(rows: Tensor, index: Tensor) -> Tensor:
     return rows.reshape(-1, rows.shape[-1]).index_select(0, index).unflatten(0, (2, -1))
 
 
-class DiagonalLSTM(torch.autograd.Function):
+@torch.library.custom_op("pixelrnn::diagonal_lstm", mutates_args=())
+def diagonal_lstm_op(
+    u: Tensor, input_weight: Tensor, bias: Tensor, state_weight: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The torch form. Products over all pixels stand outside the scan; the scan does what depends on states.
 
-    Under autocast it computes in float32: states are to be kept so, and its products are small.
+    Returns what `diagonal_lstm` does, and for the backward pass: packed, gates, hidden_rows, cell_rows, tanh_cell.
     """
-
-    @staticmethod
-    @torch.amp.custom_fwd(device_type="cuda", cast_inputs=torch.float32)
-    def forward(ctx, u, input_weight, bias, state_weight):
-        b, h, w, _ = u.shape
-        f, n = state_weight.shape[1] // 4, h * w * b
+    b, h, w, _ = u.shape
+    f, n = state_weight.shape[1] // 4, h * w * b
+    with torch.autocast(u.device.type, enabled=False):
         order = packing(b, h, w, u.device)
         packed = gather(u, order.from_image)  # (d hw·b k)
         # tanh(x) is 2σ(2x) − 1: with g's weights doubled, one sigmoid serves all gates, at a third of the time of tanh.
@@ -150,55 +153,92 @@ class DiagonalLSTM(torch.autograd.Function):
                 c_left = cell.narrow(1, left, num_left)
                 c.narrow(1, 0, num_left).addcmul_(forget.narrow(1, 0, num_left), c_left)
             torch.mul(o, torch.tanh(c, out=tanh_c), out=h_now)
-        ctx.save_for_backward(packed, input_weight, state_weight, gates, hidden_rows, cell_rows, tanh_cell)
-        ctx.shape = b, h, w
-        return hidden_rows.index_select(0, order.to_directions).view(b, h, w, 2, f)
-
-    @staticmethod
-    @torch.amp.custom_bwd(device_type="cuda")
-    @once_differentiable
-    def backward(ctx, d_out):
-        packed, input_weight, state_weight, gates, hidden_rows, cell_rows, tanh_cell = ctx.saved_tensors
-        b, h, w = ctx.shape
-        k, f = packed.shape[2], tanh_cell.shape[2]
-        order = packing(b, h, w, gates.device)
-        o, forget, i, g = gates.split(f, dim=2)
-
-        # What each gate's gradient is, but for the factor d_hidden (o) or d_cell (f i g) that only the scan knows.
-        d_gates = torch.empty_like(gates)  # (d hw·b 4f)
-        cell_left = gather(cell_rows, order.left)
-        sigmoid_backward, tanh_backward = torch.ops.aten.sigmoid_backward, torch.ops.aten.tanh_backward
-        for gate, (factor, value) in enumerate(((tanh_cell, o), (cell_left, forget), (g, i))):
-            sigmoid_backward.grad_input(factor, value, grad_input=d_gates.narrow(2, gate * f, f))
-        tanh_backward.grad_input(i, g, grad_input=d_gates.narrow(2, 3 * f, f))
-        d_cell_d_hidden = tanh_backward(o, tanh_cell)
-
-        d_hidden, d_cell = gather(d_out, order.from_directions), torch.zeros_like(tanh_cell)
-        left_weight, up_weight = state_weight.split(f, dim=2)  # (d 4f f) each
-        sizes = [b * diagonal.size for diagonal in diagonals(h, w)]
-        to_o, to_cell = d_gates.narrow(2, 0, f), d_gates.narrow(2, f, 3 * f).unflatten(2, (3, f))
-        wholes = (x.split(sizes, dim=1) for x in (d_hidden, d_cell, d_cell_d_hidden, d_gates, to_o, to_cell, forget))
-        for diagonal, dh, dc, factor, dg, dg_o, dg_cell, forget_now in reversed(
-            [*zip(diagonals(h, w), *wholes, strict=True)]
-        ):
-            _, size, left, num_left, up, num_up = (b * pixels for pixels in diagonal)
-            dc.addcmul_(dh, factor)
-            dg_o.mul_(dh)
-            dg_cell.mul_(dc.unsqueeze(2))
-            if num_left:
-                dc_left = d_cell.narrow(1, left, num_left)
-                torch.mul(dc.narrow(1, 0, num_left), forget_now.narrow(1, 0, num_left), out=dc_left)
-                d_hidden.narrow(1, left, num_left).baddbmm_(dg.narrow(1, 0, num_left), left_weight)
-            if num_up:
-                d_hidden.narrow(1, up, num_up).baddbmm_(dg.narrow(1, size - num_up, num_up), up_weight)
-
-        inputs = torch.cat([packed, gather(hidden_rows, order.left), gather(hidden_rows, order.up)], dim=2)
-        d_input_weight, d_state_weight = (d_gates.mT @ inputs).split([k, 2 * f], dim=2)
-        d_u = (d_gates @ input_weight).flatten(0, 1).index_select(0, order.to_directions)
-        return d_u.view(b, h, w, 2, k).sum(3), d_input_weight, d_gates.sum(1), d_state_weight
+        hidden = hidden_rows.index_select(0, order.to_directions).view(b, h, w, 2, f)
+    return hidden, packed, gates, hidden_rows, cell_rows, tanh_cell
 
 
-def diagonal_lstm(u: Tensor, input_weight: Tensor, bias: Tensor, state_weight: Tensor) -> Tensor:
+@diagonal_lstm_op.register_fake
+def _(u, input_weight, bias, state_weight):
+    (b, h, w, k), f = u.shape, state_weight.shape[1] // 4
+    n, new = h * w * b, u.new_empty
+    kept = new(2, n, k), new(2, n, 4 * f), new(2 * n + 1, f), new(2 * n + 1, f), new(2, n, f)
+    return new(b, h, w, 2, f), *kept
+
+
+@torch.library.custom_op("pixelrnn::diagonal_lstm_backward", mutates_args=())
+def diagonal_lstm_backward_op(
+    d_hidden_states: Tensor,
+    input_weight: Tensor,
+    state_weight: Tensor,
+    packed: Tensor,
+    gates: Tensor,
+    hidden_rows: Tensor,
+    cell_rows: Tensor,
+    tanh_cell: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of u, input_weight, bias, state_weight."""
+    b, h, w = d_hidden_states.shape[:3]
+    k, f = packed.shape[2], tanh_cell.shape[2]
+    order = packing(b, h, w, gates.device)
+    o, forget, i, g = gates.split(f, dim=2)
+
+    # What each gate's gradient is, but for the factor d_hidden (o) or d_cell (f i g) that only the scan knows.
+    d_gates = torch.empty_like(gates)  # (d hw·b 4f)
+    cell_left = gather(cell_rows, order.left)
+    sigmoid_backward, tanh_backward = torch.ops.aten.sigmoid_backward, torch.ops.aten.tanh_backward
+    for gate, (factor, value) in enumerate(((tanh_cell, o), (cell_left, forget), (g, i))):
+        sigmoid_backward.grad_input(factor, value, grad_input=d_gates.narrow(2, gate * f, f))
+    tanh_backward.grad_input(i, g, grad_input=d_gates.narrow(2, 3 * f, f))
+    d_cell_d_hidden = tanh_backward(o, tanh_cell)
+
+    d_hidden, d_cell = gather(d_hidden_states, order.from_directions), torch.zeros_like(tanh_cell)
+    left_weight, up_weight = state_weight.split(f, dim=2)  # (d 4f f) each
+    sizes = [b * diagonal.size for diagonal in diagonals(h, w)]
+    to_o, to_cell = d_gates.narrow(2, 0, f), d_gates.narrow(2, f, 3 * f).unflatten(2, (3, f))
+    wholes = (x.split(sizes, dim=1) for x in (d_hidden, d_cell, d_cell_d_hidden, d_gates, to_o, to_cell, forget))
+    for diagonal, dh, dc, factor, dg, dg_o, dg_cell, forget_now in reversed(
+        [*zip(diagonals(h, w), *wholes, strict=True)]
+    ):
+        _, size, left, num_left, up, num_up = (b * pixels for pixels in diagonal)
+        dc.addcmul_(dh, factor)
+        dg_o.mul_(dh)
+        dg_cell.mul_(dc.unsqueeze(2))
+        if num_left:
+            dc_left = d_cell.narrow(1, left, num_left)
+            torch.mul(dc.narrow(1, 0, num_left), forget_now.narrow(1, 0, num_left), out=dc_left)
+            d_hidden.narrow(1, left, num_left).baddbmm_(dg.narrow(1, 0, num_left), left_weight)
+        if num_up:
+            d_hidden.narrow(1, up, num_up).baddbmm_(dg.narrow(1, size - num_up, num_up), up_weight)
+
+    inputs = torch.cat([packed, gather(hidden_rows, order.left), gather(hidden_rows, order.up)], dim=2)
+    d_weights = (d_gates.mT @ inputs).split([k, 2 * f], dim=2)
+    d_input_weight, d_state_weight = (x.clone(memory_format=torch.contiguous_format) for x in d_weights)
+    d_u = (d_gates @ input_weight).flatten(0, 1).index_select(0, order.to_directions)
+    return d_u.view(b, h, w, 2, k).sum(3), d_input_weight, d_gates.sum(1), d_state_weight
+
+
+@diagonal_lstm_backward_op.register_fake
+def _(d_hidden_states, input_weight, state_weight, packed, *_):
+    d_u = packed.new_empty(*d_hidden_states.shape[:3], packed.shape[2])
+    weights = input_weight.shape, input_weight.shape[:2], state_weight.shape
+    return d_u, *(packed.new_empty(shape) for shape in weights)
+
+
+def setup_context(ctx, inputs, output) -> None:
+    _, input_weight, _, state_weight = inputs
+    ctx.save_for_backward(input_weight, state_weight, *output[1:])
+
+
+def backward(ctx, d_hidden_states, *_):
+    return diagonal_lstm_backward_op(d_hidden_states, *ctx.saved_tensors)
+
+
+diagonal_lstm_op.register_autograd(backward, setup_context=setup_context)
+
+
+def diagonal_lstm(
+    u: Tensor, input_weight: Tensor, bias: Tensor, state_weight: Tensor, backend: str | None = None
+) -> Tensor:
     """Run both directions of the Diagonal BiLSTM's scan over an image.
 
     Args:
@@ -206,10 +246,16 @@ def diagonal_lstm(u: Tensor, input_weight: Tensor, bias: Tensor, state_weight: T
         input_weight: input-to-state weights (2 4f k), masked by the caller.
         bias: of the gates (2 4f).
         state_weight: state-to-state weights (2 4f 2f), the left neighbour's before the upper one's.
+        backend: see `kernels.backend_for`. Under autocast, Triton multiplies in its type and torch in float32; states
+            are float32 in both.
 
     Returns:
         The hidden states (b h w 2 f), each direction at the pixel it belongs to, not yet moved down a row.
 
     Source: 1601.06759, section 3.2 and equation 3.
     """
-    return DiagonalLSTM.apply(u, input_weight, bias, state_weight)
+    if kernels.backend_for(u, backend) == "triton":
+        u, input_weight, bias = kernels.autocast(u, input_weight, bias)
+        pre = F.linear(u, input_weight.flatten(0, 1), bias.flatten())
+        return lstm_scan(pre.unflatten(3, (2, -1)), state_weight, diagonal=True)
+    return diagonal_lstm_op(*kernels.in_float32(u, input_weight, bias, state_weight))[0]

@@ -5,15 +5,101 @@ Legend: … any dimensions · f features that leave. The 2f features that come i
     gate([a, b]) = tanh(a) ⊙ σ(b)
 """
 
+from __future__ import annotations
+
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+import kernels
+from kernels.jit import cdiv, jit, tl
 
 
 def gate_reference(u: Tensor) -> Tensor:
     """The same as `gate`, as the equation is written: the oracle."""
     a, b = u.chunk(2, dim=-1)
     return a.tanh() * b.sigmoid()
+
+
+# ------------------------------------------------------------------------------------------------------- kernels
+
+
+@jit
+def gate_fwd_kernel(
+    u,  # (pixels 2f)
+    out,  # (pixels f)
+    size,  # pixels · f
+    f,
+    BLOCK: tl.constexpr,
+    SUM: tl.constexpr,
+):
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = at < size
+    of_a = at + at // f * f  # row · 2f + feature
+    a = tl.load(u + of_a, mask=mask, other=0.0).to(SUM)
+    b = tl.load(u + of_a + f, mask=mask, other=0.0).to(SUM)
+    tl.store(out + at, ((2 * tl.sigmoid(2 * a) - 1) * tl.sigmoid(b)).to(out.dtype.element_ty), mask=mask)
+
+
+@jit
+def gate_bwd_kernel(
+    d_out,  # (pixels f)
+    u,  # (pixels 2f)
+    d_u,  # (pixels 2f), out
+    size,
+    f,
+    BLOCK: tl.constexpr,
+    SUM: tl.constexpr,
+):
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = at < size
+    of_a = at + at // f * f
+    tanh = 2 * tl.sigmoid(2 * tl.load(u + of_a, mask=mask, other=0.0).to(SUM)) - 1
+    sigmoid = tl.sigmoid(tl.load(u + of_a + f, mask=mask, other=0.0).to(SUM))
+    d = tl.load(d_out + at, mask=mask, other=0.0).to(SUM)
+    tl.store(d_u + of_a, (d * sigmoid * (1 - tanh * tanh)).to(d_u.dtype.element_ty), mask=mask)
+    tl.store(d_u + of_a + f, (d * tanh * sigmoid * (1 - sigmoid)).to(d_u.dtype.element_ty), mask=mask)
+
+
+def constants(double: bool) -> dict:
+    return {"BLOCK": 1024, "SUM": tl.float64 if double else tl.float32, "num_warps": 4, "num_stages": 1}
+
+
+@torch.library.custom_op("pixelrnn::gate", mutates_args=())
+def gate_op(u: Tensor) -> Tensor:
+    f = u.shape[-1] // 2
+    out, sizes = u.new_empty(*u.shape[:-1], f), constants(u.dtype == torch.float64)
+    if out.numel():
+        gate_fwd_kernel[(cdiv(out.numel(), sizes["BLOCK"]),)](u.contiguous(), out, out.numel(), f, **sizes)
+    return out
+
+
+@gate_op.register_fake
+def _(u):
+    return u.new_empty(*u.shape[:-1], u.shape[-1] // 2)
+
+
+@torch.library.custom_op("pixelrnn::gate_backward", mutates_args=())
+def gate_backward_op(d_out: Tensor, u: Tensor) -> Tensor:
+    d_u, sizes = u.new_empty(u.shape), constants(u.dtype == torch.float64)
+    size = d_out.numel()
+    if size:
+        tensors = d_out.contiguous(), u.contiguous(), d_u
+        gate_bwd_kernel[(cdiv(size, sizes["BLOCK"]),)](*tensors, size, d_out.shape[-1], **sizes)
+    return d_u
+
+
+@gate_backward_op.register_fake
+def _(d_out, u):
+    return u.new_empty(u.shape)
+
+
+gate_op.register_autograd(
+    lambda ctx, d_out: gate_backward_op(d_out, *ctx.saved_tensors),
+    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
+)
+
+# ---------------------------------------------------------------------------------------------------- torch form
 
 
 class Gate(torch.autograd.Function):
@@ -43,9 +129,15 @@ class Gate(torch.autograd.Function):
         return d_u
 
 
-def gate(u: Tensor) -> Tensor:
+def gate(u: Tensor, backend: str | None = None) -> Tensor:
     """tanh of the first half of the features times σ of the second: (… 2f) → (… f).
+
+    Args:
+        u: any floating type; computed in float32 at least where Triton computes.
+        backend: see `kernels.backend_for`.
 
     Source: 1606.05328, equation 2.
     """
+    if kernels.backend_for(u, backend) == "triton":
+        return gate_op(u)
     return Gate.apply(u)

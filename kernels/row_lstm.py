@@ -11,15 +11,19 @@ At pixel (i, j), zeros outside the image:
     cell      = f ⊙ cell(i−1, j) + i ⊙ g
     hidden    = o ⊙ tanh(cell)
 
-All pixels of a row, in all images, are computed together from those of the row above, so the torch form below puts rows
+All pixels of a row, in all images, are computed together from those of the row above. The Triton form is in
+`kernels/lstm_scan.py`. The torch form below puts rows
 first: (h b w ·). Beside the features of each pixel stands what its taps read, [u, left, tap 0, …, tap n−1], and the
 weights stand side by side in the same way. The sum above is then one product a row, and all weights have their
 gradients from one product over all pixels.
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+import kernels
+from kernels.lstm_scan import lstm_scan
 
 
 def row_lstm_reference(
@@ -56,17 +60,17 @@ def pair_taps(taps: Tensor, above: Tensor) -> list[tuple[Tensor, Tensor]]:
     return pairs
 
 
-class RowLSTM(torch.autograd.Function):
+@torch.library.custom_op("pixelrnn::row_lstm", mutates_args=())
+def row_lstm_op(
+    u: Tensor, input_weight: Tensor, bias: Tensor, state_weight: Tensor, left_weight: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The torch form. The scan does what depends on states; all else is done for all pixels at once, outside of it.
 
-    Under autocast it computes in float32: states are to be kept so, and its products are small.
+    Returns what `row_lstm` does, and for the backward pass: inputs, weight, gates, cells, tanh_cell.
     """
-
-    @staticmethod
-    @torch.amp.custom_fwd(device_type="cuda", cast_inputs=torch.float32)
-    def forward(ctx, u, input_weight, bias, state_weight, left_weight):
-        (b, h, w, k), m = u.shape, left_weight.shape[1]
-        _, f, n = state_weight.shape
+    (b, h, w, k), m = u.shape, left_weight.shape[1]
+    _, f, n = state_weight.shape
+    with torch.autocast(u.device.type, enabled=False):
         weight = torch.cat([input_weight, left_weight, state_weight.mT.flatten(1)], dim=1)  # (4f k+m+n·f)
         # tanh(x) is 2σ(2x) − 1: with g's weights doubled, one sigmoid serves all gates, at a third of the time of tanh.
         doubled = bias.new_ones(4 * f).masked_fill_(torch.arange(4 * f, device=bias.device) >= 3 * f, 2)
@@ -92,53 +96,98 @@ class RowLSTM(torch.autograd.Function):
             torch.mul(i, g.mul_(2).sub_(1), out=c)
             c.addcmul_(forget, c_up)
             torch.mul(o, torch.tanh(c, out=tanh_c), out=h_now)
-        ctx.save_for_backward(inputs, weight, gates, cells, tanh_cell)
-        ctx.sizes = k, m, n * f
-        return hidden
+    return hidden, inputs, weight, gates, cells, tanh_cell
 
-    @staticmethod
-    @torch.amp.custom_bwd(device_type="cuda")
-    @once_differentiable
-    def backward(ctx, d_out):
-        inputs, weight, gates, cells, tanh_cell = ctx.saved_tensors
-        (h, b, w, f), (k, m, taps) = tanh_cell.shape, ctx.sizes
-        seen_weight, state_weight = weight.split([k + m, taps], dim=1)
-        o, forget, i, g = gates.split(f, dim=3)
 
-        # What each gate's gradient is, but for the factor d_hidden (o) or d_cell (f i g) that only the scan knows.
-        d_gates = torch.empty_like(gates)
-        sigmoid_backward, tanh_backward = torch.ops.aten.sigmoid_backward, torch.ops.aten.tanh_backward
-        for gate, (factor, value) in enumerate(((tanh_cell, o), (cells[:-1], forget), (g, i))):
-            sigmoid_backward.grad_input(factor, value, grad_input=d_gates.narrow(3, gate * f, f))
-        tanh_backward.grad_input(i, g, grad_input=d_gates.narrow(3, 3 * f, f))
-        d_cell_d_hidden = tanh_backward(o, tanh_cell)
+@row_lstm_op.register_fake
+def _(u, input_weight, bias, state_weight, left_weight):
+    (b, h, w, k), m, new = u.shape, left_weight.shape[1], u.new_empty
+    _, f, n = state_weight.shape
+    all_inputs = k + m + n * f
+    kept = new(h, b, w, all_inputs), new(4 * f, all_inputs), new(h, b, w, 4 * f), new(h + 1, b, w, f), new(h, b, w, f)
+    return new(b, h, w, f), *kept
 
-        # These are needed for one row at a time; what the taps of a row hold, they pass on to the row above.
-        d_hidden, d_cell, d_taps = gates.new_empty(b, w, f), gates.new_zeros(b, w, f), gates.new_zeros(b * w, taps)
-        pairs = pair_taps(d_taps.view(b, w, -1, f), d_hidden)
-        to_o, to_cell = d_gates[..., :f], d_gates[..., f:].unflatten(3, (3, f))
-        wholes = d_out.transpose(0, 1), d_cell_d_hidden, d_gates.flatten(1, 2), to_o, to_cell, forget
-        for row, d_out_now, factor, dg, dg_o, dg_cell, forget_now in reversed([*zip(range(h), *wholes, strict=True)]):
-            d_hidden.copy_(d_out_now)
-            for d_tap, d_above in pairs:  # of the row below, which reads this one
-                d_above.add_(d_tap)
-            d_cell.addcmul_(d_hidden, factor)
-            dg_o.mul_(d_hidden)
-            dg_cell.mul_(d_cell.unsqueeze(2))
-            if row:
-                d_cell.mul_(forget_now)
-                torch.mm(dg, state_weight, out=d_taps)
 
-        d_pixels = d_gates.flatten(0, 2)
-        d_input_weight, d_left_weight, d_state_weight = (d_pixels.T @ inputs.flatten(0, 2)).split([k, m, taps], dim=1)
-        d_u, d_left = (d_pixels @ seen_weight).view(h, b, w, k + m).split([k, m], dim=3)
-        d_u[:, :, :-1, :m] += d_left[:, :, 1:]
-        d_state_weight = d_state_weight.unflatten(1, (-1, f)).mT
-        return d_u.transpose(0, 1), d_input_weight, d_pixels.sum(0), d_state_weight, d_left_weight
+@torch.library.custom_op("pixelrnn::row_lstm_backward", mutates_args=())
+def row_lstm_backward_op(
+    d_hidden_states: Tensor,
+    inputs: Tensor,
+    weight: Tensor,
+    gates: Tensor,
+    cells: Tensor,
+    tanh_cell: Tensor,
+    k: int,
+    m: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of u, bias, input_weight, state_weight, left_weight."""
+    (h, b, w, f), taps = tanh_cell.shape, weight.shape[1] - k - m
+    seen_weight, state_weight = weight.split([k + m, taps], dim=1)
+    o, forget, i, g = gates.split(f, dim=3)
+
+    # What each gate's gradient is, but for the factor d_hidden (o) or d_cell (f i g) that only the scan knows.
+    d_gates = torch.empty_like(gates)
+    sigmoid_backward, tanh_backward = torch.ops.aten.sigmoid_backward, torch.ops.aten.tanh_backward
+    for gate, (factor, value) in enumerate(((tanh_cell, o), (cells[:-1], forget), (g, i))):
+        sigmoid_backward.grad_input(factor, value, grad_input=d_gates.narrow(3, gate * f, f))
+    tanh_backward.grad_input(i, g, grad_input=d_gates.narrow(3, 3 * f, f))
+    d_cell_d_hidden = tanh_backward(o, tanh_cell)
+
+    # These are needed for one row at a time; what the taps of a row hold, they pass on to the row above.
+    d_hidden, d_cell, d_taps = gates.new_empty(b, w, f), gates.new_zeros(b, w, f), gates.new_zeros(b * w, taps)
+    pairs = pair_taps(d_taps.view(b, w, -1, f), d_hidden)
+    to_o, to_cell = d_gates[..., :f], d_gates[..., f:].unflatten(3, (3, f))
+    wholes = d_hidden_states.transpose(0, 1), d_cell_d_hidden, d_gates.flatten(1, 2), to_o, to_cell, forget
+    for row, d_out_now, factor, dg, dg_o, dg_cell, forget_now in reversed([*zip(range(h), *wholes, strict=True)]):
+        d_hidden.copy_(d_out_now)
+        for d_tap, d_above in pairs:  # of the row below, which reads this one
+            d_above.add_(d_tap)
+        d_cell.addcmul_(d_hidden, factor)
+        dg_o.mul_(d_hidden)
+        dg_cell.mul_(d_cell.unsqueeze(2))
+        if row:
+            d_cell.mul_(forget_now)
+            torch.mm(dg, state_weight, out=d_taps)
+
+    d_pixels = d_gates.flatten(0, 2)
+    d_input_weight, d_left_weight, d_state_weight = (d_pixels.T @ inputs.flatten(0, 2)).split([k, m, taps], dim=1)
+    d_u, d_left = (d_pixels @ seen_weight).view(h, b, w, k + m).split([k, m], dim=3)
+    d_u[:, :, :-1, :m] += d_left[:, :, 1:]
+    d_state_weight = d_state_weight.unflatten(1, (-1, f)).mT
+    d_u = d_u.transpose(0, 1).contiguous()
+    contiguous = torch.contiguous_format
+    d_weights = (x.clone(memory_format=contiguous) for x in (d_input_weight, d_state_weight, d_left_weight))
+    return d_u, d_pixels.sum(0), *d_weights
+
+
+@row_lstm_backward_op.register_fake
+def _(d_hidden_states, inputs, weight, gates, cells, tanh_cell, k, m):
+    h, b, w, f = tanh_cell.shape
+    taps = (weight.shape[1] - k - m) // f
+    shapes = (b, h, w, k), (4 * f,), (4 * f, k), (4 * f, f, taps), (4 * f, m)
+    return tuple(weight.new_empty(shape) for shape in shapes)
+
+
+def setup_context(ctx, inputs, output) -> None:
+    ctx.save_for_backward(*output[1:])
+    ctx.k, ctx.m = inputs[1].shape[1], inputs[4].shape[1]
+
+
+def backward(ctx, d_hidden_states, *_):
+    gradients = row_lstm_backward_op(d_hidden_states, *ctx.saved_tensors, ctx.k, ctx.m)
+    d_u, d_bias, d_input_weight, d_state_weight, d_left_weight = gradients
+    return d_u, d_input_weight, d_bias, d_state_weight, d_left_weight
+
+
+row_lstm_op.register_autograd(backward, setup_context=setup_context)
 
 
 def row_lstm(
-    u: Tensor, input_weight: Tensor, bias: Tensor, state_weight: Tensor, left_weight: Tensor | None = None
+    u: Tensor,
+    input_weight: Tensor,
+    bias: Tensor,
+    state_weight: Tensor,
+    left_weight: Tensor | None = None,
+    backend: str | None = None,
 ) -> Tensor:
     """Run the Row LSTM's scan over an image, from its first row to its last.
 
@@ -149,11 +198,21 @@ def row_lstm(
         state_weight: state-to-state weights (4f f n), n odd: the taps along the row above, from left to right.
         left_weight: input-to-state weights (4f m) of the left neighbour's first m ≤ k features: with `input_weight`,
             the taps of a 1×3 convolution along the row whose third is masked. None: no such tap.
+        backend: see `kernels.backend_for`. Under autocast, Triton multiplies in its type and torch in float32; states
+            are float32 in both.
 
     Returns:
         The hidden states (b h w f), each at the pixel it belongs to.
 
     Source: 1601.06759, section 3.1 and equation 3.
     """
+    if kernels.backend_for(u, backend) == "triton":
+        u, input_weight, bias, left_weight = kernels.autocast(u, input_weight, bias, left_weight)
+        pre = F.linear(u, input_weight, bias)
+        if left_weight is not None:
+            left = F.linear(u[:, :, :-1, : left_weight.shape[1]], left_weight)
+            pre = pre + F.pad(left, (0, 0, 1, 0))
+        state_weight = state_weight.mT.flatten(1)[None]  # (1 4f n·f)
+        return lstm_scan(pre[:, :, :, None], state_weight, diagonal=False)[:, :, :, 0]
     left_weight = input_weight[:, :0] if left_weight is None else left_weight
-    return RowLSTM.apply(u, input_weight, bias, state_weight, left_weight)
+    return row_lstm_op(*kernels.in_float32(u, input_weight, bias, state_weight, left_weight))[0]

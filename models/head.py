@@ -4,10 +4,10 @@ Legend: b batch · c channel · h w rows, columns · f features · v levels · g
 """
 
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+import kernels
 from models.layers import MaskedLinear, group_slices
 
 
@@ -26,9 +26,7 @@ class SoftmaxHead(nn.Module):
 
     def nats(self, logits: Tensor, x: Tensor) -> Tensor:
         """Logits (b h w c v), images (b c h w) → nats of each pixel (b h w), its colours together."""
-        target = rearrange(x, "b c h w -> (b h w c)").long()
-        nats = F.cross_entropy(logits.flatten(0, 3).float(), target, reduction="none")
-        return nats.view(logits.shape[:-1]).sum(-1)
+        return kernels.cross_entropy(logits, rearrange(x, "b c h w -> b h w c")).sum(-1)
 
     def logits(self, logits: Tensor, x: Tensor) -> Tensor:
         """What the head's parameters (… c v) say of each value, given a pixel's colours x (… c): (… c v)."""

@@ -114,13 +114,14 @@ class MaskedConv(nn.Module):
         self.weight = nn.Parameter(torch.empty(mask.shape))
         self.bias = nn.Parameter(torch.zeros(outputs))
         initialise(self.weight, self.mask)
+        self.live = self.reach * kernel + self.reach + (kind == "B" or groups > 1)  # taps that any output may see
 
     def masked_weight(self) -> Tensor:
         return self.weight * self.mask
 
     def forward(self, u: Tensor, relu: bool = False) -> Tensor:
         """The convolution of u, or of ReLU(u)."""
-        return kernels.masked_conv(u, self.masked_weight(), self.bias, relu, self.extra)
+        return kernels.masked_conv(u, self.masked_weight(), self.bias, relu, self.extra, self.live)
 
 
 class MaskedRowConv(nn.Module):

@@ -1,14 +1,28 @@
+import os
 import sys
 
 import pytest
+import torch
 
-from conf import command
-from tests.commands import COMMANDS
+# Without a GPU, Triton's kernels run in its interpreter; it is asked for before Triton is first imported.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
+
+def pytest_collection_modifyitems(items) -> None:
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="torch finds no GPU here"))
 
 
 @pytest.fixture
 def call(monkeypatch, tmp_path, capsys):
     """call("train", *arguments) → (exit status, stdout, stderr), in an empty folder of its own."""
+    from conf import command
+    from tests.commands import COMMANDS
+
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
 

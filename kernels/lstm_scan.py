@@ -1,0 +1,461 @@
+"""The LSTM scans on a GPU: one Triton kernel each way for both the Diagonal BiLSTM and the Row LSTM.
+
+Legend: b batch · h w rows, columns · i j a row, a column · d direction · f hidden features · n taps. Gates stand in the
+order o f i g, so `4f` is cut in four parts of f.
+
+Both scans compute `positions` of an image together, step after step, each from the step before:
+
+                      step        position      tap t of n reads, at the step before,
+    Row LSTM          row i       column j      position j + t − n//2
+    Diagonal BiLSTM   i + j       row i         position i − t: t = 0 left (i, j−1), t = 1 up (i−1, j)
+
+    [o f i g] = [σ σ σ tanh](pre + Σ_t state_weight[:, tap t] · hidden(step − 1, what t reads))
+    cell      = f ⊙ cell(step − 1, same position) + i ⊙ g
+    hidden    = o ⊙ tanh(cell)
+
+`pre` is the input-to-state product with its bias: one matrix product over all pixels, done before. Everything stays
+(b h w ·): a diagonal is address arithmetic (`pixel`), nothing is skewed in memory, and a pixel outside the image is a
+masked load of zero. Direction 1 counts columns from the right.
+
+A program owns some images of one direction and walks all steps; programs never wait for each other. At each step it
+reads back from `hidden` what the step before stored, so a barrier stands between steps, and nothing may be loaded
+ahead of it: these kernels are compiled with `num_stages=1`. Three forms, of one kernel:
+
+    resident   all weights are loaded once, before the first step, and stay in shared memory
+    streamed   features in blocks; each block's weights come from the L2 cache at each step
+    launches   one launch a step, blocks of positions and features in parallel: for what is too large for one program
+
+The backward kernel walks the steps in reverse. The gradient of a pixel's hidden state is gathered from the gate
+gradients of those that read it, and the gradient of the weights is one matrix product over all pixels afterwards. The
+activated gates are kept for it, in the type of the products; cells are kept in float32.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from kernels.jit import cdiv, jit, next_power_of_2, tl
+
+FORMS = ("resident", "streamed", "launches")
+
+
+class Form(NamedTuple):
+    """How a scan is cut: the kernels' constants and the grid."""
+
+    resident: bool
+    launches: bool
+    images: int  # of a program
+    positions: int  # of each of these images in a program, a power of two
+    block_n: int  # features computed at a time
+    block_k: int  # features read at a time: of one tap; resident: of all taps
+    warps: int
+
+
+def form_of(f: int, taps: int, extent: int, itemsize: int, backward: bool, name: str = "auto") -> Form:
+    """The form for f features, so many taps and positions, and numbers of `itemsize` bytes.
+
+    The blocks are the largest that leave no register on the stack: `python -m kernels.report` compiles them.
+    """
+    padded, all_taps = max(16, next_power_of_2(f)), next_power_of_2(taps)
+    positions = min(64, next_power_of_2(extent))
+    images = max(1, 16 // positions)  # a matrix product has at least 16 rows
+    half = itemsize == 2
+    if name == "auto":
+        fits = half and 4 * all_taps * padded**2 * itemsize <= 65536 and images * positions * padded <= 2048
+        name = "launches" if extent > 64 or f > 256 else "resident" if fits else "streamed"
+    if name == "resident":
+        return Form(True, False, images, positions, padded, all_taps * padded, 8 if positions * padded >= 2048 else 4)
+    if not half:
+        block_n, block_k, warps = 16, 16, 4  # without matrix instructions, all operands are in registers
+    elif name == "launches" or not backward:
+        block_n, block_k, warps = 32, 128, 8
+    else:
+        block_n, block_k, warps = 128 if images * positions <= 32 else 64, 128, 8
+    return Form(False, name == "launches", images, positions, min(block_n, padded), min(block_k, padded), warps)
+
+
+# ------------------------------------------------------------------------------------------------------- kernels
+
+
+@jit
+def pixel(step, position, direction, h, w, DIAGONAL: tl.constexpr):
+    """Where the pixel of a step and position stands in its image, and whether there is one."""
+    if DIAGONAL:
+        i = position
+        j = step - position
+    else:
+        i = step
+        j = position
+    inside = (i >= 0) & (i < h) & (j >= 0) & (j < w)
+    column = tl.where(direction == 0, j, w - 1 - j)
+    return i * w + column, inside
+
+
+@jit
+def shift_of(tap, TAPS: tl.constexpr, DIAGONAL: tl.constexpr):
+    """What a tap adds to its position to find the one that it reads."""
+    if DIAGONAL:
+        return -tap
+    else:
+        return tap - TAPS // 2
+
+
+@jit
+def neighbours(base, step, position, shift, feature, live, direction, h, w, width, DIRECTIONS, DIAGONAL):
+    """Where features of other positions stand at a step, in rows of `width`: offsets (positions features) and a mask.
+
+    `shift` is one number, or (1 features): each feature may come from another position.
+    """
+    index, inside = pixel(step, position[:, None] + shift, direction, h, w, DIAGONAL)
+    at = (base[:, None] + index * DIRECTIONS) * width + feature[None, :]
+    return at, inside & (base >= 0)[:, None] & live[None, :]
+
+
+@jit
+def tanh(x):
+    """Where e^x overflows, so does nothing here."""
+    return 2 * tl.sigmoid(2 * x) - 1
+
+
+@jit
+def lstm_scan_fwd_kernel(
+    pre,  # (b h w d 4f)
+    weight,  # (d n·f 4f)
+    gates,  # (b h w d 4f), out
+    hidden,  # (b h w d f), out
+    cells,  # (b h w d f), out
+    b,
+    h,
+    w,
+    f,
+    first,  # the steps: first … last − 1
+    last,
+    DIRECTIONS: tl.constexpr,
+    TAPS: tl.constexpr,
+    DIAGONAL: tl.constexpr,
+    RESIDENT: tl.constexpr,
+    IMAGES: tl.constexpr,
+    POSITIONS: tl.constexpr,
+    SPAN: tl.constexpr,  # features of a program
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    STATE: tl.constexpr,  # the type of sums and cells
+):
+    direction = tl.program_id(0) % DIRECTIONS
+    tile = tl.arange(0, IMAGES * POSITIONS)
+    image = (tl.program_id(0) // DIRECTIONS).to(tl.int64) * IMAGES + tile // POSITIONS
+    position = tl.program_id(1) * POSITIONS + tile % POSITIONS
+    # The row of features of an image's pixel p is base + p · DIRECTIONS; below zero: there is no such image.
+    base = tl.where(image < b, image * h * w * DIRECTIONS + direction, -1)
+    weight += direction * TAPS * f * 4 * f
+
+    if RESIDENT:
+        every_tap, feature = tl.arange(0, BLOCK_K) // BLOCK_N, tl.arange(0, BLOCK_K) % BLOCK_N
+        every_shift = shift_of(every_tap, TAPS, DIAGONAL)[None, :]
+        live = (every_tap < TAPS) & (feature < f)
+        out = tl.arange(0, BLOCK_N)
+        resident = weight + (every_tap * f + feature)[:, None] * (4 * f) + out[None, :]
+        live_weights = live[:, None] & (out < f)[None, :]
+        weight_o = tl.load(resident, mask=live_weights, other=0.0)
+        weight_f = tl.load(resident + f, mask=live_weights, other=0.0)
+        weight_i = tl.load(resident + 2 * f, mask=live_weights, other=0.0)
+        weight_g = tl.load(resident + 3 * f, mask=live_weights, other=0.0)
+
+    for step in range(first, last):
+        index, inside = pixel(step, position, direction, h, w, DIAGONAL)
+        inside = inside & (base >= 0)
+        row = base + index * DIRECTIONS
+        index, had_before = pixel(step - 1, position, direction, h, w, DIAGONAL)
+        had_before = had_before & (base >= 0)
+        before = base + index * DIRECTIONS
+        for block in range(0, SPAN // BLOCK_N):
+            n = tl.program_id(2) * SPAN + block * BLOCK_N + tl.arange(0, BLOCK_N)
+            mask = inside[:, None] & (n < f)[None, :]
+            at = row[:, None] * (4 * f) + n[None, :]
+            o = tl.load(pre + at, mask=mask, other=0.0).to(STATE)
+            forget = tl.load(pre + at + f, mask=mask, other=0.0).to(STATE)
+            i = tl.load(pre + at + 2 * f, mask=mask, other=0.0).to(STATE)
+            g = tl.load(pre + at + 3 * f, mask=mask, other=0.0).to(STATE)
+            cell_mask = had_before[:, None] & (n < f)[None, :]
+            cell = tl.load(cells + before[:, None] * f + n[None, :], mask=cell_mask, other=0.0)
+            if RESIDENT:
+                at_k, read = neighbours(
+                    base, step - 1, position, every_shift, feature, live, direction, h, w, f, DIRECTIONS, DIAGONAL
+                )
+                states = tl.load(hidden + at_k, mask=read, other=0.0)
+                o = tl.dot(states, weight_o, o, input_precision="ieee", out_dtype=STATE)
+                forget = tl.dot(states, weight_f, forget, input_precision="ieee", out_dtype=STATE)
+                i = tl.dot(states, weight_i, i, input_precision="ieee", out_dtype=STATE)
+                g = tl.dot(states, weight_g, g, input_precision="ieee", out_dtype=STATE)
+            else:
+                blocks_k = tl.cdiv(f, BLOCK_K)
+                for block_k in range(0, TAPS * blocks_k):
+                    tap = block_k // blocks_k
+                    k = block_k % blocks_k * BLOCK_K + tl.arange(0, BLOCK_K)
+                    shift = shift_of(tap, TAPS, DIAGONAL)
+                    at_k, read = neighbours(
+                        base, step - 1, position, shift, k, k < f, direction, h, w, f, DIRECTIONS, DIAGONAL
+                    )
+                    states = tl.load(hidden + at_k, mask=read, other=0.0)
+                    block_of = weight + (tap * f + k)[:, None] * (4 * f) + n[None, :]
+                    both = (k < f)[:, None] & (n < f)[None, :]
+                    weight_o = tl.load(block_of, mask=both, other=0.0)
+                    weight_f = tl.load(block_of + f, mask=both, other=0.0)
+                    weight_i = tl.load(block_of + 2 * f, mask=both, other=0.0)
+                    weight_g = tl.load(block_of + 3 * f, mask=both, other=0.0)
+                    o = tl.dot(states, weight_o, o, input_precision="ieee", out_dtype=STATE)
+                    forget = tl.dot(states, weight_f, forget, input_precision="ieee", out_dtype=STATE)
+                    i = tl.dot(states, weight_i, i, input_precision="ieee", out_dtype=STATE)
+                    g = tl.dot(states, weight_g, g, input_precision="ieee", out_dtype=STATE)
+            o, forget, i, g = tl.sigmoid(o), tl.sigmoid(forget), tl.sigmoid(i), tanh(g)
+            cell = forget * cell + i * g
+            type = gates.dtype.element_ty
+            tl.store(gates + at, o.to(type), mask=mask)
+            tl.store(gates + at + f, forget.to(type), mask=mask)
+            tl.store(gates + at + 2 * f, i.to(type), mask=mask)
+            tl.store(gates + at + 3 * f, g.to(type), mask=mask)
+            tl.store(cells + row[:, None] * f + n[None, :], cell, mask=mask)
+            tl.store(hidden + row[:, None] * f + n[None, :], (o * tanh(cell)).to(type), mask=mask)
+        tl.debug_barrier()  # the next step reads what this one stored
+
+
+@jit
+def lstm_scan_bwd_kernel(
+    d_hidden,  # (b h w d f)
+    weight,  # (d 4f n·f)
+    gates,  # (b h w d 4f)
+    cells,  # (b h w d f)
+    d_pre,  # (b h w d 4f), out
+    d_cells,  # (b d positions f): what each position hands to the step before; zeros at first
+    b,
+    h,
+    w,
+    f,
+    first,  # the steps: last − 1 … first
+    last,
+    DIRECTIONS: tl.constexpr,
+    TAPS: tl.constexpr,
+    DIAGONAL: tl.constexpr,
+    RESIDENT: tl.constexpr,
+    IMAGES: tl.constexpr,
+    POSITIONS: tl.constexpr,
+    SPAN: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    STATE: tl.constexpr,
+):
+    direction = tl.program_id(0) % DIRECTIONS
+    tile = tl.arange(0, IMAGES * POSITIONS)
+    image = (tl.program_id(0) // DIRECTIONS).to(tl.int64) * IMAGES + tile // POSITIONS
+    position = tl.program_id(1) * POSITIONS + tile % POSITIONS
+    base = tl.where(image < b, image * h * w * DIRECTIONS + direction, -1)
+    extent = h if DIAGONAL else w
+    scratch = (image * DIRECTIONS + direction) * extent + position
+    weight += direction * TAPS * f * 4 * f
+
+    if RESIDENT:
+        every_tap, feature = tl.arange(0, BLOCK_K) // BLOCK_N, tl.arange(0, BLOCK_K) % BLOCK_N
+        every_shift = -shift_of(every_tap, TAPS, DIAGONAL)[None, :]  # a reader stands on the other side
+        live = (every_tap < TAPS) & (feature < f)
+        out = tl.arange(0, BLOCK_N)
+        resident = weight + (feature * TAPS * f + every_tap * f)[:, None] + out[None, :]
+        live_weights = live[:, None] & (out < f)[None, :]
+        next_gate = TAPS * f * f
+        weight_o = tl.load(resident, mask=live_weights, other=0.0)
+        weight_f = tl.load(resident + next_gate, mask=live_weights, other=0.0)
+        weight_i = tl.load(resident + 2 * next_gate, mask=live_weights, other=0.0)
+        weight_g = tl.load(resident + 3 * next_gate, mask=live_weights, other=0.0)
+
+    for back in range(0, last - first):
+        step = last - 1 - back
+        index, inside = pixel(step, position, direction, h, w, DIAGONAL)
+        inside = inside & (base >= 0)
+        row = base + index * DIRECTIONS
+        index, had_before = pixel(step - 1, position, direction, h, w, DIAGONAL)
+        had_before = had_before & (base >= 0)
+        before = base + index * DIRECTIONS
+        for block in range(0, SPAN // BLOCK_N):
+            n = tl.program_id(2) * SPAN + block * BLOCK_N + tl.arange(0, BLOCK_N)
+            mask = inside[:, None] & (n < f)[None, :]
+            dh = tl.load(d_hidden + row[:, None] * f + n[None, :], mask=mask, other=0.0).to(STATE)
+            if RESIDENT:
+                at_k, read = neighbours(
+                    base, step + 1, position, every_shift, feature, live, direction, h, w, 4 * f, DIRECTIONS, DIAGONAL
+                )
+                d_o = tl.load(d_pre + at_k, mask=read, other=0.0)
+                dh = tl.dot(d_o, weight_o, dh, input_precision="ieee", out_dtype=STATE)
+                d_f = tl.load(d_pre + f + at_k, mask=read, other=0.0)
+                dh = tl.dot(d_f, weight_f, dh, input_precision="ieee", out_dtype=STATE)
+                d_i = tl.load(d_pre + 2 * f + at_k, mask=read, other=0.0)
+                dh = tl.dot(d_i, weight_i, dh, input_precision="ieee", out_dtype=STATE)
+                d_g = tl.load(d_pre + 3 * f + at_k, mask=read, other=0.0)
+                dh = tl.dot(d_g, weight_g, dh, input_precision="ieee", out_dtype=STATE)
+            else:
+                blocks_k = tl.cdiv(4 * f, BLOCK_K)  # all gates, side by side
+                for block_k in range(0, TAPS * blocks_k):
+                    tap = block_k // blocks_k
+                    k = block_k % blocks_k * BLOCK_K + tl.arange(0, BLOCK_K)
+                    shift = -shift_of(tap, TAPS, DIAGONAL)
+                    at_k, read = neighbours(
+                        base, step + 1, position, shift, k, k < 4 * f, direction, h, w, 4 * f, DIRECTIONS, DIAGONAL
+                    )
+                    d_gates = tl.load(d_pre + at_k, mask=read, other=0.0)
+                    block_of = weight + (k * TAPS * f + tap * f)[:, None] + n[None, :]
+                    weights = tl.load(block_of, mask=(k < 4 * f)[:, None] & (n < f)[None, :], other=0.0)
+                    dh = tl.dot(d_gates, weights, dh, input_precision="ieee", out_dtype=STATE)
+            at = row[:, None] * (4 * f) + n[None, :]
+            o = tl.load(gates + at, mask=mask, other=0.0).to(STATE)
+            forget = tl.load(gates + at + f, mask=mask, other=0.0).to(STATE)
+            i = tl.load(gates + at + 2 * f, mask=mask, other=0.0).to(STATE)
+            g = tl.load(gates + at + 3 * f, mask=mask, other=0.0).to(STATE)
+            cell = tl.load(cells + row[:, None] * f + n[None, :], mask=mask, other=0.0)
+            cell_mask = had_before[:, None] & (n < f)[None, :]
+            cell_before = tl.load(cells + before[:, None] * f + n[None, :], mask=cell_mask, other=0.0)
+            tanh_cell = tanh(cell)
+            handed = d_cells + scratch[:, None] * f + n[None, :]
+            dc = tl.load(handed, mask=mask, other=0.0) + dh * o * (1 - tanh_cell * tanh_cell)
+            tl.store(handed, dc * forget, mask=mask)
+            type = d_pre.dtype.element_ty
+            tl.store(d_pre + at, (dh * tanh_cell * o * (1 - o)).to(type), mask=mask)
+            tl.store(d_pre + at + f, (dc * cell_before * forget * (1 - forget)).to(type), mask=mask)
+            tl.store(d_pre + at + 2 * f, (dc * g * i * (1 - i)).to(type), mask=mask)
+            tl.store(d_pre + at + 3 * f, (dc * i * (1 - g * g)).to(type), mask=mask)
+        tl.debug_barrier()
+
+
+# ------------------------------------------------------------------------------------------------- host and autograd
+
+
+def constants(form: Form, f: int, taps: int, directions: int, diagonal: bool, state: torch.dtype) -> dict:
+    """The kernels' constexpr arguments and options."""
+    return {
+        "DIRECTIONS": directions,
+        "TAPS": taps,
+        "DIAGONAL": diagonal,
+        "RESIDENT": form.resident,
+        "IMAGES": form.images,
+        "POSITIONS": form.positions,
+        "SPAN": form.block_n if form.launches else cdiv(f, form.block_n) * form.block_n,
+        "BLOCK_N": form.block_n,
+        "BLOCK_K": form.block_k,
+        "STATE": tl.float64 if state == torch.float64 else tl.float32,
+        "num_warps": form.warps,
+        "num_stages": 1,
+        "maxnreg": 255,  # all that there are: no two programs share a multiprocessor, and the stack is slow
+    }
+
+
+def launch(kernel, tensors: list[Tensor], shape: tuple, f: int, taps: int, diagonal: bool, form: Form, state) -> None:
+    """Run a kernel over all steps: in one launch, or a launch a step, backwards for the backward kernel."""
+    b, h, w, d = shape
+    extent, steps = (h, h + w - 1) if diagonal else (w, h)
+    options = constants(form, f, taps, d, diagonal, state)
+    grid = (cdiv(b, form.images) * d, cdiv(extent, form.positions), 1)
+    if not form.launches:
+        kernel[grid](*tensors, b, h, w, f, 0, steps, **options)
+        return
+    grid = (*grid[:2], cdiv(f, form.block_n))
+    order = range(steps) if kernel is lstm_scan_fwd_kernel else reversed(range(steps))
+    for step in order:
+        kernel[grid](*tensors, b, h, w, f, step, step + 1, **options)
+
+
+def sizes_of(pre: Tensor, state_weight: Tensor, diagonal: bool, form: str, backward: bool):
+    """The shape (b h w d), f, the number of taps, the form, the type of states."""
+    b, h, w, d, gates = pre.shape
+    f, taps = gates // 4, state_weight.shape[2] // (gates // 4)
+    cut = form_of(f, taps, h if diagonal else w, pre.element_size(), backward, form)
+    return (b, h, w, d), f, taps, cut, torch.float64 if pre.dtype == torch.float64 else torch.float32
+
+
+@torch.library.custom_op("pixelrnn::lstm_scan", mutates_args=())
+def lstm_scan_op(pre: Tensor, state_weight: Tensor, diagonal: bool, form: str) -> tuple[Tensor, Tensor, Tensor]:
+    shape, f, taps, cut, state = sizes_of(pre, state_weight, diagonal, form, False)
+    pre = pre.contiguous()
+    gates, hidden = torch.empty_like(pre), pre.new_empty(*shape, f)
+    cells = pre.new_empty(*shape, f, dtype=state)
+    if pre.numel():
+        weight = state_weight.to(pre.dtype).mT.contiguous()  # (d n·f 4f)
+        launch(lstm_scan_fwd_kernel, [pre, weight, gates, hidden, cells], shape, f, taps, diagonal, cut, state)
+    return hidden, gates, cells
+
+
+@lstm_scan_op.register_fake
+def _(pre, state_weight, diagonal, form):
+    f = pre.shape[4] // 4
+    state = torch.float64 if pre.dtype == torch.float64 else torch.float32
+    hidden = pre.new_empty(*pre.shape[:4], f)
+    return hidden, pre.new_empty(pre.shape), pre.new_empty(*pre.shape[:4], f, dtype=state)
+
+
+@torch.library.custom_op("pixelrnn::lstm_scan_backward", mutates_args=())
+def lstm_scan_backward_op(
+    d_hidden: Tensor, state_weight: Tensor, hidden: Tensor, gates: Tensor, cells: Tensor, diagonal: bool, form: str
+) -> tuple[Tensor, Tensor]:
+    shape, f, taps, cut, state = sizes_of(gates, state_weight, diagonal, form, True)
+    b, d, extent = shape[0], shape[3], shape[1] if diagonal else shape[2]
+    d_pre = torch.empty_like(gates)
+    if not gates.numel():
+        return d_pre, state_weight.new_zeros(state_weight.shape)
+    weight, d_cells = state_weight.to(gates.dtype).contiguous(), cells.new_zeros(b, d, extent, f)
+    tensors = [d_hidden.contiguous(), weight, gates, cells, d_pre, d_cells]
+    launch(lstm_scan_bwd_kernel, tensors, shape, f, taps, diagonal, cut, state)
+    read = what_taps_read(hidden, taps, diagonal).view(-1, d, taps * f).transpose(0, 1)  # (d bhw n·f)
+    d_gates = d_pre.view(-1, d, 4 * f).permute(1, 2, 0)  # (d 4f bhw)
+    if gates.dtype == torch.bfloat16 and gates.is_cuda:
+        d_weight = torch.bmm(d_gates, read, out_dtype=torch.float32)
+    else:
+        d_weight = torch.bmm(d_gates, read)
+    return d_pre, d_weight.to(state_weight.dtype)
+
+
+@lstm_scan_backward_op.register_fake
+def _(d_hidden, state_weight, hidden, gates, cells, diagonal, form):
+    return torch.empty_like(gates), state_weight.new_empty(state_weight.shape)
+
+
+def what_taps_read(hidden: Tensor, taps: int, diagonal: bool) -> Tensor:
+    """Hidden states (b h w d f) → those that each pixel's gates were computed from (b h w d n f)."""
+    out = hidden.new_zeros(*hidden.shape[:4], taps, hidden.shape[4])
+    if diagonal:
+        out[:, :, 1:, 0, 0] = hidden[:, :, :-1, 0]
+        out[:, :, :-1, 1, 0] = hidden[:, :, 1:, 1]
+        out[:, 1:, :, :, 1] = hidden[:, :-1]
+        return out
+    w = hidden.shape[2]
+    for tap in range(taps):
+        shift = tap - taps // 2
+        if abs(shift) < w:
+            at, read = slice(max(0, -shift), w - max(0, shift)), slice(max(0, shift), w - max(0, -shift))
+            out[:, 1:, at, :, tap] = hidden[:, :-1, read]
+    return out
+
+
+def setup_context(ctx, inputs, output) -> None:
+    ctx.save_for_backward(inputs[1], *output)
+    ctx.diagonal, ctx.form = inputs[2:]
+
+
+def backward(ctx, d_hidden, d_gates, d_cells):
+    return *lstm_scan_backward_op(d_hidden, *ctx.saved_tensors, ctx.diagonal, ctx.form), None, None
+
+
+lstm_scan_op.register_autograd(backward, setup_context=setup_context)
+
+
+def lstm_scan(pre: Tensor, state_weight: Tensor, diagonal: bool, form: str = "auto") -> Tensor:
+    """Scan images whose input-to-state product is known.
+
+    Args:
+        pre: gates before activation, without what states add (b h w d 4f); bfloat16, float32 or float64.
+        state_weight: (d 4f n·f), the taps side by side; products are in `pre`'s type, sums in float32 at least.
+        diagonal: the Diagonal BiLSTM's scan (d = n = 2), else the Row LSTM's (d = 1, n odd).
+        form: one of `FORMS`, or "auto".
+
+    Returns:
+        The hidden states (b h w d f), in `pre`'s type.
+    """
+    return lstm_scan_op(pre, state_weight, diagonal, form)[0]

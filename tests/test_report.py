@@ -1,0 +1,86 @@
+"""What `python -m kernels.report` promises: all kernels keep its rules, and one that does not makes it exit with 1."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+pytest.importorskip("triton", reason="Triton is for Linux")
+
+from kernels.report import hasty_copies, main, narrow_addresses
+
+
+def report(*arguments):
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "kernels.report", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, env=environment)
+
+
+def test_every_kernel_keeps_the_rules(tmp_path):
+    path = tmp_path / "report.json"
+    done = report("--json", str(path))
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = json.loads(path.read_text())["rows"]
+    assert {row["target"] for row in rows} == {"sm_80", "sm_90"}
+    assert not any(row["broken"] for row in rows)
+    for name in ("diagonal", "row", "convolution 7×7", "convolution 3×3", "cross-entropy", "gate"):
+        assert any(row["kernel"].startswith(name) for row in rows), name
+
+
+@pytest.mark.parametrize(
+    ("only", "other", "broken"),
+    [
+        ("diagonal 64 positions, f = 128, streamed, bfloat16, forward", "maxnreg=64", "bytes of stack"),
+        ("diagonal 28 positions, f = 128, streamed, bfloat16, forward", "num_stages=3", "asynchronous copies"),
+        ("convolution 3×3 B, 128 → 128, bfloat16, forward", "num_stages=9", "bytes of shared memory"),
+        ("convolution 3×3 B, 16 → 16, bfloat16, weight", "BLOCK_N=24", "does not compile"),
+    ],
+)
+def test_a_broken_rule_ends_with_status_1(only, other, broken):
+    done = report("--target", "sm_90", "--only", only, "--set", other)
+    assert done.returncode == 1 and broken in done.stdout, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--only", "no such kernel"], "no kernel's name holds 'no such kernel'"),
+        (["--set", "num_warps"], "'num_warps' is not allowed"),
+        (["--target", "sm_70"], "invalid choice"),
+    ],
+)
+def test_bad_arguments_are_named(arguments, said):
+    done = report(*arguments)
+    assert done.returncode == 2 and said in done.stderr and "Traceback" not in done.stderr
+
+
+def test_nothing_is_compiled_in_the_interpreter(monkeypatch, capsys):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    with pytest.raises(SystemExit) as error:
+        main([])
+    assert error.value.code == 2 and "TRITON_INTERPRET" in capsys.readouterr().err
+
+
+def test_addresses_of_32_bits_are_found():
+    """By the text of a kernel that multiplies before it widens, and of one that never widens."""
+    head = "tt.func public @k(%u: !tt.ptr<f32>, %f: i32) {\n%p = tt.get_program_id x : i32\n"
+    load = "%v = tt.load %at : !tt.ptr<f32>\n}"
+    good = head + "%w = arith.extsi %p : i32 to i64\n%o = arith.muli %w, %w : i64\n"
+    good += "%at = tt.addptr %u, %o : !tt.ptr<f32>, i64\n" + load
+    assert narrow_addresses(good, ()) == []
+    late = head + "%o = arith.muli %p, %f : i32\n%w = arith.extsi %o : i32 to i64\n"
+    late += "%at = tt.addptr %u, %w : !tt.ptr<f32>, i64\n" + load
+    assert narrow_addresses(late, ()) == ["the product %o"]
+    never = head + "%o = arith.addi %p, %f : i32\n%at = tt.addptr %u, %o : !tt.ptr<f32>, i32\n" + load
+    assert narrow_addresses(never, ()) == ["the offset into %u"]
+    assert narrow_addresses(never, ("u",)) == []
+
+
+def test_copies_of_written_memory_are_found():
+    text = "tt.func @k(%u: !tt.ptr<f32>, %w: !tt.ptr<f32>) {\n%a = tt.splat %u : x\n%b = tt.splat %w : x\n"
+    copy = "%c = ttg.async_copy_global_to_local {}, %l : x\n"
+    assert hasty_copies(text + copy.format("%b") + "tt.store %a, %v : x") == []
+    assert hasty_copies(text + copy.format("%a") + "tt.store %a, %v : x") == ["%u"]
+    assert hasty_copies(text + copy.format("%unknown") + "tt.store %a, %v : x") == ["%unknown"]
