@@ -131,10 +131,13 @@ def _(d_nats, logits, target, most, log_sum):
 
 
 def setup_context(ctx, inputs, output) -> None:
+    ctx.set_materialize_grads(False)  # what is kept has no gradient: no zeros in its place
     ctx.save_for_backward(*inputs, *output[1:])
 
 
 def backward(ctx, d_nats, *_):
+    if d_nats is None:
+        return None, None
     return cross_entropy_backward_op(d_nats, *ctx.saved_tensors), None
 
 

@@ -225,11 +225,14 @@ def _(d_hidden_states, input_weight, state_weight, packed, *_):
 
 
 def setup_context(ctx, inputs, output) -> None:
+    ctx.set_materialize_grads(False)  # what is kept has no gradient: no zeros in its place
     _, input_weight, _, state_weight = inputs
     ctx.save_for_backward(input_weight, state_weight, *output[1:])
 
 
 def backward(ctx, d_hidden_states, *_):
+    if d_hidden_states is None:
+        return (None,) * 4
     return diagonal_lstm_backward_op(d_hidden_states, *ctx.saved_tensors)
 
 

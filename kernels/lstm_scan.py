@@ -435,11 +435,14 @@ def what_taps_read(hidden: Tensor, taps: int, diagonal: bool) -> Tensor:
 
 
 def setup_context(ctx, inputs, output) -> None:
+    ctx.set_materialize_grads(False)  # what is kept has no gradient: no zeros in its place
     ctx.save_for_backward(inputs[1], *output)
     ctx.diagonal, ctx.form = inputs[2:]
 
 
-def backward(ctx, d_hidden, d_gates, d_cells):
+def backward(ctx, d_hidden, *_):
+    if d_hidden is None:
+        return (None,) * 4
     return *lstm_scan_backward_op(d_hidden, *ctx.saved_tensors, ctx.diagonal, ctx.form), None, None
 
 

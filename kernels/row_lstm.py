@@ -168,11 +168,14 @@ def _(d_hidden_states, inputs, weight, gates, cells, tanh_cell, k, m):
 
 
 def setup_context(ctx, inputs, output) -> None:
+    ctx.set_materialize_grads(False)  # what is kept has no gradient: no zeros in its place
     ctx.save_for_backward(*output[1:])
     ctx.k, ctx.m = inputs[1].shape[1], inputs[4].shape[1]
 
 
 def backward(ctx, d_hidden_states, *_):
+    if d_hidden_states is None:
+        return (None,) * 5
     gradients = row_lstm_backward_op(d_hidden_states, *ctx.saved_tensors, ctx.k, ctx.m)
     d_u, d_bias, d_input_weight, d_state_weight, d_left_weight = gradients
     return d_u, d_input_weight, d_bias, d_state_weight, d_left_weight
