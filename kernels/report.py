@@ -17,13 +17,17 @@ these rules is broken:
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import os
+import platform
 import re
+import shlex
 import subprocess
 import sys
 import tempfile
 from concurrent.futures import ProcessPoolExecutor
+from datetime import UTC, datetime
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
@@ -208,8 +212,6 @@ def usage(cubin: bytes) -> tuple[int, int]:
 
 def compile_case(case: Case, target: str, other: dict | None = None) -> dict:
     """Compile one case and hold it against the rules: a row of the report."""
-    import importlib
-
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
@@ -281,8 +283,11 @@ def main(argv: list[str] | None = None) -> int:
     broken = sum(bool(row["broken"]) for row in rows)
     print(f"Triton {triton.__version__}: {len(rows)} kernels compiled, {broken} break a rule")
     if args.json:
-        versions = {"triton": triton.__version__, "command": "python -m kernels.report"}
-        args.json.write_text(json.dumps({**versions, "rows": rows}, indent=1) + "\n")
+        command = shlex.join(["python", "-m", "kernels.report", *(f"--set={text}" for text in args.set)])
+        head = {"command": command, "date": datetime.now(UTC).isoformat(timespec="seconds")}
+        head |= {"python": platform.python_version(), "torch": torch.__version__, "triton": triton.__version__}
+        lines = ",\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
+        args.json.write_text(json.dumps(head, indent=1)[:-2] + f',\n "rows": [\n{lines}\n]}}\n')
     return 1 if broken else 0
 
 

@@ -9,6 +9,7 @@ import torch
 from torch.library import opcheck
 
 import kernels
+import models
 from kernels.cross_entropy import cross_entropy_op, cross_entropy_reference
 from kernels.diagonal_lstm import diagonal_lstm_op, diagonal_lstm_reference
 from kernels.gate import gate_op, gate_reference
@@ -246,6 +247,27 @@ def test_gate(shape):
         assert kernels.gate(u, backend="triton").shape == (*shape[:-1], shape[-1] // 2)
         return
     check(lambda u: kernels.gate(u, backend="triton"), gate_reference, [u], strange=len(shape) == 4)
+
+
+# ------------------------------------------------------------------------------------------------------ whole models
+
+
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="a float64 product is the interpreter's affair")
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("name", ["PixelCNN", "GatedPixelCNN", "RowLSTM", "DiagBiLSTM"])
+def test_a_model_is_the_same_in_both_forms(name, channels):
+    """Nats and the gradient of every parameter, with masks between the groups of colours."""
+    torch.manual_seed(0)
+    sizes = {"channels": channels, "levels": 3, "height": 3, "width": 4, "hidden": 5, "layers": 2}
+    model = models.build({"_target_": f"models.{name}", **sizes}).double()
+    x = torch.randint(0, 3, (2, channels, 3, 4), generator=torch.Generator().manual_seed(0))
+    found = []
+    for backend in kernels.BACKENDS:
+        with kernels.use(backend):
+            nats = model(x)
+            found.append([nats.detach(), *torch.autograd.grad(nats.sum(), model.parameters())])
+    for got, expected in zip(*found, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-11)
 
 
 # --------------------------------------------------------------------------------------------- as torch's operations
