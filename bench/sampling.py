@@ -31,7 +31,9 @@ def naive_start(model, b: int, count: int):
         with torch.inference_mode():
             for k in range(count):
                 i, j, g = k // c // w, k // c % w, k % c
-                evaluator.put(i, j, g, rule(i, j, g, evaluator.logits(i, j, g)))
+                evaluator.load(i)
+                rule.load(i)
+                evaluator.put(j, g, rule(j, g, evaluator.logits(j, g)))
 
     return run
 

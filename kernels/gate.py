@@ -109,7 +109,7 @@ class Gate(torch.autograd.Function):
     def forward(ctx, u):
         f = u.shape[-1] // 2
         doubled = u.new_ones(2 * f)
-        doubled[:f] = 2
+        doubled[:f].fill_(2)
         both = (u * doubled).sigmoid_()
         tanh, sigmoid = both.split(f, dim=-1)
         tanh.mul_(2).sub_(1)

@@ -117,7 +117,8 @@ def elementwise() -> list[Case]:
     out = []
     for dtype, pointer in POINTERS.items():
         for v in (2, 256, 1024):
-            types = {"logits": pointer, "target": "*i64", "nats": "*fp32", "most": "*fp32", "log_sum": "*fp32"}
+            types = {"logits": pointer, "target": "*u8" if v <= 256 else "*i64"}
+            types |= {"nats": "*fp32", "most": "*fp32", "log_sum": "*fp32"}
             types |= {"d_nats": "*fp32", "d_logits": pointer}
             constants = cross_entropy_constants(v, False)
             for kernel in ("cross_entropy_fwd_kernel", "cross_entropy_bwd_kernel"):

@@ -158,24 +158,29 @@ class DiagonalLSTMsScan:
                         )
                     )
 
-    def begin_row(self, i: int) -> None:
+    def load(self, i: int) -> None:
+        """What depends on the number of the row in hand goes to where `begin_row` reads it."""
+        self.condition.load(i)
+        self.mirrored_condition.load(max(i - 1, 0))
+
+    def begin_row(self, first: bool) -> None:
         f = self.f
-        if i > 0:
-            self.finish_row(i - 1)
+        if not first:
+            self.finish_row()
         hidden = self.row[:, :, 1:, :f].reshape(-1, self.b * self.width, f)
         torch.baddbmm(self.above_bias, hidden, self.above_weight, out=self.above)
-        self.condition.add_to(self.above.view(-1, self.b, self.width, 4 * f), i)
+        self.condition.add_to(self.above.view(-1, self.b, self.width, 4 * f))
         self.cell.zero_()
 
-    def finish_row(self, i: int) -> None:
-        """Run the mirrored direction over row i, which is finished, all layers side by side."""
+    def finish_row(self) -> None:
+        """Run the mirrored direction over the row just finished, all layers side by side."""
         f, layers = self.f, len(self.row)
         self.mirrored_inputs[..., :f] = self.mirrored
         self.mirrored_inputs[..., f:] = self.row[:, :, : self.width, f:]
         inputs = self.mirrored_inputs.view(layers, -1, 3 * f)
         torch.baddbmm(self.mirrored_bias, inputs, self.mirrored_weight, out=self.mirrored_gates)
         gates_of_row = self.mirrored_gates.view(layers, self.b, self.width, 4 * f)
-        self.mirrored_condition.add_to(gates_of_row, i)
+        self.mirrored_condition.add_to(gates_of_row)
         cell, tanh = self.mirrored_cell.zero_(), self.mirrored_tanh
         for j in range(self.width - 1, -1, -1):
             gates = gates_of_row[:, :, j]

@@ -122,16 +122,21 @@ class GatedLayersScan:
                         )
                     )
 
-    def begin_row(self, i: int) -> None:
-        """Called after the stem wrote `vertical` of row i."""
+    def load(self, i: int) -> None:
+        """What depends on the number of the row in hand goes to where `begin_row` reads it."""
+        self.condition.load(i)
+        self.vertical_condition.load(i)
+
+    def begin_row(self, first: bool) -> None:
+        """Called after the stem wrote `vertical` of the row in hand."""
         self.vertical_gates.zero_()
-        self.vertical_condition.add_to(self.vertical_gates, i)
+        self.vertical_condition.add_to(self.vertical_gates)
         for layer, conv in enumerate(self.vertical_conv):
             gates = F.conv2d(self.v[layer].permute(0, 3, 1, 2), conv.weight, conv.bias)[:, :, 0].mT
             self.v[layer + 1, :, 1, 1:-1] = kernels.gate(self.vertical_gates[layer].add_(gates))
         v = self.v[1:, :, 1, 1:-1].reshape(-1, self.b * self.width, self.f)
         torch.baddbmm(self.above_bias, v, self.above_weight, out=self.above)
-        self.condition.add_to(self.above.view(-1, self.b, self.width, 2 * self.f), i)
+        self.condition.add_to(self.above.view(-1, self.b, self.width, 2 * self.f))
         self.v[:, :, 0] = self.v[:, :, 1]  # the next row's row above
 
     def step(self, j: int, g: int) -> Tensor:

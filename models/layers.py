@@ -153,11 +153,11 @@ class MaskedConvScan:
     """A mask-A convolution of an image, at one pixel, group by group.
 
     Once a row, all taps of the rows above, for all columns. A sub-pixel then costs one product: the left taps and the
-    colours already known of the pixel itself stand side by side in a row of `image`.
+    colours already known of the pixel itself stand side by side in the last row of `rows`.
 
     Args:
         conv: the convolution; its inputs are the colours themselves.
-        b, height, width: how many images of which size; the width with the extra columns.
+        b, width: how many images of which width, with the extra columns.
         outputs: where to write, a view (b f_g) for each column and group.
         vertical: where to write what sees the rows above alone (b w vertical), once a row.
     """
@@ -166,38 +166,48 @@ class MaskedConvScan:
         self,
         conv: MaskedConv,
         b: int,
-        height: int,
         width: int,
         outputs: list[list[Tensor]],
         vertical: Tensor | None = None,
     ):
         weight, reach = conv.masked_weight(), conv.reach
         features, colours = weight.shape[:2]
-        self.reach, self.colours, self.groups, self.outputs = reach, colours, conv.groups, outputs
-        self.image = weight.new_zeros(b, height + reach, width + 2 * reach, colours)  # zeros outside
+        self.groups = conv.groups
+        self.rows = weight.new_zeros(
+            b, reach + 1, width + 2 * reach, colours
+        )  # those above, the row in hand; zeros outside
         self.above_weight, self.above_bias = weight[:, :, :reach].contiguous(), conv.bias
         self.above = weight.new_zeros(b, width, features)
         self.vertical = vertical
         taps = weight[conv.vertical :, :, reach, : reach + 1].permute(2, 1, 0).flatten(0, 1)  # (column·colour f)
         groups = [s for (s,) in group_slices(features - conv.vertical, conv.groups)]
-        self.weights = [taps[: reach * colours + g, s].contiguous() for g, s in enumerate(groups)]
-        above = self.above[:, :, conv.vertical :]
-        self.above_parts = [[above[:, j, s] for s in groups] for j in range(width)]
+        weights = [taps[: reach * colours + g, s].contiguous() for g, s in enumerate(groups)]
+        above, row = self.above[:, :, conv.vertical :], self.rows[:, reach].flatten(1)  # (b, padded width · colours)
+        self.plan = [
+            [
+                (above[:, j, s], row[:, j * colours : (j + reach) * colours + g], weights[g], outputs[j][g])
+                for g, s in enumerate(groups)
+            ]
+            for j in range(width)
+        ]
+        self.slots = [[row[:, (j + reach) * colours + c] for c in range(colours)] for j in range(width)]
 
-    def begin_row(self, i: int) -> None:
-        self.row = self.image[:, i + self.reach].flatten(1)  # (b, padded width · colours)
-        rows = self.image[:, i : i + self.reach].permute(0, 3, 1, 2)
+    def begin_row(self) -> None:
+        for k in range(self.rows.shape[1] - 1):
+            self.rows[:, k] = self.rows[:, k + 1]
+        self.rows[:, -1].zero_()
+        rows = self.rows[:, :-1].permute(0, 3, 1, 2)
         self.above.copy_(F.conv2d(rows, self.above_weight, self.above_bias)[:, :, 0].mT)
         if self.vertical is not None:
             self.vertical.copy_(self.above[:, :, : self.vertical.shape[2]])
 
     def step(self, j: int, g: int) -> None:
-        start, stop = j * self.colours, (j + self.reach) * self.colours + g
-        torch.addmm(self.above_parts[j][g], self.row[:, start:stop], self.weights[g], out=self.outputs[j][g])
+        above, known, weight, out = self.plan[j][g]
+        torch.addmm(above, known, weight, out=out)
 
     def put(self, j: int, c: int, values: Tensor) -> None:
         """Make known the scaled values (b,) of colour c at column j."""
-        self.row[:, (j + self.reach) * self.colours + c] = values
+        self.slots[j][c].copy_(values)
 
 
 class ConditionScan:
@@ -211,18 +221,23 @@ class ConditionScan:
     def __init__(self, condition: Tensor | None, weight: Tensor | None):
         self.condition = condition
         if condition is not None:
-            self.weight = weight.mT.contiguous()
-            self.everywhere = self.product(0) if condition.shape[1] == 1 else None
+            self.weight, self.row = weight.mT.contiguous(), condition[:, 0].clone()
+            self.everywhere = self.product() if condition.shape[1] == 1 else None
 
-    def product(self, i: int) -> Tensor:
+    def product(self) -> Tensor:
         layers, d, outputs = self.weight.shape
-        row = self.condition[:, i].reshape(1, -1, d).expand(layers, -1, -1)
+        row = self.row.reshape(1, -1, d).expand(layers, -1, -1)
         return torch.bmm(row, self.weight).view(layers, len(self.condition), -1, outputs)
 
-    def add_to(self, above: Tensor, i: int) -> None:
-        """Add row i's part to pre-activations (layers b w outputs)."""
+    def load(self, i: int) -> None:
+        """Row i is the one that `add_to` adds from now on."""
+        if self.condition is not None and self.everywhere is None:
+            self.row.copy_(self.condition[:, i])
+
+    def add_to(self, above: Tensor) -> None:
+        """Add the row's part to pre-activations (layers b w outputs)."""
         if self.condition is not None:
-            above += self.product(i) if self.everywhere is None else self.everywhere
+            above += self.product() if self.everywhere is None else self.everywhere
 
 
 def check(name: str, value, kind: type, low, high=math.inf) -> None:

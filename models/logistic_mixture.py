@@ -46,7 +46,7 @@ def log_mass(x: Tensor, mean: Tensor, sharpness: Tensor, highest: float) -> Tens
         x: values from the middle of the range, from −highest to highest in steps of one.
         mean, sharpness: of the logistics, in levels from the middle and in 1 / levels.
     """
-    below, above = torch.where(x == -highest, FAR, 0.5), torch.where(x == highest, FAR, 0.5)
+    below, above = (x == -highest) * FAR + 0.5, (x == highest) * FAR + 0.5
     distance = x - mean
     return (
         F.logsigmoid((distance + above) * sharpness)

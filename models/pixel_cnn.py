@@ -89,7 +89,11 @@ class ResidualBlocksScan:
                         )
                     )
 
-    def begin_row(self, i: int) -> None:
+    def load(self, i: int) -> None:
+        """What depends on the number of the row in hand goes to where `begin_row` reads it."""
+        self.condition.load(i)
+
+    def begin_row(self, first: bool) -> None:
         layers, b, padded, f = self.row.shape
         torch.cat(
             [self.row[:, :, k : k + padded - 2] for k in range(3)],
@@ -97,7 +101,7 @@ class ResidualBlocksScan:
             out=self.taps.view(layers, b, -1, 3 * f),
         )
         torch.baddbmm(self.above_bias, self.taps, self.above_weight, out=self.above)
-        self.condition.add_to(self.above.view(layers, b, -1, f), i)
+        self.condition.add_to(self.above.view(layers, b, -1, f))
 
     def step(self, j: int, g: int) -> Tensor:
         """From group g of the stem at column j, in `inputs[j][g]`, to group g of the head's input (b 2f_g)."""

@@ -121,12 +121,16 @@ class RowLSTMsScan:
                         )
                     )
 
-    def begin_row(self, i: int) -> None:
+    def load(self, i: int) -> None:
+        """What depends on the number of the row in hand goes to where `begin_row` reads it."""
+        self.condition.load(i)
+
+    def begin_row(self, first: bool) -> None:
         w, f = self.width, self.f
         taps = self.taps.view(-1, self.b, w, 3 * f)
         torch.cat([self.hidden[:, :, k : k + w] for k in range(3)], dim=3, out=taps)
         torch.baddbmm(self.above_bias, self.taps, self.above_weight, out=self.above)
-        self.condition.add_to(self.above.view(-1, self.b, w, 4 * f), i)
+        self.condition.add_to(self.above.view(-1, self.b, w, 4 * f))
 
     def step(self, j: int, g: int) -> Tensor:
         """From group g of the stem at column j, in `inputs[j][g]`, to group g of the head's input (b 2f_g)."""

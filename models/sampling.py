@@ -6,6 +6,10 @@ The loop visits sub-pixels in raster order, red before green before blue. At eac
 (b v) and hands them to a rule, which answers with values (b,). Two evaluators have the same calls: `RowScan` computes
 every activation once, `FullForward` re-runs the network for each sub-pixel. Noise is injected: one uniform number a
 sub-pixel, so that both draw the same images from the same numbers.
+
+What depends on the number of the row is loaded before it and stored after it. In between, rule and row scan read and
+write static memory alone, and do the same in every row but the first: on a GPU one row is captured as a CUDA graph, and
+replayed for the others.
 """
 
 from collections.abc import Callable, Iterator
@@ -28,24 +32,27 @@ class RowScan:
         columns = model.width + model.stem.extra
         self.outside = range(model.width, columns)
         self.body = model.body.scan(b, columns, condition)
-        self.stem = MaskedConvScan(model.stem, b, model.height, columns, self.body.inputs, self.body.vertical)
+        self.stem = MaskedConvScan(model.stem, b, columns, self.body.inputs, self.body.vertical)
 
-    def begin_row(self, i: int) -> None:
-        if i > 0:  # the row above has no pixels in the extra columns, but features
+    def load(self, i: int) -> None:
+        self.body.load(i)
+
+    def begin_row(self, first: bool) -> None:
+        if not first:  # the row above has no pixels in the extra columns, but features
             for j in self.outside:
                 for g in range(self.stem.groups):
                     self.stem.step(j, g)
                     self.body.step(j, g)
-        self.stem.begin_row(i)
-        self.body.begin_row(i)
+        self.stem.begin_row()
+        self.body.begin_row(first)
 
-    def logits(self, i: int, j: int, c: int) -> Tensor:
+    def logits(self, j: int, c: int) -> Tensor:
         if c < self.stem.groups:  # one group: all colours of a pixel come from one step
             self.stem.step(j, c)
             self.head.step(self.body.step(j, c), c)
         return self.head.logits(c)
 
-    def put(self, i: int, j: int, c: int, values: Tensor) -> None:
+    def put(self, j: int, c: int, values: Tensor) -> None:
         self.stem.put(j, c, self.scale(values))
         self.head.put(c, values)
 
@@ -57,21 +64,35 @@ class FullForward:
         self.model, self.condition = model, condition
         self.x = torch.zeros(b, *model.shape, dtype=torch.long, device=model.device)
 
-    def begin_row(self, i: int) -> None:
+    def load(self, i: int) -> None:
+        self.i = i
+
+    def begin_row(self, first: bool) -> None:
         pass
 
-    def logits(self, i: int, j: int, c: int) -> Tensor:
-        parameters = self.model.parameters_at(self.x, self.condition)[:, i, j]
-        return self.model.head.logits(parameters, self.x[:, :, i, j])[:, c]
+    def logits(self, j: int, c: int) -> Tensor:
+        parameters = self.model.parameters_at(self.x, self.condition)[:, self.i, j]
+        return self.model.head.logits(parameters, self.x[:, :, self.i, j])[:, c]
 
-    def put(self, i: int, j: int, c: int, values: Tensor) -> None:
-        self.x[:, c, i, j] = values
-
-
-METHODS = {"cached": RowScan, "naive": FullForward}
+    def put(self, j: int, c: int, values: Tensor) -> None:
+        self.x[:, c, self.i, j] = values
 
 
-class Draw:
+class Rule:
+    """What chooses values: `load(i)` before a row, then a call for each of its sub-pixels, then `store(i)`."""
+
+    def load(self, i: int) -> None:
+        """Row i comes next: what the calls read of it goes to static memory."""
+
+    def __call__(self, j: int, g: int, logits: Tensor) -> Tensor:
+        """The values (b,) of colour g at column j, given their logits (b v)."""
+        raise NotImplementedError
+
+    def store(self, i: int) -> None:
+        """Row i is done: what the calls wrote of it goes to where it is kept."""
+
+
+class Draw(Rule):
     """Draw from the conditional, by inverse CDF of one uniform number a sub-pixel.
 
     Args:
@@ -80,58 +101,100 @@ class Draw:
     """
 
     def __init__(self, uniforms: Tensor, temperature: float = 1.0):
-        self.uniforms, self.temperature = uniforms, temperature
+        self.uniforms, self.temperature, self.row = uniforms, temperature, uniforms[:, :, 0].clone()
 
-    def __call__(self, i: int, j: int, g: int, logits: Tensor) -> Tensor:
+    def load(self, i: int) -> None:
+        self.row.copy_(self.uniforms[:, :, i])
+
+    def __call__(self, j: int, g: int, logits: Tensor) -> Tensor:
         if self.temperature == 0:
             return logits.argmax(1)
         likeliest = logits.amax(1, keepdim=True)  # subtracted before the division, which may overflow
         cdf = ((logits - likeliest) / self.temperature).softmax(1).cumsum(1)
-        return (cdf[:, :-1] <= self.uniforms[:, g, i, j, None] * cdf[:, -1:]).sum(1)
+        return (cdf[:, :-1] <= self.row[:, g, j, None] * cdf[:, -1:]).sum(1)
 
 
-class Given:
+class Given(Rule):
     """Take the values of given images x (b c h w): what scores them."""
 
     def __init__(self, x: Tensor):
         self.x = x.long()
+        self.row = self.x[:, :, 0].clone()
 
-    def __call__(self, i: int, j: int, g: int, logits: Tensor) -> Tensor:
-        return self.x[:, g, i, j]
+    def load(self, i: int) -> None:
+        self.row.copy_(self.x[:, :, i])
+
+    def __call__(self, j: int, g: int, logits: Tensor) -> Tensor:
+        return self.row[:, g, j]
 
 
-class Keep:
+class Keep(Rule):
     """Keep the sub-pixels of x (b c h w) that are `known` (b c h w, true or false); ask another rule for the rest.
 
     Only known sub-pixels that come before another in the order are evidence for it.
     """
 
-    def __init__(self, x: Tensor, known: Tensor, otherwise: Callable):
-        self.x, self.known, self.otherwise = x.long(), known.bool(), otherwise
+    def __init__(self, x: Tensor, known: Tensor, otherwise: Rule):
+        self.given, self.known, self.otherwise = Given(x), known.bool(), otherwise
+        self.known_row = self.known[:, :, 0].clone()
 
-    def __call__(self, i: int, j: int, g: int, logits: Tensor) -> Tensor:
-        at = (slice(None), g, i, j)
-        return torch.where(self.known[at], self.x[at], self.otherwise(i, j, g, logits))
+    def load(self, i: int) -> None:
+        self.given.load(i)
+        self.known_row.copy_(self.known[:, :, i])
+        self.otherwise.load(i)
+
+    def __call__(self, j: int, g: int, logits: Tensor) -> Tensor:
+        return torch.where(self.known_row[:, g, j], self.given(j, g, logits), self.otherwise(j, g, logits))
+
+    def store(self, i: int) -> None:
+        self.otherwise.store(i)
 
 
-class Record:
+class Record(Rule):
     """Ask another rule, and add up how likely its choices were: `log_prob` (b,) nats, at temperature 1.
 
     With `conditionals=True` every conditional is kept too (b c h w v).
     """
 
-    def __init__(self, model: AutoregressiveModel, rule: Callable, b: int, conditionals: bool = False):
+    def __init__(self, model: AutoregressiveModel, rule: Rule, b: int, conditionals: bool = False):
         self.rule, new = rule, model.stem.weight.new_zeros
         self.log_prob = new(b)
         self.conditionals = new(b, *model.shape, model.levels) if conditionals else None
+        self.row = new(b, model.channels, model.width, model.levels) if conditionals else None
 
-    def __call__(self, i: int, j: int, g: int, logits: Tensor) -> Tensor:
-        values = self.rule(i, j, g, logits)
+    def load(self, i: int) -> None:
+        self.rule.load(i)
+
+    def __call__(self, j: int, g: int, logits: Tensor) -> Tensor:
+        values = self.rule(j, g, logits)
         log_probs = logits.log_softmax(1)
         self.log_prob += log_probs.gather(1, values[:, None])[:, 0]
-        if self.conditionals is not None:
-            self.conditionals[:, g, i, j] = log_probs
+        if self.row is not None:
+            self.row[:, g, j] = log_probs
         return values
+
+    def store(self, i: int) -> None:
+        self.rule.store(i)
+        if self.row is not None:
+            self.conditionals[:, :, i] = self.row
+
+
+METHODS = ("cached", "cached-eager", "cached-graph", "naive")
+
+
+def method_for(model: AutoregressiveModel, method: str) -> str:
+    """The method by its own name: "cached" is the quickest for the model's device.
+
+    Raises:
+        ValueError: there is no such method, or not on this device.
+    """
+    check_one_of("method", method, METHODS)
+    cuda = model.device.type == "cuda"
+    if method == "cached":
+        return "cached-graph" if cuda else "cached-eager"
+    if method == "cached-graph" and not cuda:
+        raise ValueError(f"method={method!r} is not allowed on {model.device.type}: it is for cuda")
+    return method
 
 
 @contextmanager
@@ -142,7 +205,7 @@ def threads_for(model: AutoregressiveModel, method: str, b: int) -> Iterator[Non
     """
     largest = b * max(parameter.numel() for parameter in model.body.parameters())  # multiply-adds of one product
     before = torch.get_num_threads()
-    if method == "cached" and largest < 2**22:
+    if method == "cached-eager" and largest < 2**22:
         torch.set_num_threads(1)
     try:
         yield
@@ -153,7 +216,7 @@ def threads_for(model: AutoregressiveModel, method: str, b: int) -> Iterator[Non
 def pixel_loop(
     model: AutoregressiveModel,
     method: str,
-    rule: Callable,
+    rule: Rule,
     b: int,
     tell: Callable = lambda: None,
     condition: Tensor | None = None,
@@ -161,30 +224,57 @@ def pixel_loop(
     """Visit all sub-pixels of b images in order and return what the rule chose (b c h w) int64.
 
     Args:
-        method: "cached" (the row scan) or "naive" (the whole network for each sub-pixel).
-        rule: called as rule(i, j, g, logits (b v)), answers with values (b,).
+        method: "naive" (the whole network for each sub-pixel), "cached-eager" (the row scan, operation by operation),
+            "cached-graph" (the row scan, one row a CUDA graph), or "cached" (the quickest for the device).
+        rule: what chooses the values.
         tell: called after each row.
         condition: what `model.condition` made, where the model is conditioned on something.
     """
-    check_one_of("method", method, METHODS)
+    method = method_for(model, method)
     in_training = [module for module in model.modules() if module.training]
     model.eval()
     try:
         with torch.inference_mode(), threads_for(model, method, b):
             x = torch.zeros(b, *model.shape, dtype=torch.long, device=model.device)
-            evaluator = METHODS[method](model, b, condition)
-            for i in range(model.height):
-                evaluator.begin_row(i)
+            values = torch.zeros_like(x[:, :, 0])  # of the row in hand
+            evaluator = (FullForward if method == "naive" else RowScan)(model, b, condition)
+
+            def row(first: bool) -> None:
+                evaluator.begin_row(first)
                 for j in range(model.width):
                     for g in range(model.channels):
-                        values = rule(i, j, g, evaluator.logits(i, j, g))
-                        evaluator.put(i, j, g, values)
-                        x[:, g, i, j] = values
+                        value = rule(j, g, evaluator.logits(j, g))
+                        evaluator.put(j, g, value)
+                        values[:, g, j] = value
+
+            other_row = partial(row, False)
+            for i in range(model.height):
+                evaluator.load(i)
+                rule.load(i)
+                if i == 0:
+                    row(True)
+                else:
+                    if i == 1 and method == "cached-graph":
+                        other_row = captured(other_row)
+                    other_row()
+                rule.store(i)
+                x[:, :, i] = values
                 tell()
     finally:
         for module in in_training:
             module.training = True
     return x.clone()  # a tensor made in inference mode takes part in nothing else
+
+
+def captured(run: Callable[[], None]) -> Callable[[], None]:
+    """What replays `run` as a CUDA graph: it reads and writes the same memory each time, and asks nothing of the host.
+
+    Libraries allocate and choose at their first call, which a graph cannot hold: `run`'s operations ran once before.
+    """
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    return graph.replay
 
 
 def noise(seed: int, images: range, shape: tuple[int, int, int], stage: int = 0) -> Tensor:
@@ -242,7 +332,7 @@ def sample(
     check("seed", seed, int, 0, 2**64 - 1)
     check("temperature", temperature, float, 0)
     check("batch_size", batch_size, int, 1)
-    check_one_of("method", method, METHODS)
+    method = method_for(model.nets[0], method)
     label = torch.full((n,), label) if isinstance(label, int) else label
     model.check_condition(n, label, cond)
     if uniforms is not None:
