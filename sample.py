@@ -1,6 +1,7 @@
 """Draw images from a trained model: `python sample.py [checkpoint=…] [n=64] [out=samples.png]`."""
 
 import math
+import os
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -20,7 +21,10 @@ from models.base import ImageModel
 from models.checkpoint import find, read, rebuild, write_atomically
 from models.layers import check
 from models.sampling import sample
-from report import Bar
+from output import NpyFile, PngFolder, digest, rank_and_world, share
+from report import Bar, commit, version
+
+PICTURED = 4096  # of more images than these, the picture shows the first
 
 
 def grid(x: Tensor, levels: int, columns: int | None = None) -> Image.Image:
@@ -99,15 +103,32 @@ def beside(given: Completion, drawn: Tensor, completions: int, levels: int) -> T
     return rows.flatten(0, 1)
 
 
+def sink_of(cfg, n: int, model: ImageModel, path: Path) -> NpyFile | PngFolder | None:
+    """What `npy` or `pngs` says: where the images go as they come."""
+    keys = ("seed", "temperature", "label", "complete", "keep", "mask", "completions")
+    what = {"n": n, "checkpoint": digest(path), **{key: cfg[key] for key in keys}}
+    what |= {"versions": {name: version(name) for name in ("torch", "triton", "numpy")} | {"commit": commit()}}
+    if cfg.npy is not None:
+        dtype = np.dtype(np.uint8 if model.levels <= 256 else np.int64)
+        return NpyFile(Path(cfg.npy), n, model.shape, dtype, what)
+    return None if cfg.pngs is None else PngFolder(Path(cfg.pngs), n, model.levels, what)
+
+
 def main(cfg) -> None:
-    out = Path(cfg.out)
+    out, (rank, world) = Path(cfg.out), rank_and_world()
     check_writable(out, ".png")
     if cfg.npy is not None:
         check_writable(Path(cfg.npy), ".npy")
+    if cfg.npy is not None and cfg.pngs is not None:
+        raise ValueError(f"npy={cfg.npy} and pngs={cfg.pngs} are given: one of them is allowed")
+    if world > 1 and cfg.npy is None and cfg.pngs is None:
+        raise ValueError(f"{world} processes draw into one place: npy=FILE.npy or pngs=FOLDER is needed")
     if cfg.columns is not None and cfg.columns < 1:
         raise ValueError(f"columns={cfg.columns} is not allowed: at least 1 is")
-    path = find(cfg.checkpoint)
-    checkpoint = read(path, choose_device(cfg.device))
+    path, device = find(cfg.checkpoint), choose_device(cfg.device)
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    checkpoint = read(path, device)
     model = rebuild(checkpoint)
     print(f"{path} · {type(model).__name__}, {model.channels}×{model.height}×{model.width}, {model.levels} levels")
     columns, known = cfg.columns, None
@@ -116,35 +137,56 @@ def main(cfg) -> None:
         known = given.x.repeat_interleave(cfg.completions, 0), given.known.repeat_interleave(cfg.completions, 0)
         label = None if given.label is None else given.label.repeat_interleave(cfg.completions)
         n, columns = len(known[0]), 2 + cfg.completions
-    elif cfg.label is not None or not model.classes:
-        n, label = 64 if cfg.n is None else cfg.n, cfg.label
     else:
-        label, in_rows = labels_in_rows(model.classes, cfg.n)
-        n, columns = len(label), columns or in_rows
-    rows, start = sum(net.height for net in model.nets), time.perf_counter()
-    with Bar("sample rows", max(n, 1) * rows) as bar:
+        n, label = 64 if cfg.n is None else cfg.n, cfg.label
+        check("n", n, int, 1)
+        if label is None and model.classes:
+            label, in_rows = labels_in_rows(model.classes, cfg.n)
+            n, columns = len(label), columns or in_rows
+    label = torch.full((n,), label) if isinstance(label, int) else label
+    sink = sink_of(cfg, n, model, path)
+    images = list(range(n)) if sink is None else share(sink.missing())
+    check("batch_size", cfg.batch_size, int, 1)
+    rows, start, drawn = sum(net.height for net in model.nets), time.perf_counter(), []
+    with Bar("sample rows", max(len(images), 1) * rows) as bar:
 
         def tell(done: int) -> None:
             bar.advance(done)
             bar.text(f"{bar.done / rows / (time.perf_counter() - start):.1f} images/s")
 
-        x = sample(
-            model,
-            n,
-            seed=cfg.seed,
-            method=cfg.method,
-            temperature=cfg.temperature,
-            label=label,
-            known=known,
-            batch_size=cfg.batch_size,
-            tell=tell,
-        )
+        for first in range(0, len(images), cfg.batch_size):
+            batch = images[first : first + cfg.batch_size]
+            x = sample(
+                model,
+                len(batch),
+                seed=cfg.seed,
+                method=cfg.method,
+                temperature=cfg.temperature,
+                label=None if label is None else label[batch],
+                known=None if known is None else (known[0][batch], known[1][batch]),
+                images=batch,
+                batch_size=cfg.batch_size,
+                tell=tell,
+            )
+            if sink is None:
+                drawn.append(x)
+            else:
+                sink.put(batch, x)
     seconds = time.perf_counter() - start
-    picture = x if cfg.complete is None else beside(given, x, cfg.completions, model.levels)
-    save_grid(out, picture, model.levels, columns)
-    if cfg.npy is not None:
-        write_atomically(Path(cfg.npy), lambda file: np.save(file, x.numpy(), allow_pickle=False))
-    print(f"{n} images in {seconds:.2f} s ({n / seconds:.1f} images/s): {out}" + (f", {cfg.npy}" if cfg.npy else ""))
+    said = f"{len(images)} images in {seconds:.2f} s ({len(images) / seconds:.1f} images/s)"
+    if sink is not None and not sink.finish():
+        print(f"{said}: the share of process {rank} of {world}, {cfg.npy or cfg.pngs} is not whole yet")
+        return
+    if sink is not None and cfg.npy is not None and Path(cfg.npy).exists():
+        drawn = [torch.from_numpy(np.load(cfg.npy))]
+    if drawn:
+        x = torch.cat(drawn)
+        picture = x[:PICTURED] if cfg.complete is None else beside(given, x, cfg.completions, model.levels)
+        save_grid(out, picture, model.levels, columns)
+        said += f": {out}" + (f", {cfg.npy}" if cfg.npy else "")
+    else:
+        said += f": {cfg.pngs}"
+    print(said)
 
 
 if __name__ == "__main__":

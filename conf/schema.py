@@ -51,6 +51,7 @@ class Sample:
     seed: int = MISSING
     out: str = MISSING
     npy: str | None = None
+    pngs: str | None = None
     columns: int | None = None
     batch_size: int = MISSING
     device: str = MISSING

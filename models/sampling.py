@@ -12,7 +12,7 @@ write static memory alone, and do the same in every row but the first: on a GPU 
 replayed for the others.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 
@@ -277,7 +277,7 @@ def captured(run: Callable[[], None]) -> Callable[[], None]:
     return graph.replay
 
 
-def noise(seed: int, images: range, shape: tuple[int, int, int], stage: int = 0) -> Tensor:
+def noise(seed: int, images: Iterable[int], shape: tuple[int, int, int], stage: int = 0) -> Tensor:
     """Uniform numbers in [0, 1) for images of `shape` (c h w): (n c h w) float32.
 
     Those of image k depend on `seed`, k and `stage` alone: a counter-based generator has the pair as its key, and each
@@ -302,6 +302,7 @@ def sample(
     cond: Tensor | None = None,
     uniforms: Tensor | list[Tensor] | None = None,
     known: tuple[Tensor, Tensor] | None = None,
+    images: Sequence[int] | None = None,
     batch_size: int = 64,
     tell: Callable[[int], None] = lambda rows: None,
 ) -> Tensor:
@@ -319,6 +320,8 @@ def sample(
             tensor for each of `model.nets`.
         known: (x (n c h w), mask (n c h w)); sub-pixels where the mask is true are kept, the others drawn. Only those
             before a sub-pixel in the order of drawing are evidence for it.
+        images: which n of a seed's images to draw, numbers from 0; None: the first n. Image k depends on the seed and
+            k, not on what is drawn beside it: `label`, `cond`, `uniforms` and `known` are of these n, in their order.
         batch_size: how many images are drawn side by side; memory grows with it, not with n.
         tell: called after each finished row of a batch with how many rows of images that were.
 
@@ -340,16 +343,21 @@ def sample(
         check_uniforms(uniforms, [(n, *net.shape) for net in model.nets])
     if known is not None:
         check_known(model, n, *known)
+    images = range(n) if images is None else images
+    if len(images) != n or any(not isinstance(k, int) or k < 0 for k in images):
+        raise ValueError(f"images={images!r} is not allowed: n={n} integers of at least 0 are")
     out = []
     for start in range(0, n, batch_size):
-        images = range(start, min(start + batch_size, n))
+        batch = slice(start, min(start + batch_size, n))
 
-        def part(x: Tensor | None, images: range = images) -> Tensor | None:
-            return None if x is None else x[images.start : images.stop].to(model.device)
+        def part(x: Tensor | None, batch: slice = batch) -> Tensor | None:
+            return None if x is None else x[batch].to(model.device)
 
         x, given = None, (part(label), part(cond))
         for k, net in enumerate(model.nets):
-            numbers = noise(seed, images, net.shape, k).to(model.device) if uniforms is None else part(uniforms[k])
+            numbers = (
+                noise(seed, images[batch], net.shape, k).to(model.device) if uniforms is None else part(uniforms[k])
+            )
             rule = Draw(numbers, temperature)
             with torch.no_grad():
                 stage = model.stage(k, x, *given)
@@ -358,7 +366,7 @@ def sample(
                 rule = Keep(*(part(tensor)[:, :, ::step, ::step] for tensor in known), rule)
             if stage.known is not None:
                 rule = Keep(stage.x, stage.known, rule)
-            x = pixel_loop(net, method, rule, len(images), partial(tell, len(images)), stage.condition)
+            x = pixel_loop(net, method, rule, len(numbers), partial(tell, len(numbers)), stage.condition)
         out.append(x.to("cpu", torch.uint8 if model.levels <= 256 else torch.int64))
     return torch.cat(out)
 

@@ -1,5 +1,6 @@
 """The commands as people type them: what they write, that killed runs resume bit for bit, and how mistakes end."""
 
+import contextlib
 import json
 import os
 import signal
@@ -254,6 +255,91 @@ class TestSampling:
     def test_grid_of_any_colours(self, channels, mode):
         picture = sample.grid(torch.full((3, channels, 4, 5), 2), levels=3)
         assert picture.mode == mode and np.asarray(picture).max() == 255
+
+
+class TestManyImages:
+    """Written as they come, continued when cut short, cut among processes: the same images each time."""
+
+    @pytest.fixture
+    def whole(self, call, trained):
+        """What one process draws at once: (n c h w)."""
+        status, _, err = call("sample", f"checkpoint={trained}", "n=7", "seed=3", "npy=whole.npy")
+        assert status == 0, err
+        assert sorted(p.name for p in Path.cwd().glob("whole*")) == ["whole.npy", "whole.npy.json"]
+        said = json.loads(Path("whole.npy.json").read_text())
+        assert said["seed"] == 3 and said["n"] == 7 and len(said["checkpoint"]) == 64 and said["versions"]["torch"]
+        return np.load("whole.npy")
+
+    def cut_short(self, call, monkeypatch, after: int, *arguments: str) -> None:
+        """Run a command that is killed in the middle of a batch after so many whole ones."""
+        batches = []
+
+        def failing(*given, **keywords):
+            if len(batches) == after:
+                raise KeyboardInterrupt
+            batches.append(1)
+            return draw(*given, **keywords)
+
+        draw = sample.sample
+        with monkeypatch.context() as patch:
+            patch.setattr(sample, "sample", failing)
+            with contextlib.suppress(KeyboardInterrupt):
+                call("sample", *arguments)
+
+    @pytest.mark.parametrize("batch_size", [1, 3, 64])
+    def test_a_run_cut_short_is_continued(self, call, trained, whole, monkeypatch, batch_size):
+        arguments = f"checkpoint={trained}", "n=7", "seed=3", "npy=cut.npy"
+        self.cut_short(call, monkeypatch, 2, *arguments, "batch_size=2")
+        assert not Path("cut.npy").exists() and np.fromfile("cut.npy.done", np.uint8).tolist() == 4 * [1] + 3 * [0]
+        status, out, err = call("sample", *arguments, f"batch_size={batch_size}")
+        assert status == 0 and "3 images in" in out, err
+        assert np.array_equal(np.load("cut.npy"), whole) and not Path("cut.npy.done").exists()
+
+    def test_other_images_are_not_mixed_in(self, call, trained, monkeypatch):
+        arguments = f"checkpoint={trained}", "n=7", "npy=cut.npy", "batch_size=2"
+        self.cut_short(call, monkeypatch, 1, *arguments, "seed=3")
+        before = {path.name: path.read_bytes() for path in Path.cwd().glob("cut*")}
+        for other, words in (("seed=4", "seed=3"), ("temperature=0.5", "temperature=1.0"), ("n=8", "n=7")):
+            status, _, err = call("sample", *[a for a in arguments if a[:2] != "n="], "seed=3", "n=7", other)
+            assert status == 2 and words in err and len(err.splitlines()) == 1, err
+        assert {path.name: path.read_bytes() for path in Path.cwd().glob("cut*")} == before
+
+    def test_a_damaged_part_is_named(self, call, trained, monkeypatch):
+        arguments = f"checkpoint={trained}", "n=7", "npy=cut.npy", "batch_size=2"
+        self.cut_short(call, monkeypatch, 1, *arguments)
+        Path("cut.npy.part").write_bytes(b"no array")
+        status, _, err = call("sample", *arguments)
+        assert status == 2 and "cut.npy.part is damaged" in err and len(err.splitlines()) == 1
+
+    @pytest.mark.parametrize("world", [2, 3])
+    def test_processes_share_the_images(self, call, trained, whole, monkeypatch, world):
+        for rank in range(world):
+            monkeypatch.setenv("RANK", str(rank))
+            monkeypatch.setenv("WORLD_SIZE", str(world))
+            assert Path("shared.npy").exists() is False
+            status, out, err = call(
+                "sample", f"checkpoint={trained}", "n=7", "seed=3", "npy=shared.npy", "batch_size=2"
+            )
+            assert status == 0, err
+            assert ("not whole yet" in out) == (rank < world - 1)
+        assert np.array_equal(np.load("shared.npy"), whole)
+
+    def test_processes_need_one_place(self, call, trained, monkeypatch):
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        status, _, err = call("sample", f"checkpoint={trained}", "n=2")
+        assert status == 2 and "npy=FILE.npy or pngs=FOLDER is needed" in err
+
+    def test_one_png_an_image(self, call, trained, whole, monkeypatch):
+        arguments = f"checkpoint={trained}", "n=7", "seed=3", "pngs=images", "batch_size=2"
+        self.cut_short(call, monkeypatch, 1, *arguments)
+        assert sorted(p.name for p in Path("images").iterdir()) == ["000000.png", "000001.png", "samples.json"]
+        status, out, err = call("sample", *arguments)
+        assert status == 0 and "5 images in" in out, err
+        for k, image in enumerate(whole):
+            shown = np.asarray(Image.open(f"images/{k:06d}.png"))
+            assert np.array_equal(shown, np.round(image[0] * (255 / 16)).astype(np.uint8))
+        status, _, err = call("sample", *arguments[:2], "seed=4", *arguments[3:])
+        assert status == 2 and "seed=3" in err
 
 
 def damaged(path: Path) -> None:
