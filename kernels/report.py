@@ -9,6 +9,7 @@ these rules is broken:
     shared memory     a kernel above the GPU's limit compiles, and fails when it is loaded
     matrix            products of bfloat16 numbers run on matrix instructions
     async copies      none of memory that the same kernel writes: a copy ahead of time would read what is not there yet
+    barrier           where a program reads back what it stored at an earlier step, one stands after its last store
     addresses         offsets into what grows with the batch are 64-bit numbers, from before anything is multiplied
 
 `--set` compiles with other constants or options than the usual: that is how their values were found.
@@ -169,6 +170,17 @@ def hasty_copies(text: str) -> list[str]:
     return out
 
 
+def unguarded(text: str) -> list[str]:
+    """Arguments (in ttir) that a kernel both stores to and loads from, if no barrier follows its last store to them."""
+    stores = {}
+    for found in re.finditer(r"tt\.store (%\w+)", text):
+        stores[source_of(text, found[1])] = found.end()
+    loaded = {source_of(text, value) for value in re.findall(r"tt\.load (%\w+)", text)}
+    barriers = [found.start() for found in re.finditer(r"\b(ttg|gpu)\.barrier", text)]
+    after = max(barriers, default=-1)
+    return [str(name) for name, at in stores.items() if name in loaded and after < at]
+
+
 def narrow_addresses(text: str, small: tuple[str, ...]) -> list[str]:
     """What (in ttir) overflows at 2³¹ elements: 32-bit offsets of loads and stores, 32-bit products of program ids.
 
@@ -236,11 +248,13 @@ def compile_case(case: Case, target: str, other: dict | None = None) -> dict:
     matrix = sorted(set(re.findall(r"(wgmma\.mma_async|mma\.sync)", compiled.asm["ptx"])))
     copies = hasty_copies(compiled.asm["ttgir"])
     narrow = narrow_addresses(compiled.asm["ttir"], SMALL)
+    bare = unguarded(compiled.asm["ttir"])
     rules = {
         f"{stack} bytes of stack": stack > 0,
         f"{compiled.metadata.shared} bytes of shared memory, {limit} at most": compiled.metadata.shared > limit,
         "no matrix instruction": case.matrix and not matrix,
         f"asynchronous copies of what it writes ({', '.join(copies)})": bool(copies),
+        f"no barrier after its stores to what it reads ({', '.join(bare)})": bool(bare),
         f"32-bit addresses ({', '.join(narrow)})": bool(narrow),
     }
     return {

@@ -9,7 +9,7 @@ import pytest
 
 pytest.importorskip("triton", reason="Triton is for Linux")
 
-from kernels.report import hasty_copies, main, narrow_addresses
+from kernels.report import hasty_copies, main, narrow_addresses, unguarded
 
 
 def report(*arguments):
@@ -84,3 +84,12 @@ def test_copies_of_written_memory_are_found():
     assert hasty_copies(text + copy.format("%b") + "tt.store %a, %v : x") == []
     assert hasty_copies(text + copy.format("%a") + "tt.store %a, %v : x") == ["%u"]
     assert hasty_copies(text + copy.format("%unknown") + "tt.store %a, %v : x") == ["%unknown"]
+
+
+@pytest.mark.parametrize("barrier", ["ttg.barrier local", "gpu.barrier"])  # of Triton 3.7 and 3.6
+def test_a_missing_barrier_is_found(barrier):
+    text = "tt.func @k(%u: !tt.ptr<f32>, %w: !tt.ptr<f32>) {\n%v = tt.load %u : x\ntt.store %u, %v : x\n"
+    assert unguarded(text) == ["%u"]
+    assert unguarded(text + f"{barrier}\n") == []
+    assert unguarded(f"{barrier}\n" + text) == ["%u"]
+    assert unguarded(text.replace("store %u", "store %w")) == []
