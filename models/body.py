@@ -69,7 +69,8 @@ class Body(nn.Module):
 class JoinScan:
     """`Body.join` at one pixel, for one group's features: `begin`, then a call for each layer, then `end`.
 
-    `out` is where the last layer's stream goes, (b features_g) for each group.
+    What a layer computed stands behind a column of ones (`after_ones`): the biases are a row of the weights then, and
+    the whole join is one product. `out` is where the last layer's stream goes, (b features_g) for each group.
     """
 
     def __init__(self, body: Body, b: int):
@@ -78,22 +79,29 @@ class JoinScan:
         sizes, new = group_sizes(body.features, body.groups), body.up[0].weight.new_zeros
         self.out, self.skips = ([new(b, size) for size in sizes] for _ in range(2))
 
-    def weights(self, layer: int, g: int) -> tuple:
-        """What a call takes as its last three arguments."""
-        return *self.up[layer][g], self.to_head[layer][g] if self.skip else None
+    @staticmethod
+    def after_ones(zeros: Tensor) -> tuple[Tensor, Tensor]:
+        """A buffer for layers' features (… f), zeros → the same behind a column of ones (… 1+f), and its features."""
+        known = torch.cat([torch.ones_like(zeros[..., :1]), zeros], dim=-1)
+        return known, known[..., 1:]
+
+    def weights(self, layer: int, g: int) -> tuple[Tensor, Tensor | None]:
+        """What a call takes as its last two arguments: (1+known features_g) each."""
+        both = self.up[layer][g], self.to_head[layer][g] if self.skip else None
+        return tuple(None if w is None else torch.cat([w[1][None], w[0]]) for w in both)
 
     def begin(self, g: int) -> None:
         if self.skip:
             self.skips[g].zero_()
 
-    def __call__(self, g: int, u: Tensor, hidden: Tensor, out: Tensor, weight: Tensor, bias: Tensor, to_head) -> None:
-        """From group g of the stream, u (b features_g), and what the layer computed (b known f), to `out`, like u."""
+    def __call__(self, g: int, u: Tensor, hidden: Tensor, out: Tensor, weight: Tensor, to_head: Tensor | None) -> None:
+        """From group g of the stream, u (b features_g), and what the layer computed (b 1+known), to `out`, like u."""
         if self.residual:
-            torch.addmm(u, hidden, weight, out=out).add_(bias)
+            torch.addmm(u, hidden, weight, out=out)
         else:
-            torch.addmm(bias, hidden, weight, out=out)
+            torch.mm(hidden, weight, out=out)
         if self.skip:
-            self.skips[g].addmm_(hidden, to_head[0]).add_(to_head[1])
+            self.skips[g].addmm_(hidden, to_head)
 
     def end(self, g: int) -> Tensor:
         """The head's input (b features_g)."""

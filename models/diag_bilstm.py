@@ -121,7 +121,7 @@ class DiagonalLSTMsScan:
 
         self.join = JoinScan(body, b)
         wide, narrow = (group_slices(n, groups) for n in (2 * f, f))
-        summed = new(layers, b, f)
+        known_summed, summed = self.join.after_ones(new(layers, b, f))
         above = self.above.view(layers, b, width, 4 * f)
         self.inputs = [[self.row[0, :, j, f + w.start : f + w.stop] for (w,) in wide] for j in range(width)]
         self.plan = [[[] for _ in range(groups)] for _ in range(width)]
@@ -151,7 +151,7 @@ class DiagonalLSTMsScan:
                             self.row[layer, :, j + 1, n],
                             self.mirrored[layer, :, j, n],
                             summed[layer, :, n],
-                            summed[layer, :, : n.stop],
+                            known_summed[layer, :, : 1 + n.stop],
                             u,
                             following,
                             self.join.weights(layer, g),

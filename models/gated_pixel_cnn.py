@@ -93,7 +93,8 @@ class GatedLayersScan:
 
         self.join = JoinScan(body, b)
         narrow = [s for (s,) in group_slices(f, groups)]
-        hidden, above = new(layers, b, f), self.above.view(layers, b, width, 2 * f)
+        known_hidden, hidden = self.join.after_ones(new(layers, b, f))
+        above = self.above.view(layers, b, width, 2 * f)
 
         def slots(layer: int, j: int, n: slice) -> Tensor:
             """Features n of u at column j."""
@@ -115,7 +116,7 @@ class GatedLayersScan:
                             both,
                             *both.chunk(2, dim=1),
                             hidden[layer, :, n],
-                            hidden[layer, :, : n.stop],
+                            known_hidden[layer, :, : 1 + n.stop],
                             slots(layer, j, n),
                             slots(layer + 1, j, n) if layer + 1 < layers else self.join.out[g],
                             self.join.weights(layer, g),

@@ -61,8 +61,8 @@ class ResidualBlocksScan:
         self.taps = new(layers, b * width, 3 * f)
         self.condition = ConditionScan(condition, body.condition_weights())
 
-        relu_u, mid = new(layers, b, 2 * f), new(layers, b, f)
         down, self.join = [m.steps() for m in body.down], JoinScan(body, b)
+        relu_u, (known_mid, mid) = new(layers, b, 2 * f), self.join.after_ones(new(layers, b, f))
         wide, narrow = (group_slices(n, groups) for n in (2 * f, f))
         above, row = self.above.view(layers, b, width, f), self.row.flatten(2)
         self.inputs = [self.join.out] * width  # the stream of a pixel, changed in place
@@ -84,7 +84,7 @@ class ResidualBlocksScan:
                             above[layer, :, j, n],
                             left_centre,
                             mid[layer, :, n],
-                            mid[layer, :, : n.stop],
+                            known_mid[layer, :, : 1 + n.stop],
                             self.join.weights(layer, g),
                         )
                     )

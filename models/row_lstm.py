@@ -79,7 +79,8 @@ class RowLSTMsScan:
 
         self.vertical = None
         self.row = new(layers, b, (width + 1) * 2 * f)  # u of the row in hand, after a column of zeros
-        self.hidden, self.cell = new(layers, b, width + 2, f), new(layers, b, width, f)
+        known_hidden, self.hidden = JoinScan.after_ones(new(layers, b, width + 2, f))
+        self.cell = new(layers, b, width, f)
         self.taps = new(layers, b * width, 3 * f)
         self.above = new(layers, b * width, 4 * f)  # what the gates get from the row above, and the bias
         self.above_weight = state_weight.permute(0, 3, 2, 1).flatten(1, 2).contiguous()
@@ -114,7 +115,7 @@ class RowLSTMsScan:
                             self.cell[layer, :, j, n],
                             tanh,
                             self.hidden[layer, :, j + 1, n],
-                            self.hidden[layer, :, j + 1, : n.stop],
+                            known_hidden[layer, :, j + 1, : 1 + n.stop],
                             slots(layer, j, w),
                             slots(layer + 1, j, w) if layer + 1 < layers else self.join.out[g],
                             self.join.weights(layer, g),
