@@ -1,10 +1,12 @@
 """How fast images are drawn: `python -m bench.sampling`.
 
-Three tables, all of one batch drawn by `models.sampling.sample`, preparation of its buffers included:
+Four tables, all of one batch drawn by `models.sampling.sample`, preparation of its buffers included:
 
     methods   28×28 binary images: the cached sampler, and the naive one that re-runs the network a sub-pixel
     growth    the cached sampler at 16², 32² and 64²: the time a pixel should not depend on the size
-    colour    32×32×3 images of 256 levels, a small model: both methods
+    colour    32×32×3 images of 256 levels: both methods, for small models and for a PixelCNN of 15 blocks, h = 128
+    products  what the cached sampler's matrix products alone take: those of a row, recorded with the memory that they
+              read and write, done again without anything in between, and their rate
 
 The naive sampler does the same work at every sub-pixel. So it is timed for the first few alone and the time
 is multiplied; such a row says `extrapolated: true` and how many were timed. --full-naive draws whole images.
@@ -12,11 +14,13 @@ is multiplied; such a row says `extrapolated: true` and how many were timed. --f
 
 import argparse
 import math
+from functools import partial
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench.measure import build, describe, interleave, parse, parser, spread, table, whole, write
-from models.sampling import Draw, FullForward, noise, sample
+from models.sampling import Draw, FullForward, noise, pixel_loop, sample, threads_for
 
 BATCH, TIMED = 16, 4  # images drawn side by side; sub-pixels that the naive sampler is timed for
 
@@ -76,6 +80,71 @@ def growth(name: str, args: argparse.Namespace) -> list[dict]:
     return rows
 
 
+PRODUCTS = ("addmm", "addmm_", "baddbmm", "baddbmm_", "bmm", "mm", "convolution")
+
+
+class Products(TorchDispatchMode):
+    """Records the matrix products of each row: `rows` are lists of what does one again and how many operations it has."""
+
+    def __init__(self):
+        super().__init__()
+        self.rows = []
+
+    def __torch_dispatch__(self, operation, types, arguments=(), keywords=None):
+        keywords = keywords or {}
+        out = operation(*arguments, **keywords)
+        name = operation.overloadpacket.__name__
+        if self.rows and name in PRODUCTS:
+            self.rows[-1].append((partial(operation, *arguments, **keywords), operations(name, arguments, out)))
+        return out
+
+
+class Marked(Draw):
+    """`Draw`, which tells `Products` where rows begin."""
+
+    def __init__(self, uniforms: torch.Tensor, products: Products):
+        super().__init__(uniforms)
+        self.products = products
+
+    def load(self, i: int) -> None:
+        super().load(i)
+        self.products.rows.append([])
+
+
+def operations(name: str, arguments: tuple, out: torch.Tensor) -> int:
+    """Multiplications and additions of one product."""
+    if name == "convolution":
+        return 2 * out.numel() * arguments[1][0].numel()
+    left = arguments[1] if "add" in name else arguments[0]
+    return 2 * out.numel() * left.shape[-1]
+
+
+def products_alone(name: str, model, args: argparse.Namespace) -> dict:
+    """One row: the time of a whole draw, and of its products alone."""
+    model, b = model.eval(), args.batch
+    products = Products()
+    with products:
+        pixel_loop(model, "cached-eager", Marked(noise(0, range(b), model.shape).to(model.device), products), b)
+    products.rows = products.rows[-1:]  # the last row's: those before it do the same
+    row = products.rows[0]
+
+    def again() -> None:
+        with torch.inference_mode(), threads_for(model, "cached-eager", b):
+            for product, _ in row:
+                product()
+
+    things = {
+        "draw": whole(lambda: sample(model, b, method="cached-eager", batch_size=b)),
+        "products": whole(again),
+    }
+    times = interleave(things, args.device, args.repeats, warmup=1)
+    ms, alone = spread(times["draw"]["total"]), spread(times["products"]["total"], model.height)
+    gflop = sum(count for _, count in row) * model.height / 1e9
+    out = {"part": "products", **describe(name, model, b), "method": "cached-eager", "ms": ms, "products_ms": alone}
+    out |= {"products_of_a_row": len(row), "gflop": gflop, "gflops": gflop / alone["median"] * 1e3}
+    return out | {"share": alone["median"] / ms["median"]}
+
+
 def main(argv: list[str] | None = None) -> None:
     description = "Time the samplers: cached against naive, growth with the size of the image, colour images."
     options = parser("sampling", description, repeats=5)
@@ -104,8 +173,31 @@ def main(argv: list[str] | None = None) -> None:
     for name in args.names:
         model = build(name, colour_side, 3, colour_levels, colour_hidden, colour_layers, args.device)
         coloured += compare_methods("colour", name, model, args)
+    if "pixel_cnn" in args.names:
+        hidden, layers, head = (6, 2, 32) if args.quick else (128, 15, 1024)
+        model = build("pixel_cnn", colour_side, 3, colour_levels, hidden, layers, args.device, head)
+        coloured += compare_methods("colour", "pixel_cnn", model, args)
     table("Colour images; ratio: time over the cached sampler's", coloured, columns)
-    write(args, rows + grown + coloured)
+
+    alone = [
+        products_alone(name, build(name, side, 1, 2, args.hidden, args.layers, args.device), args)
+        for name in args.names
+    ]
+    if "pixel_cnn" in args.names:
+        alone.append(products_alone("pixel_cnn", model, args))
+    columns_of_products = (
+        "model",
+        "shape",
+        "hidden",
+        "products_of_a_row",
+        "ms",
+        "products_ms",
+        "share",
+        "gflop",
+        "gflops",
+    )
+    table("The matrix products of a draw alone; share: of its time", alone, columns_of_products)
+    write(args, rows + grown + coloured + alone)
 
 
 if __name__ == "__main__":

@@ -36,7 +36,9 @@ def run(command, tmp_path, *arguments: str) -> tuple[dict, str]:
 def test_sampling_writes_what_it_measured(tmp_path, capsys):
     result, name = run(sampling, tmp_path)
     assert name == "sampling-cpu-quick.json"
-    parts = {part: [r for r in result["rows"] if r["part"] == part] for part in ("methods", "growth", "colour")}
+    parts = {
+        part: [r for r in result["rows"] if r["part"] == part] for part in ("methods", "growth", "colour", "products")
+    }
     assert [(r["model"], r["method"]) for r in parts["methods"]] == [
         (model, method) for model in MODELS for method in ("cached", "naive")
     ]
@@ -45,8 +47,10 @@ def test_sampling_writes_what_it_measured(tmp_path, capsys):
         assert row["extrapolated"] is naive
         assert (row["timed_sub_pixels"] == sampling.TIMED) == naive
     assert [r["shape"] for r in parts["growth"]] == [[2, 1, side, side] for side in (3, 4)] * len(MODELS)
-    assert [r["shape"][1] for r in parts["colour"]] == [3] * 2 * len(MODELS)
-    for row in result["rows"]:
+    assert [r["shape"][1] for r in parts["colour"]] == [3] * 2 * (len(MODELS) + 1)
+    assert [r["model"] for r in parts["products"]] == [*MODELS, "pixel_cnn"]
+    assert all(0 < r["share"] < 2 and r["gflop"] > 0 for r in parts.pop("products"))
+    for row in (row for part in parts.values() for row in part):
         assert row["ratio"] > 0 and row["images_per_second"] == pytest.approx(2 / row["seconds"])
     assert "pixel_cnn" in capsys.readouterr().out
 
