@@ -84,7 +84,7 @@ PRODUCTS = ("addmm", "addmm_", "baddbmm", "baddbmm_", "bmm", "mm", "convolution"
 
 
 class Products(TorchDispatchMode):
-    """Records the matrix products of each row: `rows` are lists of what does one again and how many operations it has."""
+    """Records the matrix products of each row: `rows` are lists of what does one again, and its operations."""
 
     def __init__(self):
         super().__init__()
