@@ -241,7 +241,7 @@ def compile_case(case: Case, target: str, other: dict | None = None) -> dict:
     source = ASTSource(kernel, signature, constants, attrs=attributes)
     try:
         compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
-    except Exception as error:
+    except Exception as error:  # whatever the compiler meets is a row of the report
         first = next(iter(str(error).strip().splitlines()[-1:]), "")
         return {**row, "broken": [f"does not compile: {type(error).__name__}: {first}"]}
     registers, stack = usage(compiled.asm["cubin"])
