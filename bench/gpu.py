@@ -33,15 +33,15 @@ def parts(out: Path) -> dict[str, tuple[list[str], int]]:
     pytest = [python, "-m", "pytest", "-p", "no:cacheprovider"]
     small = [*pytest, "tests/test_triton.py", "-k", "scan and b3 or convolution and (3 or 2)"]
     sanitizer = ["compute-sanitizer", "--error-exitcode", "9", "--tool", "memcheck"]
-    out = {
+    work = {
         "tests": ([*pytest, *TESTS], 150),
         "kernels": ([python, "-m", "bench.kernels", "--compile", *here], 150),
         "training": ([python, "-m", "bench.training", *here], 120),
         "sampling": ([python, "-m", "bench.sampling", "--repeats", "2", *here], 90),
     }
     if shutil.which(sanitizer[0]):
-        out["sanitizer"] = [*sanitizer, *small], 60
-    return out
+        work["sanitizer"] = [*sanitizer, *small], 60
+    return work
 
 
 def run(name: str, command: list[str], limit: int, out: Path) -> dict:
@@ -67,10 +67,10 @@ def main(argv: list[str] | None = None) -> int:
         options.error("torch finds no GPU here")
     args.out.mkdir(parents=True, exist_ok=True)
     work = parts(args.out)
-    for name in (args.only or "").split(",") if args.only else []:
+    chosen = args.only.split(",") if args.only else list(work)
+    for name in chosen:
         if name not in work:
             options.error(f"--only: {name!r} is not allowed: {', '.join(work)} are")
-    chosen = args.only.split(",") if args.only else list(work)
     rows = [run(name, *work[name], args.out) for name in chosen]
     result = {"command": "python -m bench.gpu", **environment(torch.device("cuda")), "rows": rows}
     (args.out / "gpu.json").write_text(json.dumps(result, indent=2) + "\n")

@@ -58,6 +58,9 @@ def form_of(f: int, taps: int, extent: int, itemsize: int, backward: bool, name:
     """The form for f features, so many taps and positions, and numbers of `itemsize` bytes.
 
     The blocks are the largest that leave no register on the stack: `python -m kernels.report` compiles them.
+
+    Raises:
+        ValueError: there is no such form, or a program that walks all steps cannot hold so many positions.
     """
     padded, all_taps = max(16, next_power_of_2(f)), next_power_of_2(taps)
     positions = min(64, next_power_of_2(extent))
@@ -66,6 +69,10 @@ def form_of(f: int, taps: int, extent: int, itemsize: int, backward: bool, name:
     if name == "auto":
         fits = half and 4 * all_taps * padded**2 * itemsize <= 65536 and images * positions * padded <= 2048
         name = "launches" if extent > 64 or f > 256 else "resident" if fits else "streamed"
+    if name not in FORMS or (name != "launches" and extent > positions):
+        raise ValueError(
+            f"form={name!r} is not allowed for {extent} positions: launches is, up to 64 also resident and streamed"
+        )
     if name == "resident":
         return Form(True, False, images, positions, padded, all_taps * padded, 8 if positions * padded >= 2048 else 4)
     if not half:

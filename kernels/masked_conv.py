@@ -162,7 +162,7 @@ def block(size: int, most: int) -> int:
 
 
 def product_constants(k: int, f: int, itemsize: int) -> dict:
-    """Blocks of `masked_conv_kernel`. Sums in float32 and float64 have no matrix instruction: smaller ones."""
+    """Blocks of `masked_conv_kernel`. Exact products of float32 have no matrix instruction: smaller ones."""
     few = k < 16
     if itemsize > 2:
         return {"FEW": few, "BLOCK_M": 64, "BLOCK_N": block(f, 32), "BLOCK_K": 16, "num_warps": 4, "num_stages": 2}
@@ -355,5 +355,6 @@ def masked_conv(
     """
     u, weight, bias = kernels.autocast(u, weight, bias)
     if kernels.backend_for(u, backend) == "triton":
-        return masked_conv_op(u, weight, bias, relu, extra, live or weight.shape[2] * weight.shape[3])
+        live = weight.shape[2] * weight.shape[3] if live is None else live
+        return masked_conv_op(u, weight, bias, relu, extra, live)
     return MaskedConv.apply(u, weight, bias, relu, extra)

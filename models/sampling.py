@@ -197,6 +197,11 @@ def method_for(model: AutoregressiveModel, method: str) -> str:
     return method
 
 
+def exact_convolutions():
+    """Convolutions of float32 in float32: cuDNN rounds their inputs to 10 bits otherwise, and pixels would differ."""
+    return torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
+
+
 @contextmanager
 def threads_for(model: AutoregressiveModel, method: str, b: int) -> Iterator[None]:
     """One thread where the products of a row scan are small: sharing them costs more than it saves.
@@ -234,7 +239,7 @@ def pixel_loop(
     in_training = [module for module in model.modules() if module.training]
     model.eval()
     try:
-        with torch.inference_mode(), threads_for(model, method, b):
+        with torch.inference_mode(), exact_convolutions(), threads_for(model, method, b):
             x = torch.zeros(b, *model.shape, dtype=torch.long, device=model.device)
             values = torch.zeros_like(x[:, :, 0])  # of the row in hand
             evaluator = (FullForward if method == "naive" else RowScan)(model, b, condition)

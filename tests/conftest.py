@@ -5,8 +5,10 @@ import pytest
 import torch
 
 # Without a GPU, Triton's kernels run in its interpreter; it is asked for before Triton is first imported.
+# With one, cuBLAS repeats its sums only if it is told so before its first product.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 
 def pytest_collection_modifyitems(items) -> None:

@@ -136,6 +136,9 @@ def test_more_positions_than_one_program_has():
     """Above 64 columns a row is several programs, and each step a launch."""
     assert form_of(2, 3, 66, 4, False).launches
     check(in_form("auto")[1], row_lstm_reference, row_inputs(1, 2, 66, 1, 2))
+    for form in ("resident", "streamed", "nonsense"):  # programs that walk all steps do not wait for each other
+        with pytest.raises(ValueError, match=f"form='{form}' is not allowed for 66 positions"):
+            form_of(2, 3, 66, 4, False, form)
 
 
 @pytest.mark.skipif(DEVICE.type == "cuda", reason="a float64 product is the interpreter's affair")
