@@ -8,7 +8,7 @@ these rules is broken:
     no stack          a spilled register is a trip to memory at each use
     shared memory     a kernel above the GPU's limit compiles, and fails when it is loaded
     matrix            products of bfloat16 numbers run on matrix instructions
-    async copies      none of memory that the same kernel writes: a copy ahead of time would read what is not there yet
+    async copies      of memory that the same kernel writes, only by a loop that stores nothing there, after a barrier
     barrier           where a program reads back what it stored at an earlier step, one stands after its last store
     addresses         offsets into what grows with the batch are 64-bit numbers, from before anything is multiplied
 
@@ -42,10 +42,12 @@ from kernels.jit import tl, triton
 from kernels.lstm_scan import constants as scan_constants
 from kernels.lstm_scan import form_of
 from kernels.masked_conv import product_constants, weight_constants
+from kernels.row_scan import Choice, Head, Layers, Product, RowScanProgram, Stem, pack, row_scan_kernel
 
 TARGETS = {"sm_80": (80, 163 << 10), "sm_90": (90, 227 << 10)}  # shared memory that one program may have
 POINTERS = {torch.bfloat16: "*bf16", torch.float32: "*fp32"}
-SMALL = ("weight", "bias")  # arguments of all kernels that do not grow with the batch
+TYPES = {**POINTERS, torch.int64: "*i64", torch.uint8: "*u8"}
+SMALL = ("weight", "bias")  # how arguments end that do not grow with the batch
 
 
 class Case(NamedTuple):
@@ -58,6 +60,7 @@ class Case(NamedTuple):
     constants: dict
     sixteens: tuple[str, ...]  # integers that sixteen divides, which lets loads be wide
     matrix: bool  # whether it is to have matrix instructions
+    same: dict[str, str] | None = None  # arguments that are views of others' memory
 
 
 def scans() -> list[Case]:
@@ -133,38 +136,185 @@ def elementwise() -> list[Case]:
     return out
 
 
+def row_program(gates: int, mirrored: bool, c: int, v: int, mixtures: int, f: int, b: int, dtype) -> RowScanProgram:
+    """The row kernel's arguments for b images, 32 wide, as the models give them, in memory that is not there."""
+    layers, w, groups = 12, 32 + mirrored, 1 if mixtures else c
+    empty = partial(torch.empty, dtype=dtype, device="meta")
+
+    def product(inputs: int, outputs: int, parts: int = 1, n: int = layers) -> Product:
+        size = outputs // parts // groups
+        first = [[(part * groups + g) * size for part in range(parts)] for g in range(groups)]
+        slices = [[slice(n, n + size) for n in stretches] for stretches in first]
+        return pack(empty(n, outputs, inputs), empty(n, outputs), slices)
+
+    def features(size: int, columns: int = w) -> torch.Tensor:
+        return empty(layers, b, columns, size)
+
+    stream = f if gates == 2 else 2 * f
+    known = {1: 2 * f, 2: 2 * f, 4: 3 * f if mirrored else 4 * f}[gates]
+    slot = 3 * f if mirrored else f if gates == 1 else stream
+    taps = features(slot, w + 2)[:, :, :w]
+    body = Layers(
+        gates,
+        product(2 * f, f) if gates == 1 else None,
+        product(known, gates * f, gates),
+        product(f, stream),
+        product(f, stream),
+        taps,
+        known,
+        features(stream) if gates == 1 else taps[..., f:] if mirrored else taps,
+        features(gates * f),
+        middle=taps if gates == 1 else None,
+        cell=features(f).float() if gates == 4 else None,
+        hidden=taps[..., :f] if mirrored else features(f) if gates == 4 else None,
+        mirrored=features(f) if mirrored else None,
+    )
+    outputs = mixtures * (1 + 2 * c + c * (c - 1) // 2) if mixtures else v
+    between = 32 * groups if v == 2 else 1024 // (16 * groups) * 16 * groups
+    head = Head(product(stream, between, n=1), product(between, groups * outputs, n=1), between, outputs, mixtures)
+    stem = Stem(product(4 * c, stream, n=1), empty(b, (w + 6) * c), empty(b, w, stream), 3)
+    integers = torch.empty(b, c, 32, dtype=torch.long, device="meta")
+    choice = Choice(integers.float(), 1.0, integers, integers > 0, empty(b).float(), empty(b, c, 32, v).float())
+    return RowScanProgram(stem, body, head, True, True, choice, integers, v)
+
+
+def row_scans() -> list[Case]:
+    """The row kernel: each kind of layer at the papers' sizes for CIFAR-10, one with a mixture, and a small one."""
+    out, kernel = [], row_scan_kernel
+    kinds = {
+        "PixelCNN": (1, False, 3, 256, 0, 128),
+        "Gated PixelCNN": (2, False, 3, 256, 0, 128),
+        "Row LSTM": (4, False, 3, 256, 0, 128),
+        "Diagonal BiLSTM": (4, True, 3, 256, 0, 128),
+        "PixelCNN, mixture": (1, False, 3, 256, 10, 128),
+        "Diagonal BiLSTM, binary": (4, True, 1, 2, 0, 16),
+    }
+    for dtype in POINTERS:
+        for b in (16, 16384):
+            for name, (gates, mirrored, c, v, mixtures, f) in kinds.items():
+                f = -(-f // (16 * c)) * 16 * c if not mixtures else f  # `models.aligned`
+                program = row_program(gates, mirrored, c, v, mixtures, f, b, dtype)
+                constexpr = {kernel.arg_names[k] for k in kernel.constexprs}
+                types, constants, sixteens = {}, {}, []
+                for argument, x in program.arguments.items():
+                    if isinstance(x, torch.Tensor):
+                        types[argument] = TYPES[x.dtype]
+                    elif argument in constexpr or argument not in kernel.arg_names:
+                        constants[argument] = x
+                    elif isinstance(x, float):
+                        types[argument] = "fp32"
+                    elif x % 16 == 0:
+                        sixteens.append(argument)
+                title = f"row scan {name}, f = {f}, {program.form.images} images, {short(dtype)}"
+                case = title, "row_scan", "row_scan_kernel", types, constants, tuple(sixteens)
+                same = {"%middle": "%taps"} if gates == 1 else {"%stream": "%taps"}
+                out.append(Case(*case, dtype == torch.bfloat16, same))
+    return out
+
+
 def short(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
 def cases() -> list[Case]:
     """Every kernel in every configuration that is used."""
-    return scans() + convolutions() + elementwise()
+    return scans() + convolutions() + elementwise() + row_scans()
 
 
 # --------------------------------------------------------------------------------------------------------- compiling
 
 
-def source_of(text: str, value: str, seen: frozenset = frozenset()) -> str | None:
-    """The function argument that a pointer in Triton's text comes from; None if it cannot be told."""
-    if re.fullmatch(r"%\w+", value) and re.search(rf"{re.escape(value)}: !tt\.ptr", text):
-        return value
-    definition = re.search(rf"^\s*{re.escape(value)} = (\S+) (%[\w#]+)", text, re.MULTILINE)
-    if not definition or value in seen:
-        return None
-    if definition[1] not in ("tt.addptr", "tt.splat", "tt.broadcast", "ttg.convert_layout", "tt.expand_dims"):
-        return None
-    return source_of(text, definition[2], seen | {value})
+class Line(NamedTuple):
+    """An operation in the compiler's text, with the loops that it stands in, outermost first."""
+
+    at: int
+    name: str  # what it defines
+    operation: str
+    rest: str
+    loops: tuple[int, ...]
+
+    @property
+    def operand(self) -> str:
+        """The first one."""
+        found = re.match(r"(?:\{\}, )?(%[\w#]+)", self.rest)
+        return found[1] if found else ""
 
 
-def hasty_copies(text: str) -> list[str]:
-    """Asynchronous copies (in ttgir) of memory that the kernel stores to, or that cannot be traced."""
-    stored = {source_of(text, value) for value in re.findall(r"tt\.store (%[\w#]+)", text)}
-    out = []
-    for value in re.findall(r"async_copy_global_to_local (%[\w#]+)", text):
-        source = source_of(text, value)
-        if source is None or source in stored or None in stored:
-            out.append(source or value)
+def lines_of(text: str) -> list[Line]:
+    """The operations of a kernel in the compiler's text (ttir or ttgir)."""
+    out, opened = [], []
+    for at, line in enumerate(text.splitlines()):
+        line = line.strip()
+        if line.startswith("}") and opened:
+            opened.pop()
+        found = re.match(r"(?:(%[\w]+)(?::\d+)? = )?([a-z_]+\.[\w.]+) ?(.*)", line)
+        loops = tuple(loop for loop in opened if loop is not None)
+        out.append(Line(at, *(x or "" for x in found.groups()), loops) if found else Line(at, "", "", line, loops))
+        if line.split(" loc(")[0].endswith("{"):
+            opened.append(at if "scf.for" in line or "scf.while" in line else None)
+    return out
+
+
+def definition_of(lines: list[Line], value: str, before: int) -> Line | None:
+    """Where a value that is used in a line is defined: names come again in regions that do not see each other."""
+    return next((line for line in reversed(lines[:before]) if line.name == value), None)
+
+
+def source_of(lines: list[Line], value: str, before: int) -> str | None:
+    """The function's argument that a pointer comes from, as seen from a line; None if it cannot be told."""
+    definition = definition_of(lines, value, before)
+    if definition is None:
+        argument = any(f"{value}: !tt.ptr" in line.rest for line in lines if line.operation == "tt.func")
+        return value if argument else None
+    if definition.operation not in ("tt.addptr", "tt.splat", "tt.broadcast", "ttg.convert_layout", "tt.expand_dims"):
+        return None
+    return source_of(lines, definition.operand, definition.at)
+
+
+def accesses(lines: list[Line], operation: str) -> list[tuple[Line, str | None]]:
+    """The lines of an operation, each with the argument whose memory it is about."""
+    found = [line for line in lines if line.operation == operation]
+    return [(line, source_of(lines, line.operand, line.at)) for line in found]
+
+
+def barriers(lines: list[Line]) -> list[int]:
+    return [line.at for line in lines if line.operation in ("ttg.barrier", "gpu.barrier")]
+
+
+def hasty_copies(text: str, same: dict[str, str] | None = None) -> list[str]:
+    """Arguments (in ttgir) of which a copy begins before the kernel has stored what it is to find.
+
+    Args:
+        same: arguments that are views of others' memory.
+
+    A pipelined loop copies ahead what its next turns load, its first turns' before it begins. That is right where the
+    loop stores nothing there, and a barrier stands between the last store and the loop.
+    """
+    lines, same = lines_of(text), same or {}
+    walls, out = barriers(lines), []
+    stores, copies = (
+        [(line, same.get(name, name)) for line, name in accesses(lines, operation)]
+        for operation in ("tt.store", "ttg.async_copy_global_to_local")
+    )
+    ends = {loop: max(line.at for line in lines if loop in line.loops) for line in lines for loop in line.loops}
+    for copy, source in copies:
+        stored = [line for line, name in stores if name == source or name is None]
+        if source is None:
+            out.append(copy.operand)
+        if source is None or not stored:
+            continue
+        # the loops around the copy that store, and the one that loads what is copied
+        storing = [loop for loop in copy.loops if any(loop in line.loops for line in stored)]
+        own = copy.loops[len(storing) :] or [loop for loop in sorted(ends) if loop > copy.at][:1]
+        outer = storing[-1] if storing else -1
+        last_before = max((line.at for line in stored if line.at < copy.at), default=-1)
+        guarded = last_before < 0 or any(last_before < wall < copy.at for wall in walls)
+        if storing and last_before < outer:  # the last store is that of the loop's turn before
+            last = max(line.at for line in stored if outer in line.loops)
+            guarded = any(last < wall <= ends[outer] or outer < wall < copy.at for wall in walls)
+        meanwhile = not own or any(copy.at < line.at <= ends[own[0]] for line in stored)
+        if not guarded or meanwhile:
+            out.append(source)
     if "async_tma_copy" in text:
         out.append("tma")
     return out
@@ -172,12 +322,10 @@ def hasty_copies(text: str) -> list[str]:
 
 def unguarded(text: str) -> list[str]:
     """Arguments (in ttir) that a kernel both stores to and loads from, if no barrier follows its last store to them."""
-    stores = {}
-    for found in re.finditer(r"tt\.store (%\w+)", text):
-        stores[source_of(text, found[1])] = found.end()
-    loaded = {source_of(text, value) for value in re.findall(r"tt\.load (%\w+)", text)}
-    barriers = [found.start() for found in re.finditer(r"\b(ttg|gpu)\.barrier", text)]
-    after = max(barriers, default=-1)
+    lines = lines_of(text)
+    stores = {source: line.at for line, source in accesses(lines, "tt.store")}
+    loaded = {source for _, source in accesses(lines, "tt.load")}
+    after = max(barriers(lines), default=-1)
     return [str(name) for name, at in stores.items() if name in loaded and after < at]
 
 
@@ -185,29 +333,24 @@ def narrow_addresses(text: str, small: tuple[str, ...]) -> list[str]:
     """What (in ttir) overflows at 2³¹ elements: 32-bit offsets of loads and stores, 32-bit products of program ids.
 
     Args:
-        small: arguments that do not grow with the batch.
+        small: how arguments end that do not grow with the batch.
     """
-    out, from_program = [], set()
-    for line in text.splitlines():
-        definition = re.match(r"\s*(%\w+) = (\S+) (.*)", line)
-        if not definition:
-            continue
-        name, operation, rest = definition.groups()
-        operands, _, type = rest.rpartition(" : ")
-        if operation == "tt.get_program_id" and operands.strip() == "x":
-            from_program.add(name)
+    lines, out, from_program = lines_of(text), [], set()
+    for line in lines:
+        operands, _, type = line.rest.rpartition(" : ")
+        if line.operation == "tt.get_program_id" and operands.strip() == "x":
+            from_program.add(line.name)
         elif from_program.intersection(re.findall(r"%\w+", operands)) and re.search(r"i32>?\S*\s*(loc.*)?$", type):
-            if operation == "arith.muli":
-                out.append(f"the product {name}")
-            if operation != "arith.remsi":  # a remainder stays small
-                from_program.add(name)
-    for value in re.findall(r"tt\.(?:load|store) (%\w+)", text):
-        source, wide = source_of(text, value), False
-        while value != source and not wide:
-            definition = re.search(rf"^\s*{re.escape(value)} = (\S+) (%\w+)(.*)", text, re.MULTILINE)
-            wide = definition is not None and definition[1] == "tt.addptr" and "i64" in definition[3]
-            value = definition[2] if definition else source
-        if not wide and (source or "").lstrip("%") not in small:
+            if line.operation == "arith.muli":
+                out.append(f"the product {line.name}")
+            if line.operation != "arith.remsi":  # a remainder stays small
+                from_program.add(line.name)
+    for access, source in accesses(lines, "tt.load") + accesses(lines, "tt.store"):
+        value, before, wide = access.operand, access.at, False
+        while not wide and (definition := definition_of(lines, value, before)):
+            wide = definition.operation == "tt.addptr" and "i64" in definition.rest
+            value, before = definition.operand, definition.at
+        if not wide and not (source or "").endswith(small):
             out.append(f"the offset into {source}")
     return out
 
@@ -246,7 +389,7 @@ def compile_case(case: Case, target: str, other: dict | None = None) -> dict:
         return {**row, "broken": [f"does not compile: {type(error).__name__}: {first}"]}
     registers, stack = usage(compiled.asm["cubin"])
     matrix = sorted(set(re.findall(r"(wgmma\.mma_async|mma\.sync)", compiled.asm["ptx"])))
-    copies = hasty_copies(compiled.asm["ttgir"])
+    copies = hasty_copies(compiled.asm["ttgir"], case.same)
     narrow = narrow_addresses(compiled.asm["ttir"], SMALL)
     bare = unguarded(compiled.asm["ttir"])
     rules = {

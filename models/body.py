@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.layers import MaskedLinear, group_sizes
+from kernels.row_scan import Product
+from models.layers import MaskedLinear, group_sizes, packed
 
 
 class Body(nn.Module):
@@ -89,6 +90,11 @@ class JoinScan:
         """What a call takes as its last two arguments: (1+known features_g) each."""
         both = self.up[layer][g], self.to_head[layer][g] if self.skip else None
         return tuple(None if w is None else torch.cat([w[1][None], w[0]]) for w in both)
+
+    @staticmethod
+    def packed(body: Body) -> tuple[Product, Product | None]:
+        """`up` and `to_head` of all layers, as the row kernel reads them."""
+        return packed(body.up), packed(body.to_head) if body.skip else None
 
     def begin(self, g: int) -> None:
         if self.skip:

@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import kernels
+from kernels.row_scan import Layers, pack
 from models.base import AutoregressiveModel
 from models.body import Body, JoinScan
 from models.layers import ConditionScan, colour_mask, group_slices, initialise
@@ -93,7 +94,7 @@ class DiagonalLSTMsScan:
     def __init__(self, body: DiagonalLSTMs, b: int, width: int, condition: Tensor | None):
         layers, f, groups = body.layers, body.hidden, body.groups
         new = body.up[0].weight.new_zeros
-        self.b, self.width, self.f = b, width, f
+        self.body, self.b, self.width, self.f = body, b, width, f
         gates = group_slices(4 * f, groups, parts=4)
         sort = torch.cat([torch.arange(4 * f)[s] for slices in gates for s in slices])
         input_weight = torch.stack([lstm.masked_input_weight() for lstm in body.lstm])  # (layers d 4f 2f)
@@ -190,6 +191,18 @@ class DiagonalLSTMsScan:
             o, forget, i, candidate = gates.split(f, dim=2)
             cell.mul_(forget).addcmul_(i, candidate.tanh_())
             torch.mul(o, torch.tanh(cell, out=tanh), out=self.mirrored[:, :, j])
+
+    def packed(self) -> Layers:
+        """What the row kernel needs to know."""
+        f, w, body = self.f, self.width, self.body
+        inputs = torch.stack([lstm.masked_input_weight()[0] for lstm in body.lstm])
+        left = torch.stack([lstm.state_weight[0, :, :f] for lstm in body.lstm])
+        main = pack(torch.cat([left, inputs], dim=2), None, group_slices(4 * f, body.groups, parts=4))
+        row, above = self.row, self.above.view(-1, self.b, w, 4 * f)
+        places = {"cell": self.cell[:, :, None].expand(-1, -1, w, -1), "hidden": row[:, :, 1:, :f]}
+        places["mirrored"] = self.mirrored
+        up = self.join.packed(body)
+        return Layers(4, None, main, *up, row[:, :, :w], 3 * f, row[:, :, :w, f:], above, **places)
 
     def step(self, j: int, g: int) -> Tensor:
         """From group g of the stem at column j, in `inputs[j][g]`, to group g of the head's input (b 2f_g)."""

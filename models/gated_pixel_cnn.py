@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import kernels
+from kernels.row_scan import Layers, pack
 from models.base import AutoregressiveModel
 from models.body import Body, JoinScan
 from models.layers import ConditionScan, MaskedRowConv, group_slices, initialise
@@ -76,7 +77,7 @@ class GatedLayersScan:
     def __init__(self, body: GatedLayers, b: int, width: int, condition: Tensor | None):
         layers, f, groups = body.layers, body.hidden, body.groups
         new = body.up[0].weight.new_zeros
-        self.b, self.width, self.f, self.vertical_conv = b, width, f, body.vertical_conv
+        self.body, self.b, self.width, self.f, self.vertical_conv = body, b, width, f, body.vertical_conv
         gates = group_slices(2 * f, groups, parts=2)
         sort = torch.cat([torch.arange(2 * f)[s] for slices in gates for s in slices])
         weight = torch.stack([m.masked_weight() for m in body.horizontal])[:, sort]  # (layers 2f 3f+d)
@@ -139,6 +140,14 @@ class GatedLayersScan:
         torch.baddbmm(self.above_bias, v, self.above_weight, out=self.above)
         self.condition.add_to(self.above.view(-1, self.b, self.width, 2 * self.f))
         self.v[:, :, 0] = self.v[:, :, 1]  # the next row's row above
+
+    def packed(self) -> Layers:
+        """What the row kernel needs to know."""
+        f, body = self.f, self.body
+        weight = torch.stack([m.masked_weight()[:, : 2 * f] for m in body.horizontal])
+        main = pack(weight, None, group_slices(2 * f, body.groups, parts=2))
+        row, above = self.row.unflatten(2, (-1, f)), self.above.view(-1, self.b, self.width, 2 * f)
+        return Layers(2, None, main, *self.join.packed(body), row[:, :, :-1], 2 * f, row[:, :, 1:], above)
 
     def step(self, j: int, g: int) -> Tensor:
         """From group g of the stem at column j, in `inputs[j][g]`, to group g of the head's input (b f_g)."""

@@ -8,7 +8,8 @@ from einops import rearrange
 from torch import Tensor, nn
 
 import kernels
-from models.layers import MaskedLinear, group_slices
+from kernels.row_scan import Head
+from models.layers import MaskedLinear, group_slices, packed
 
 
 class SoftmaxHead(nn.Module):
@@ -35,6 +36,10 @@ class SoftmaxHead(nn.Module):
     def conditionals(self, logits: Tensor, x: Tensor) -> Tensor:
         """Logits (b h w c v), images (b c h w) → log-probabilities (b c h w v)."""
         return rearrange(logits.float().log_softmax(-1), "b h w c v -> b c h w v")
+
+    def packed(self) -> Head:
+        """What the row kernel needs to know."""
+        return Head(packed([self.first]), packed([self.last]), self.first.outputs, self.levels, 0)
 
     def scan(self, b: int) -> "SoftmaxHeadScan":
         return SoftmaxHeadScan(self, b)

@@ -10,13 +10,14 @@ the taps right of the centre are masked.
 """
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 import kernels
+from kernels.row_scan import Product, Stem, pack
 
 
 def group_sizes(features: int, groups: int) -> list[int]:
@@ -90,6 +91,13 @@ class MaskedLinear(nn.Module):
                 )
             )
         return out
+
+
+def packed(layers: Sequence[MaskedLinear]) -> Product:
+    """The same 1×1 of each layer, as the row kernel reads them."""
+    weight, first = torch.stack([layer.masked_weight() for layer in layers]), layers[0]
+    groups = group_slices(first.outputs, first.groups, first.parts)
+    return pack(weight, torch.stack([layer.bias for layer in layers]), groups)
 
 
 class MaskedConv(nn.Module):
@@ -179,9 +187,10 @@ class MaskedConvScan:
         self.above_weight, self.above_bias = weight[:, :, :reach].contiguous(), conv.bias
         self.above = weight.new_zeros(b, width, features)
         self.vertical = vertical
-        taps = weight[conv.vertical :, :, reach, : reach + 1].permute(2, 1, 0).flatten(0, 1)  # (column·colour f)
+        self.taps = weight[conv.vertical :, :, reach, : reach + 1].permute(0, 2, 1).flatten(1)  # (f column·colour)
         groups = [s for (s,) in group_slices(features - conv.vertical, conv.groups)]
-        weights = [taps[: reach * colours + g, s].contiguous() for g, s in enumerate(groups)]
+        weights = [self.taps[s, : reach * colours + g].T.contiguous() for g, s in enumerate(groups)]
+        self.skipped, self.reach = conv.vertical, reach
         above, row = self.above[:, :, conv.vertical :], self.rows[:, reach].flatten(1)  # (b, padded width · colours)
         self.plan = [
             [
@@ -204,6 +213,11 @@ class MaskedConvScan:
     def step(self, j: int, g: int) -> None:
         above, known, weight, out = self.plan[j][g]
         torch.addmm(above, known, weight, out=out)
+
+    def packed(self) -> Stem:
+        """What the row kernel needs to know."""
+        product = pack(self.taps[None], None, group_slices(len(self.taps), self.groups))
+        return Stem(product, self.rows[:, self.reach].flatten(1), self.above[:, :, self.skipped :], self.reach)
 
     def put(self, j: int, c: int, values: Tensor) -> None:
         """Make known the scaled values (b,) of colour c at column j."""

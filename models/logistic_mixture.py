@@ -29,7 +29,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from models.layers import MaskedLinear
+from kernels.row_scan import Head
+from models.layers import MaskedLinear, packed
 
 # The range of log(1 / scale), with the scale in levels, whatever their number. At the upper end a level at the mean has
 # the probability tanh(exp(3.5) / 4) = 1 − 1.3e-7; float32 holds hardly anything sharper. At the lower end a logistic is
@@ -140,6 +141,10 @@ class LogisticMixtureHead(nn.Module):
         """Parameters (b h w p), images (b c h w) → log-probabilities (b c h w v), by way of tensors (b h w v m)."""
         logits = self.logits(parameters, rearrange(x, "b c h w -> b h w c"))
         return rearrange(logits, "b h w c v -> b c h w v")
+
+    def packed(self) -> Head:
+        """What the row kernel needs to know."""
+        return Head(packed([self.first]), packed([self.last]), self.first.outputs, self.last.outputs, self.mixtures)
 
     def scan(self, b: int) -> "LogisticMixtureHeadScan":
         return LogisticMixtureHeadScan(self, b)

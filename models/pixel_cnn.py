@@ -12,9 +12,10 @@ A condition is added to what the 3×3 gives.
 import torch
 from torch import Tensor, nn
 
+from kernels.row_scan import Layers, pack
 from models.base import AutoregressiveModel
 from models.body import Body, JoinScan
-from models.layers import ConditionScan, MaskedConv, MaskedLinear, group_slices
+from models.layers import ConditionScan, MaskedConv, MaskedLinear, group_slices, packed
 
 
 class ResidualBlocks(Body):
@@ -53,9 +54,10 @@ class ResidualBlocksScan:
     def __init__(self, body: ResidualBlocks, b: int, width: int, condition: Tensor | None):
         layers, f, groups = body.layers, body.hidden, body.groups
         new = body.down[0].weight.new_zeros
-        self.vertical = None
+        self.vertical, self.body, self.shape = None, body, (layers, b, width, f)
         self.row, self.above = new(layers, b, width + 2, f), new(layers, b * width, f)
         conv_weight = torch.stack([conv.masked_weight() for conv in body.conv])  # (layers out in 2 3)
+        self.conv_weight = conv_weight
         self.above_weight = conv_weight[:, :, :, 0].permute(0, 3, 2, 1).flatten(1, 2).contiguous()
         self.above_bias = torch.stack([conv.bias for conv in body.conv])[:, None]
         self.taps = new(layers, b * width, 3 * f)
@@ -102,6 +104,18 @@ class ResidualBlocksScan:
         )
         torch.baddbmm(self.above_bias, self.taps, self.above_weight, out=self.above)
         self.condition.add_to(self.above.view(layers, b, -1, f))
+
+    def packed(self) -> Layers:
+        """What the row kernel needs to know."""
+        body, (layers, b, width, f) = self.body, self.shape
+        taps = torch.cat([self.conv_weight[:, :, :, 1, 0], self.conv_weight[:, :, :, 1, 1]], dim=2)
+        main = pack(taps, None, group_slices(f, body.groups))
+        row, above = self.row, self.above.view(self.shape)
+        u = row.new_zeros(layers, b, 1, 2 * f).expand(-1, -1, width, -1)  # of the pixel in hand
+        up, to_head = self.join.packed(body)
+        return Layers(
+            1, packed(body.down), main, up, to_head, row[:, :, :width], 2 * f, u, above, middle=row[:, :, 1:-1]
+        )
 
     def step(self, j: int, g: int) -> Tensor:
         """From group g of the stem at column j, in `inputs[j][g]`, to group g of the head's input (b 2f_g)."""

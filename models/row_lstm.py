@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import kernels
+from kernels.row_scan import Layers, pack
 from models.base import AutoregressiveModel
 from models.body import Body, JoinScan
 from models.layers import ConditionScan, MaskedRowConv, group_slices, initialise
@@ -71,7 +72,7 @@ class RowLSTMsScan:
     def __init__(self, body: RowLSTMs, b: int, width: int, condition: Tensor | None):
         layers, f, groups = body.layers, body.hidden, body.groups
         new = body.up[0].weight.new_zeros
-        self.b, self.width, self.f = b, width, f
+        self.body, self.b, self.width, self.f = body, b, width, f
         gates = group_slices(4 * f, groups, parts=4)
         sort = torch.cat([torch.arange(4 * f)[s] for slices in gates for s in slices])
         input_weight = torch.stack([lstm.input.masked_weight() for lstm in body.lstm])[:, sort]  # (layers 4f 4f+d)
@@ -132,6 +133,15 @@ class RowLSTMsScan:
         torch.cat([self.hidden[:, :, k : k + w] for k in range(3)], dim=3, out=taps)
         torch.baddbmm(self.above_bias, self.taps, self.above_weight, out=self.above)
         self.condition.add_to(self.above.view(-1, self.b, w, 4 * f))
+
+    def packed(self) -> Layers:
+        """What the row kernel needs to know."""
+        f, body = self.f, self.body
+        weight = torch.stack([lstm.input.masked_weight()[:, : 4 * f] for lstm in body.lstm])
+        main = pack(weight, None, group_slices(4 * f, body.groups, parts=4))
+        row, above = self.row.unflatten(2, (-1, 2 * f)), self.above.view(-1, self.b, self.width, 4 * f)
+        places = {"cell": self.cell, "hidden": self.hidden[:, :, 1:-1]}
+        return Layers(4, None, main, *self.join.packed(body), row[:, :, :-1], 4 * f, row[:, :, 1:], above, **places)
 
     def step(self, j: int, g: int) -> Tensor:
         """From group g of the stem at column j, in `inputs[j][g]`, to group g of the head's input (b 2f_g)."""

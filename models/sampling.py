@@ -20,6 +20,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kernels.jit import triton
+from kernels.row_scan import Choice, RowScanProgram
+from models.aligned import aligned
 from models.base import AutoregressiveModel, ImageModel
 from models.layers import MaskedConvScan, check, check_one_of
 
@@ -37,12 +40,20 @@ class RowScan:
     def load(self, i: int) -> None:
         self.body.load(i)
 
+    def row(self, rule: "Rule", values: Tensor, first: bool) -> None:
+        self.begin_row(first)
+        visit(self, rule, values)
+
     def begin_row(self, first: bool) -> None:
+        """What the rows above give to all pixels of the row in hand."""
         if not first:  # the row above has no pixels in the extra columns, but features
             for j in self.outside:
                 for g in range(self.stem.groups):
                     self.stem.step(j, g)
                     self.body.step(j, g)
+        self.begin_above(first)
+
+    def begin_above(self, first: bool) -> None:
         self.stem.begin_row()
         self.body.begin_row(first)
 
@@ -57,6 +68,21 @@ class RowScan:
         self.head.put(c, values)
 
 
+class RowKernel(RowScan):
+    """The row scan with all pixels of a row in one launch of a Triton kernel, which asks the rule for nothing."""
+
+    def __init__(self, model: AutoregressiveModel, b: int, condition: Tensor | None, rule: "Rule", values: Tensor):
+        model = aligned(model)
+        super().__init__(model, b, condition)
+        network = self.stem.packed(), self.body.packed(), model.head.packed()
+        join = model.body.residual, model.body.skip
+        self.program = RowScanProgram(*network, *join, Choice(**rule.choice()), values, model.levels)
+
+    def row(self, rule: "Rule", values: Tensor, first: bool) -> None:
+        self.begin_above(first)
+        self.program.run()
+
+
 class FullForward:
     """Logits from the whole network, run anew for each sub-pixel: what the row scan is compared with."""
 
@@ -67,8 +93,8 @@ class FullForward:
     def load(self, i: int) -> None:
         self.i = i
 
-    def begin_row(self, first: bool) -> None:
-        pass
+    def row(self, rule: "Rule", values: Tensor, first: bool) -> None:
+        visit(self, rule, values)
 
     def logits(self, j: int, c: int) -> Tensor:
         parameters = self.model.parameters_at(self.x, self.condition)[:, self.i, j]
@@ -76,6 +102,15 @@ class FullForward:
 
     def put(self, j: int, c: int, values: Tensor) -> None:
         self.x[:, c, self.i, j] = values
+
+
+def visit(evaluator: RowScan | FullForward, rule: "Rule", values: Tensor) -> None:
+    """Choose the values (b c w) of a row: sub-pixel after sub-pixel, each known to those after it."""
+    for j in range(values.shape[2]):
+        for g in range(values.shape[1]):
+            value = rule(j, g, evaluator.logits(j, g))
+            evaluator.put(j, g, value)
+            values[:, g, j] = value
 
 
 class Rule:
@@ -91,6 +126,16 @@ class Rule:
     def store(self, i: int) -> None:
         """Row i is done: what the calls wrote of it goes to where it is kept."""
 
+    def choice(self) -> dict:
+        """The same rule for the row kernel: what of `kernels.row_scan.Choice` it sets, all of it static memory.
+
+        Raises:
+            ValueError: it can only be called.
+        """
+        raise ValueError(
+            f"method='cached-triton' is not allowed with {type(self).__name__}: the kernel has no such rule"
+        )
+
 
 class Draw(Rule):
     """Draw from the conditional, by inverse CDF of one uniform number a sub-pixel.
@@ -105,6 +150,9 @@ class Draw(Rule):
 
     def load(self, i: int) -> None:
         self.row.copy_(self.uniforms[:, :, i])
+
+    def choice(self) -> dict:
+        return {"uniforms": self.row, "temperature": self.temperature}
 
     def __call__(self, j: int, g: int, logits: Tensor) -> Tensor:
         if self.temperature == 0:
@@ -124,6 +172,9 @@ class Given(Rule):
     def load(self, i: int) -> None:
         self.row.copy_(self.x[:, :, i])
 
+    def choice(self) -> dict:
+        return {"given": self.row}
+
     def __call__(self, j: int, g: int, logits: Tensor) -> Tensor:
         return self.row[:, g, j]
 
@@ -135,7 +186,11 @@ class Keep(Rule):
     """
 
     def __init__(self, x: Tensor, known: Tensor, otherwise: Rule):
-        self.given, self.known, self.otherwise = Given(x), known.bool(), otherwise
+        known = known.bool()
+        if isinstance(otherwise, Keep):  # one rule for both
+            x = torch.where(known, x.long(), otherwise.given.x)
+            known, otherwise = known | otherwise.known, otherwise.otherwise
+        self.given, self.known, self.otherwise = Given(x), known, otherwise
         self.known_row = self.known[:, :, 0].clone()
 
     def load(self, i: int) -> None:
@@ -148,6 +203,12 @@ class Keep(Rule):
 
     def store(self, i: int) -> None:
         self.otherwise.store(i)
+
+    def choice(self) -> dict:
+        drawn = self.otherwise.choice()
+        if "given" in drawn or "log_prob" in drawn:
+            return super().choice()
+        return {**drawn, "given": self.given.row, "known": self.known_row}
 
 
 class Record(Rule):
@@ -178,8 +239,11 @@ class Record(Rule):
         if self.row is not None:
             self.conditionals[:, :, i] = self.row
 
+    def choice(self) -> dict:
+        return {**self.rule.choice(), "log_prob": self.log_prob, "conditionals": self.row}
 
-METHODS = ("cached", "cached-eager", "cached-graph", "naive")
+
+METHODS = ("cached", "cached-eager", "cached-graph", "cached-triton", "naive")
 
 
 def method_for(model: AutoregressiveModel, method: str) -> str:
@@ -194,6 +258,9 @@ def method_for(model: AutoregressiveModel, method: str) -> str:
         return "cached-graph" if cuda else "cached-eager"
     if method == "cached-graph" and not cuda:
         raise ValueError(f"method={method!r} is not allowed on {model.device.type}: it is for cuda")
+    if method == "cached-triton" and not (triton and (cuda or triton.knobs.runtime.interpret)):
+        needed = "it is for cuda, or Triton's interpreter (TRITON_INTERPRET=1)" if triton else "Triton is not installed"
+        raise ValueError(f"method={method!r} is not allowed on {model.device.type}: {needed}")
     return method
 
 
@@ -230,36 +297,31 @@ def pixel_loop(
 
     Args:
         method: "naive" (the whole network for each sub-pixel), "cached-eager" (the row scan, operation by operation),
-            "cached-graph" (the row scan, one row a CUDA graph), or "cached" (the quickest for the device).
+            "cached-graph" (the row scan, one row a CUDA graph), "cached-triton" (and all pixels of a row one kernel),
+            or "cached" (the quickest for the device).
         rule: what chooses the values.
         tell: called after each row.
         condition: what `model.condition` made, where the model is conditioned on something.
     """
-    method = method_for(model, method)
+    method, cuda = method_for(model, method), model.device.type == "cuda"
     in_training = [module for module in model.modules() if module.training]
     model.eval()
     try:
         with torch.inference_mode(), exact_convolutions(), threads_for(model, method, b):
             x = torch.zeros(b, *model.shape, dtype=torch.long, device=model.device)
             values = torch.zeros_like(x[:, :, 0])  # of the row in hand
-            evaluator = (FullForward if method == "naive" else RowScan)(model, b, condition)
-
-            def row(first: bool) -> None:
-                evaluator.begin_row(first)
-                for j in range(model.width):
-                    for g in range(model.channels):
-                        value = rule(j, g, evaluator.logits(j, g))
-                        evaluator.put(j, g, value)
-                        values[:, g, j] = value
-
-            other_row = partial(row, False)
+            if method == "cached-triton":
+                evaluator = RowKernel(model, b, condition, rule, values)
+            else:
+                evaluator = (FullForward if method == "naive" else RowScan)(model, b, condition)
+            other_row = partial(evaluator.row, rule, values, False)
             for i in range(model.height):
                 evaluator.load(i)
                 rule.load(i)
                 if i == 0:
-                    row(True)
+                    evaluator.row(rule, values, True)
                 else:
-                    if i == 1 and method == "cached-graph":
+                    if i == 1 and cuda and method != "cached-eager":
                         other_row = captured(other_row)
                     other_row()
                 rule.store(i)

@@ -312,7 +312,7 @@ def sizes(model, x):
     return [x[:, :, :: model.height // net.height, :: model.width // net.width] for net in model.nets]
 
 
-def scanned(model, x, conditions):
+def scanned(model, x, conditions, method="cached"):
     """What the row scan says of given images: conditionals (b c h w v), log-probabilities (b,).
 
     Conditionals are those of the largest image's net, and of the smaller ones' at the pixels that they make known.
@@ -322,7 +322,7 @@ def scanned(model, x, conditions):
         with torch.no_grad():
             stage = model.stage(k, smaller, conditions.get("label"), conditions.get("cond"))
         record = Record(net, Given(of_size), len(x), conditionals=True)
-        smaller = pixel_loop(net, "cached", record, len(x), condition=stage.condition)
+        smaller = pixel_loop(net, method, record, len(x), condition=stage.condition)
         assert torch.equal(smaller, of_size)
         log_probs = record.conditionals.gather(-1, smaller[..., None])[..., 0]
         torch.testing.assert_close(record.log_prob, log_probs.sum((1, 2, 3)), rtol=1e-5, atol=1e-4)
@@ -333,7 +333,7 @@ def scanned(model, x, conditions):
     return out, total
 
 
-def assert_scan_equals_forward(model, b: int = 3):
+def assert_scan_equals_forward(model, b: int = 3, method: str = "cached"):
     """The row scan's conditionals are the network's, at every sub-pixel of given images.
 
     The mixture's logarithms amplify rounding where a value is unlikely. They are compared in float64, and in float32
@@ -344,7 +344,7 @@ def assert_scan_equals_forward(model, b: int = 3):
         compared = [(model, torch.exp, 3e-5), (copy.deepcopy(model).double(), torch.positive, 1e-8)]
     for net, of, limit in compared:
         x, conditions = images(net, b), given(net, b)
-        conditionals, log_prob = scanned(net, x, conditions)
+        conditionals, log_prob = scanned(net, x, conditions, method)
         with torch.no_grad():
             error = (of(conditionals) - of(net.conditionals(x, **conditions))).abs().amax((0, 4))
             where = (~(error < limit)).nonzero().tolist()

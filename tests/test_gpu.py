@@ -8,7 +8,7 @@ import models
 from kernels.diagonal_lstm import diagonal_lstm_reference
 from kernels.masked_conv import masked_conv_reference
 from kernels.row_lstm import row_lstm_reference
-from models.sampling import noise, sample
+from models.sampling import METHODS, noise, sample
 
 pytestmark = pytest.mark.gpu
 CLASSES = ("PixelCNN", "GatedPixelCNN", "RowLSTM", "DiagBiLSTM")
@@ -151,12 +151,15 @@ def test_no_leak_in_bfloat16(name):
             assert not moved[: k + 1].any()
 
 
+@pytest.mark.parametrize("head", ["softmax", "logistic_mixture"])
 @pytest.mark.parametrize("name", CLASSES)
-def test_the_row_scan_draws_what_the_network_says(name):
-    model = build(name, channels=3, hidden=18, height=6, width=5).cuda().eval()
-    uniforms = noise(0, range(4), model.shape).cuda()
-    cached, naive = (sample(model, 4, method=method, uniforms=[uniforms]) for method in ("cached", "naive"))
-    assert torch.equal(cached, naive)
+def test_the_row_scan_draws_what_the_network_says(name, head):
+    """By each method, in one program and in several."""
+    model = build(name, channels=3, hidden=18, height=6, width=5, head=head).cuda().eval()
+    uniforms = noise(0, range(40), model.shape).cuda()
+    naive = sample(model, 40, method="naive", uniforms=[uniforms])
+    for method in METHODS:
+        assert torch.equal(sample(model, 40, method=method, uniforms=[uniforms]), naive), method
 
 
 @pytest.mark.filterwarnings("ignore")  # of the compiler's own

@@ -25,7 +25,7 @@ def test_every_kernel_keeps_the_rules(tmp_path):
     rows = json.loads(path.read_text())["rows"]
     assert {row["target"] for row in rows} == {"sm_80", "sm_90"}
     assert not any(row["broken"] for row in rows)
-    for name in ("diagonal", "row", "convolution 7×7", "convolution 3×3", "cross-entropy", "gate"):
+    for name in ("diagonal", "row", "convolution 7×7", "convolution 3×3", "cross-entropy", "gate", "row scan"):
         assert any(row["kernel"].startswith(name) for row in rows), name
 
 
@@ -79,11 +79,27 @@ def test_addresses_of_32_bits_are_found():
 
 
 def test_copies_of_written_memory_are_found():
-    text = "tt.func @k(%u: !tt.ptr<f32>, %w: !tt.ptr<f32>) {\n%a = tt.splat %u : x\n%b = tt.splat %w : x\n"
+    """A loop over stages: store, barrier, an inner loop whose copies begin before it and go on in it."""
+    head = "tt.func @k(%u: !tt.ptr<f32>, %w: !tt.ptr<f32>) {\n%a = tt.splat %u : x\n%b = tt.splat %w : x\n"
     copy = "%c = ttg.async_copy_global_to_local {}, %l : x\n"
-    assert hasty_copies(text + copy.format("%b") + "tt.store %a, %v : x") == []
-    assert hasty_copies(text + copy.format("%a") + "tt.store %a, %v : x") == ["%u"]
-    assert hasty_copies(text + copy.format("%unknown") + "tt.store %a, %v : x") == ["%unknown"]
+    outer, store, wall = "scf.for %i = %0 to %n {\n", "tt.store %a, %v : x\n", "ttg.barrier local\n"
+
+    def inner(value, then=""):
+        return copy.format(value) + "scf.for %k = %0 to %m {\n" + copy.format(value) + then + "}\n"
+
+    def found(*lines):
+        return hasty_copies(head + "".join(lines) + "}\n")
+
+    assert found(outer, inner("%a"), store, wall, "}\n") == []
+    assert found(outer, store, wall, inner("%a"), "}\n") == []
+    assert found(store, inner("%b")) == []  # of other memory
+    assert found(outer, store, inner("%a"), wall, "}\n") == ["%u"] * 2  # the barrier is late
+    assert found(outer, inner("%a"), store, "}\n") == ["%u"] * 2  # there is none
+    assert found(outer, inner("%a", store), wall, "}\n") == ["%u"] * 2  # the loop itself stores
+    assert found(outer, copy.format("%a"), store, wall, "}\n") == ["%u"]  # for the outer loop's next turn
+    assert found(outer, inner("%unknown"), store, wall, "}\n") == ["%unknown"] * 2
+    views = head + outer + store + inner("%b") + wall + "}\n}\n"
+    assert hasty_copies(views) == [] and hasty_copies(views, {"%w": "%u"}) == ["%u"] * 2
 
 
 @pytest.mark.parametrize("barrier", ["ttg.barrier local", "gpu.barrier"])  # of Triton 3.7 and 3.6

@@ -1,0 +1,165 @@
+"""What the row kernel promises: the row scan's pixels and conditionals, in one launch a row.
+
+On a machine without a GPU it runs in Triton's interpreter; `kernels.report` compiles it.
+
+Legend: b batch · n images · c channel (colour) · h w rows, columns · v levels.
+"""
+
+import pytest
+import torch
+
+import kernels.row_scan
+from kernels.row_scan import Form, form_for
+from models.aligned import aligned, positions, room
+from models.sampling import Given, Keep, Record, Rule, pixel_loop, sample
+from tests.cases import (
+    CASES,
+    assert_scan_equals_forward,
+    build,
+    every_case,
+    every_kind,
+    every_net,
+    given,
+    images,
+    noises,
+)
+
+triton = pytest.importorskip("triton", reason="Triton is for Linux")
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture(autouse=True)
+def few_blocks(monkeypatch):
+    """Large blocks for small models: the interpreter takes its time for each."""
+    if DEVICE.type == "cpu":
+        monkeypatch.setattr(kernels.row_scan, "form_for", lambda b, itemsize: Form(16, 64, 64, 1, 4))
+
+
+def small(case, **arguments):
+    return build(case, **{"channels": 3, "levels": 5, "height": 2, "width": 2, "hidden": 7, **arguments}).to(DEVICE)
+
+
+def assert_as_naive(model, n=2, **arguments):
+    arguments = {**given(model, n), **arguments}
+    drawn, naive = (sample(model, n, method=method, **arguments) for method in ("cached-triton", "naive"))
+    assert torch.equal(drawn, naive), f"differ first at (n c h w) {(drawn != naive).nonzero()[0].tolist()}"
+    return drawn
+
+
+@every_case
+def test_it_draws_the_pixels_of_the_naive_sampler(case):
+    assert assert_as_naive(small(case)).unique().numel() > 1
+
+
+@every_kind
+def test_its_conditionals_are_the_network_s(case):
+    assert_scan_equals_forward(small(case, channels=2), b=2, method="cached-triton")
+
+
+@every_net
+@pytest.mark.parametrize("height, width", [(1, 1), (4, 1), (1, 5)], ids=str)
+def test_images_of_one_row_or_column(case, height, width):
+    assert_as_naive(small(case, channels=1, height=height, width=width))
+
+
+@every_net
+def test_many_layers_of_many_blocks(case):
+    """More features than one block of any form has, in groups that are not equal."""
+    model = small(case, hidden=101, layers=3, head_features=70, std=0.02)
+    assert_as_naive(model)
+
+
+@pytest.mark.parametrize("name", ["pixel_cnn", "diag_bilstm-mixture"])
+def test_more_images_than_a_program_has(name):
+    model = small(CASES[name], channels=1)
+    drawn = assert_as_naive(model, 18)
+    assert len(drawn.flatten(1).unique(dim=0)) > 9
+
+
+@pytest.mark.parametrize("form", {form_for(b, size) for b in (1, 9999) for size in (2, 4)}, ids=str)
+@every_net
+def test_every_form(case, form, monkeypatch):
+    monkeypatch.setattr(kernels.row_scan, "form_for", lambda b, itemsize: form)
+    assert_as_naive(small(case, channels=2, height=2, width=1))
+
+
+@pytest.mark.parametrize("name", ["pixel_cnn", "row_lstm-mixture"])
+@pytest.mark.parametrize("temperature", [0.3, 1e-39, 0])
+def test_temperatures(name, temperature):
+    assert_as_naive(small(CASES[name]), 3, temperature=temperature)
+
+
+@pytest.mark.parametrize("name", ["gated_pixel_cnn", "multi_scale", "multi_scale-mixture"])
+def test_known_sub_pixels_are_kept(name):
+    """Those of the caller, and those that a smaller image shows."""
+    model = small(CASES[name])
+    x = images(model, 2, seed=5)
+    known = torch.rand(x.shape, generator=torch.Generator().manual_seed(1)) < 0.5
+    drawn = assert_as_naive(model, uniforms=[u.to(DEVICE) for u in noises(model, 2, 2)], known=(x, known)).long()
+    assert torch.equal(drawn[known], x[known]) and not torch.equal(drawn, x)
+
+
+@pytest.mark.parametrize("levels", [2, 300])
+def test_numbers_of_levels(levels):
+    uniforms = torch.full((2, 1, 1, 2), 1 - 2**-24)
+    drawn = assert_as_naive(small(CASES["pixel_cnn"], channels=1, levels=levels, height=1, width=2), uniforms=uniforms)
+    assert drawn.max() > 0.9 * (levels - 1)
+
+
+def test_a_value_of_probability_zero_is_never_drawn():
+    """Least noise takes the first value that can be, most noise the last."""
+    model = small(CASES["pixel_cnn"], channels=1, levels=8, height=1, width=2)
+    with torch.no_grad():
+        model.head.last.bias[[0, 1, 4, 6, 7]] = -1e30
+    for number, value in ((0.0, 2), (1 - 2**-24, 5)):
+        drawn = sample(model, 2, method="cached-triton", uniforms=torch.full((2, 1, 1, 2), number))
+        assert (drawn == value).all()
+
+
+def test_it_scores_what_is_drawn():
+    model = small(CASES["pixel_cnn"])
+    rule = Keep(
+        images(model, 2).to(DEVICE), torch.zeros(2, *model.shape, device=DEVICE), Given(images(model, 2).to(DEVICE))
+    )
+    with pytest.raises(ValueError, match="method='cached-triton' is not allowed with Keep"):
+        pixel_loop(model, "cached-triton", rule, 2)
+    record = Record(model, Given(images(model, 2).to(DEVICE)), 2)
+    x = pixel_loop(model, "cached-triton", record, 2)
+    torch.testing.assert_close(record.log_prob, model.log_prob(x).detach(), rtol=1e-5, atol=1e-4)
+
+
+def test_a_rule_of_the_caller_s_own_is_refused():
+    class Own(Rule):
+        def __call__(self, j, g, logits):
+            return logits.argmax(1)
+
+    with pytest.raises(ValueError, match="is not allowed with Own: the kernel has no such rule"):
+        pixel_loop(small(CASES["pixel_cnn"]), "cached-triton", Own(), 1)
+
+
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="it is for this device")
+def test_without_the_interpreter_it_is_for_cuda(monkeypatch):
+    monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
+    with pytest.raises(ValueError, match="method='cached-triton' is not allowed on cpu: it is for cuda"):
+        sample(small(CASES["pixel_cnn"]), 1, method="cached-triton")
+
+
+# --------------------------------------------------------------------------------------------- room for sixteen
+
+
+@every_case
+@pytest.mark.parametrize("channels", [1, 3])
+def test_an_aligned_network_is_the_network(case, channels):
+    for net in small(case, channels=channels, hidden=35).nets:
+        x, wide = images(net, 3).to(DEVICE), aligned(net)
+        condition = net.condition(**{name: value.to(DEVICE) for name, value in given(net, 3).items()})
+        assert wide.body.hidden == (48) and not wide.training
+        with torch.no_grad():
+            expected, got = net.parameters_at(x, condition), wide.parameters_at(x, condition)
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_where_features_go():
+    assert room(128, 3) == 144 and room(128, 1) == 128 and room(7, 2) == 32
+    assert positions(5, 32, 2).tolist() == [0, 1, 2, 16, 17]
+    assert positions(3, 16, 1, parts=2).tolist() == [0, 1, 2, 16, 17, 18]
