@@ -3,7 +3,8 @@
 Four tables, all of one batch drawn by `models.sampling.sample`, preparation of its buffers included:
 
     methods   28×28 binary images: the cached sampler, and the naive one that re-runs the network a sub-pixel
-    growth    the cached sampler at 16², 32² and 64²: the time a pixel should not depend on the size
+    growth    the cached sampler at 16², 32² and 64²: the time a pixel should not depend on the size, and what it keeps
+              should grow with the width alone
     colour    32×32×3 images of 256 levels: both methods, for small models and for a PixelCNN of 15 blocks, h = 128
     products  what the cached sampler's matrix products alone take: those of a row, recorded with the memory that they
               read and write, done again without anything in between, and their rate
@@ -20,7 +21,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench.measure import build, describe, interleave, parse, parser, spread, table, whole, write
-from models.sampling import Draw, FullForward, noise, pixel_loop, sample, threads_for
+from models.sampling import Draw, FullForward, RowScan, noise, pixel_loop, sample, threads_for
 
 BATCH, TIMED = 16, 4  # images drawn side by side; sub-pixels that the naive sampler is timed for
 
@@ -73,11 +74,28 @@ def growth(name: str, args: argparse.Namespace) -> list[dict]:
         ms = spread(times[side]["total"])
         row = {"part": "growth", **describe(name, model, b), "method": "cached", "ms": ms}
         row |= {"seconds": ms["median"] / 1e3, "images_per_second": b / ms["median"] * 1e3}
-        row |= {"ms_per_pixel": ms["median"] / side**2}
+        row |= {"ms_per_pixel": ms["median"] / side**2, "kept_mb": kept_bytes(RowScan(model, b)) / 1e6}
         first = (rows or [row])[0]
         ratio = row["ms_per_pixel"] / first["ms_per_pixel"]
         rows.append(row | {"ratio": ratio, "ratio_to": f"ms_per_pixel at {args.sides[0]}×{args.sides[0]}"})
     return rows
+
+
+def kept_bytes(scan: RowScan) -> int:
+    """The bytes of all tensors that a row scan keeps, its copies of weights among them; views count once."""
+    storages, seen, todo = {}, set(), [scan]
+    while todo:
+        thing = todo.pop()
+        if id(thing) in seen or isinstance(thing, torch.nn.Module):
+            continue
+        seen.add(id(thing))
+        if isinstance(thing, torch.Tensor):
+            storages[thing.untyped_storage().data_ptr()] = thing.untyped_storage().nbytes()
+        elif isinstance(thing, list | tuple):
+            todo.extend(thing)
+        elif hasattr(thing, "__dict__"):
+            todo.extend(vars(thing).values())
+    return sum(storages.values())
 
 
 PRODUCTS = ("addmm", "addmm_", "baddbmm", "baddbmm_", "bmm", "mm", "convolution")
@@ -166,7 +184,7 @@ def main(argv: list[str] | None = None) -> None:
     table("Binary images; ratio: time over the cached sampler's", rows, columns)
 
     grown = [row for name in args.names for row in growth(name, args)]
-    columns_of_growth = ("model", "shape", "seconds", "images_per_second", "ms_per_pixel", "ratio", "ms")
+    columns_of_growth = ("model", "shape", "seconds", "images_per_second", "ms_per_pixel", "ratio", "kept_mb", "ms")
     table("Growth with the size of the image; ratio: of the time a pixel", grown, columns_of_growth)
 
     coloured = []

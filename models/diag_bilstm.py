@@ -134,6 +134,7 @@ class DiagonalLSTMsScan:
             for layer in range(layers):
                 weight = torch.cat([state_weight[layer, 0, :, :f], input_weight[layer, 0, :, : w.stop]], dim=1)
                 weight = weight[sort[columns]].T.contiguous()  # (left and known input, gates of group g)
+                weights = self.join.weights(layer, g)
                 for j in range(width):
                     u = self.row[layer, :, j, f + w.start : f + w.stop]
                     following = (
@@ -155,7 +156,7 @@ class DiagonalLSTMsScan:
                             known_summed[layer, :, : 1 + n.stop],
                             u,
                             following,
-                            self.join.weights(layer, g),
+                            weights,
                         )
                     )
 

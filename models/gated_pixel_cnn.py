@@ -108,6 +108,7 @@ class GatedLayersScan:
             columns = slice(2 * n.start, 2 * n.stop)
             for layer in range(layers):
                 left_centre = weight[layer, columns, : f + n.stop].T.contiguous()
+                weights = self.join.weights(layer, g)
                 for j in range(width):
                     self.plan[j][g].append(
                         (
@@ -120,7 +121,7 @@ class GatedLayersScan:
                             known_hidden[layer, :, : 1 + n.stop],
                             slots(layer, j, n),
                             slots(layer + 1, j, n) if layer + 1 < layers else self.join.out[g],
-                            self.join.weights(layer, g),
+                            weights,
                         )
                     )
 

@@ -74,6 +74,7 @@ class ResidualBlocksScan:
             for layer in range(layers):
                 left_centre = conv_weight[layer, n, :, 1, :2]  # (n_g, in, left and centre)
                 left_centre = torch.cat([left_centre[:, :, 0], left_centre[:, : n.stop, 1]], dim=1).T.contiguous()
+                weights = self.join.weights(layer, g)
                 for j in range(width):
                     self.plan[j][g].append(
                         (
@@ -87,7 +88,7 @@ class ResidualBlocksScan:
                             left_centre,
                             mid[layer, :, n],
                             known_mid[layer, :, : 1 + n.stop],
-                            self.join.weights(layer, g),
+                            weights,
                         )
                     )
 

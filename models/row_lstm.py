@@ -104,6 +104,7 @@ class RowLSTMsScan:
             columns = slice(4 * n.start, 4 * n.stop)
             for layer in range(layers):
                 weight = input_weight[layer, columns, : 2 * f + w.stop].T.contiguous()  # left and known inputs
+                weights = self.join.weights(layer, g)
                 for j in range(width):
                     self.plan[j][g].append(
                         (
@@ -119,7 +120,7 @@ class RowLSTMsScan:
                             known_hidden[layer, :, j + 1, : 1 + n.stop],
                             slots(layer, j, w),
                             slots(layer + 1, j, w) if layer + 1 < layers else self.join.out[g],
-                            self.join.weights(layer, g),
+                            weights,
                         )
                     )
 

@@ -277,7 +277,7 @@ def threads_for(model: AutoregressiveModel, method: str, b: int) -> Iterator[Non
     """
     largest = b * max(parameter.numel() for parameter in model.body.parameters())  # multiply-adds of one product
     before = torch.get_num_threads()
-    if method == "cached-eager" and largest < 2**22:
+    if method == "cached-eager" and largest < 5 * 2**18:
         torch.set_num_threads(1)
     try:
         yield

@@ -11,6 +11,8 @@ import torch
 import models
 from bench import sampling, training
 from bench.measure import MODELS, interleave, spread, whole
+from bench.sampling import kept_bytes
+from models.sampling import RowScan
 
 KEYS = {"command", "date", "device", "cpu", "cores", "threads", "python", "torch", "triton", "commit", "rows"}
 SPREAD = {"median", "min", "q1", "q3", "repeats"}
@@ -130,3 +132,19 @@ def test_a_wrong_option_ends_in_one_line(arguments, said, capsys):
     with pytest.raises(SystemExit) as stopped:
         training.main(arguments)
     assert stopped.value.code == 2 and said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["PixelCNN", "GatedPixelCNN", "RowLSTM", "DiagBiLSTM"])
+def test_what_a_row_scan_keeps_does_not_grow_with_the_height(name):
+    """A row suffices: it grows with the width, and with the number of images."""
+    sizes = {"channels": 1, "levels": 2, "hidden": 4, "layers": 3}
+
+    def kept(b, height, width):
+        return kept_bytes(
+            RowScan(models.build({"_target_": f"models.{name}", **sizes, "height": height, "width": width}), b)
+        )
+
+    assert kept(2, 8, 8) == kept(2, 64, 8)
+    one, two, three = (kept(2, 8, width) for width in (8, 16, 24))
+    assert 0 < two - one == three - two
+    assert kept(4, 8, 16) - kept(3, 8, 16) == kept(3, 8, 16) - kept(2, 8, 16) > 0
