@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernels.row_scan import Product
-from models.layers import MaskedLinear, group_sizes, packed
+from models.layers import Buffers, MaskedLinear, group_sizes, packed
 
 
 class Body(nn.Module):
@@ -70,26 +70,36 @@ class Body(nn.Module):
 class JoinScan:
     """`Body.join` at one pixel, for one group's features: `begin`, then a call for each layer, then `end`.
 
-    What a layer computed stands behind a column of ones (`after_ones`): the biases are a row of the weights then, and
-    the whole join is one product. `out` is where the last layer's stream goes, (b features_g) for each group.
+    What a layer computed stands behind a column of ones (`after_ones`): the biases are a row of the weights then.
+    `out` is where the last layer's stream goes, (b features_g) for each group.
+
+    A body that changes its stream `in_place` keeps it in `out` from the first layer on, and hands `stream` to the calls
+    as u and out: the sum of skips stands beside it, and both are one product.
     """
 
-    def __init__(self, body: Body, b: int):
+    def __init__(self, body: Body, buffers: Buffers, in_place: bool = False):
         self.residual, self.skip = body.residual, body.skip
         self.up, self.to_head = ([m.steps() for m in part] for part in (body.up, body.to_head))
-        sizes, new = group_sizes(body.features, body.groups), body.up[0].weight.new_zeros
-        self.out, self.skips = ([new(b, size) for size in sizes] for _ in range(2))
+        self.one_product = in_place and self.residual and self.skip
+        both = [buffers(2 * size) for size in group_sizes(body.features, body.groups)]
+        self.out, self.skips = zip(*(x.chunk(2, dim=1) for x in both), strict=True)
+        self.stream = both if self.one_product else self.out
 
     @staticmethod
-    def after_ones(zeros: Tensor) -> tuple[Tensor, Tensor]:
-        """A buffer for layers' features (… f), zeros → the same behind a column of ones (… 1+f), and its features."""
-        known = torch.cat([torch.ones_like(zeros[..., :1]), zeros], dim=-1)
+    def after_ones(buffers: Buffers, layers: int, *shape: int) -> tuple[Tensor, Tensor]:
+        """A buffer for layers' features (layers b … f) behind a column of ones (layers b … 1+f), and the features."""
+        known = buffers(*shape[:-1], 1 + shape[-1], layers=layers)
+        known[..., 0] = 1
         return known, known[..., 1:]
 
     def weights(self, layer: int, g: int) -> tuple[Tensor, Tensor | None]:
         """What a call takes as its last two arguments: (1+known features_g) each."""
-        both = self.up[layer][g], self.to_head[layer][g] if self.skip else None
-        return tuple(None if w is None else torch.cat([w[1][None], w[0]]) for w in both)
+
+        def with_bias(weight: Tensor, bias: Tensor) -> Tensor:
+            return torch.cat([bias[:, None], weight.T], dim=1).T
+
+        up, to_head = with_bias(*self.up[layer][g]), with_bias(*self.to_head[layer][g]) if self.skip else None
+        return (torch.cat([up.T, to_head.T]).T, None) if self.one_product else (up, to_head)
 
     @staticmethod
     def packed(body: Body) -> tuple[Product, Product | None]:
@@ -106,7 +116,7 @@ class JoinScan:
             torch.addmm(u, hidden, weight, out=out)
         else:
             torch.mm(hidden, weight, out=out)
-        if self.skip:
+        if to_head is not None:
             self.skips[g].addmm_(hidden, to_head)
 
     def end(self, g: int) -> Tensor:

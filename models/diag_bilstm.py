@@ -25,7 +25,7 @@ import kernels
 from kernels.row_scan import Layers, pack
 from models.base import AutoregressiveModel
 from models.body import Body, JoinScan
-from models.layers import ConditionScan, colour_mask, group_slices, initialise
+from models.layers import AboveScan, Buffers, ConditionScan, colour_mask, group_slices, initialise
 
 
 class DiagonalLSTMLayer(nn.Module):
@@ -76,8 +76,8 @@ class DiagonalLSTMs(Body):
             u, skips = self.join(layer, u, skips, lstm(u, condition))
         return (u + skips)[:, :, : -self.extra_columns]
 
-    def scan(self, b: int, width: int, condition: Tensor | None = None) -> "DiagonalLSTMsScan":
-        return DiagonalLSTMsScan(self, b, width, condition)
+    def scan(self, buffers: Buffers, width: int, condition: Tensor | None = None) -> "DiagonalLSTMsScan":
+        return DiagonalLSTMsScan(self, buffers, width, condition)
 
 
 class DiagonalLSTMsScan:
@@ -91,10 +91,9 @@ class DiagonalLSTMsScan:
     group 1, ….
     """
 
-    def __init__(self, body: DiagonalLSTMs, b: int, width: int, condition: Tensor | None):
+    def __init__(self, body: DiagonalLSTMs, buffers: Buffers, width: int, condition: Tensor | None):
         layers, f, groups = body.layers, body.hidden, body.groups
-        new = body.up[0].weight.new_zeros
-        self.body, self.b, self.width, self.f = body, b, width, f
+        self.body, self.width, self.f = body, width, f
         gates = group_slices(4 * f, groups, parts=4)
         sort = torch.cat([torch.arange(4 * f)[s] for slices in gates for s in slices])
         input_weight = torch.stack([lstm.masked_input_weight() for lstm in body.lstm])  # (layers d 4f 2f)
@@ -102,38 +101,36 @@ class DiagonalLSTMsScan:
         bias = torch.stack([lstm.bias for lstm in body.lstm])  # (layers d 4f)
 
         self.vertical = None
-        self.row = new(layers, b, width + 1, 3 * f)
-        self.cell = new(layers, b, f)
-        self.above = new(layers, b * width, 4 * f)  # what direction 0's gates get from the row above, and the bias
-        self.above_weight = state_weight[:, 0, sort, f:].mT.contiguous()
-        self.above_bias = bias[:, 0, None, sort]
+        self.row = buffers(width + 1, 3 * f, layers=layers)
+        self.cell = buffers(f, layers=layers)
         given = torch.stack([lstm.condition_weight for lstm in body.lstm]) if body.given else None
         self.condition = ConditionScan(condition, None if given is None else given[:, 0, sort])
         self.mirrored_condition = ConditionScan(condition, None if given is None else given[:, 1])
+        above_weight = state_weight[:, 0, sort, f:].mT.contiguous()
+        self.above = AboveScan(buffers, width, above_weight, bias[:, 0, None, sort], self.condition)  # of direction 0
         # The mirrored direction: gates o f i g of a whole row, one matrix for [hidden_1(i−1, j), u(i, j)].
-        self.mirrored = new(layers, b, width, f)  # hidden_1 of the row above
-        self.mirrored_inputs = new(layers, b, width, 3 * f)
-        self.mirrored_gates = new(layers, b * width, 4 * f)
-        self.mirrored_weight = torch.cat([state_weight[:, 1, :, f:], input_weight[:, 1]], dim=2).mT.contiguous()
-        self.mirrored_bias = bias[:, 1, None].contiguous()
+        self.mirrored = buffers(width, f, layers=layers)  # hidden_1 of the row above
+        self.mirrored_inputs = buffers.new(layers, buffers.b, width, 3 * f)
+        weight = torch.cat([state_weight[:, 1, :, f:], input_weight[:, 1]], dim=2).mT.contiguous()
+        self.mirrored_gates = AboveScan(buffers, width, weight, bias[:, 1, None], self.mirrored_condition)
         self.mirrored_left = state_weight[:, 1, :, :f].mT.contiguous()
-        self.mirrored_cell = new(layers, b, f)
-        self.mirrored_tanh = new(layers, b, f)
+        self.mirrored_cell = buffers(f, layers=layers)
+        self.mirrored_tanh = buffers(f, layers=layers)
 
-        self.join = JoinScan(body, b)
+        self.join = JoinScan(body, buffers)
         wide, narrow = (group_slices(n, groups) for n in (2 * f, f))
-        known_summed, summed = self.join.after_ones(new(layers, b, f))
-        above = self.above.view(layers, b, width, 4 * f)
+        known_summed, summed = self.join.after_ones(buffers, layers, f)
+        above = self.above.out
         self.inputs = [[self.row[0, :, j, f + w.start : f + w.stop] for (w,) in wide] for j in range(width)]
         self.plan = [[[] for _ in range(groups)] for _ in range(width)]
         for g, ((w,), (n,)) in enumerate(zip(wide, narrow, strict=True)):
             size = n.stop - n.start
-            gate, tanh = new(b, 4 * size), new(b, size)
+            gate, tanh = buffers(4 * size), buffers(size)
             o, forget, i, candidate = gate.split(size, dim=1)
             columns = slice(4 * n.start, 4 * n.stop)
             for layer in range(layers):
                 weight = torch.cat([state_weight[layer, 0, :, :f], input_weight[layer, 0, :, : w.stop]], dim=1)
-                weight = weight[sort[columns]].T.contiguous()  # (left and known input, gates of group g)
+                weight = weight[sort[columns]].T  # (left and known input, gates of group g)
                 weights = self.join.weights(layer, g)
                 for j in range(width):
                     u = self.row[layer, :, j, f + w.start : f + w.stop]
@@ -166,26 +163,20 @@ class DiagonalLSTMsScan:
         self.mirrored_condition.load(max(i - 1, 0))
 
     def begin_row(self, first: bool) -> None:
-        f = self.f
         if not first:
             self.finish_row()
-        hidden = self.row[:, :, 1:, :f].reshape(-1, self.b * self.width, f)
-        torch.baddbmm(self.above_bias, hidden, self.above_weight, out=self.above)
-        self.condition.add_to(self.above.view(-1, self.b, self.width, 4 * f))
+        self.above(self.row[:, :, 1:, : self.f])
         self.cell.zero_()
 
     def finish_row(self) -> None:
         """Run the mirrored direction over the row just finished, all layers side by side."""
-        f, layers = self.f, len(self.row)
+        f = self.f
         self.mirrored_inputs[..., :f] = self.mirrored
         self.mirrored_inputs[..., f:] = self.row[:, :, : self.width, f:]
-        inputs = self.mirrored_inputs.view(layers, -1, 3 * f)
-        torch.baddbmm(self.mirrored_bias, inputs, self.mirrored_weight, out=self.mirrored_gates)
-        gates_of_row = self.mirrored_gates.view(layers, self.b, self.width, 4 * f)
-        self.mirrored_condition.add_to(gates_of_row)
+        self.mirrored_gates(self.mirrored_inputs)
         cell, tanh = self.mirrored_cell.zero_(), self.mirrored_tanh
         for j in range(self.width - 1, -1, -1):
-            gates = gates_of_row[:, :, j]
+            gates = self.mirrored_gates.out[:, :, j]
             if j < self.width - 1:
                 gates.baddbmm_(self.mirrored[:, :, j + 1], self.mirrored_left)
             gates[..., : 3 * f].sigmoid_()
@@ -199,7 +190,7 @@ class DiagonalLSTMsScan:
         inputs = torch.stack([lstm.masked_input_weight()[0] for lstm in body.lstm])
         left = torch.stack([lstm.state_weight[0, :, :f] for lstm in body.lstm])
         main = pack(torch.cat([left, inputs], dim=2), None, group_slices(4 * f, body.groups, parts=4))
-        row, above = self.row, self.above.view(-1, self.b, w, 4 * f)
+        row, above = self.row, self.above.out
         places = {"cell": self.cell[:, :, None].expand(-1, -1, w, -1), "hidden": row[:, :, 1:, :f]}
         places["mirrored"] = self.mirrored
         up = self.join.packed(body)

@@ -19,7 +19,7 @@ import kernels
 from kernels.row_scan import Layers, pack
 from models.base import AutoregressiveModel
 from models.body import Body, JoinScan
-from models.layers import ConditionScan, MaskedRowConv, group_slices, initialise
+from models.layers import AboveScan, Buffers, ConditionScan, MaskedRowConv, group_slices, initialise
 
 
 class VerticalConv(nn.Module):
@@ -60,8 +60,8 @@ class GatedLayers(Body):
             u, skips = self.join(layer, u, skips, kernels.gate(horizontal(u, v, *free)))
         return u + skips
 
-    def scan(self, b: int, width: int, condition: Tensor | None = None) -> "GatedLayersScan":
-        return GatedLayersScan(self, b, width, condition)
+    def scan(self, buffers: Buffers, width: int, condition: Tensor | None = None) -> "GatedLayersScan":
+        return GatedLayersScan(self, buffers, width, condition)
 
 
 class GatedLayersScan:
@@ -74,28 +74,27 @@ class GatedLayersScan:
     The horizontal gates are sorted by group here: tanh and σ of group 0, then of group 1, ….
     """
 
-    def __init__(self, body: GatedLayers, b: int, width: int, condition: Tensor | None):
-        layers, f, groups = body.layers, body.hidden, body.groups
-        new = body.up[0].weight.new_zeros
-        self.body, self.b, self.width, self.f, self.vertical_conv = body, b, width, f, body.vertical_conv
+    def __init__(self, body: GatedLayers, buffers: Buffers, width: int, condition: Tensor | None):
+        layers, f, groups, b = body.layers, body.hidden, body.groups, buffers.b
+        self.body, self.f, self.vertical_conv = body, f, body.vertical_conv
         gates = group_slices(2 * f, groups, parts=2)
         sort = torch.cat([torch.arange(2 * f)[s] for slices in gates for s in slices])
         weight = torch.stack([m.masked_weight() for m in body.horizontal])[:, sort]  # (layers 2f 3f+d)
 
-        self.v = new(layers + 1, b, 2, width + 2, f)  # the row above and the row in hand, zeros at both ends
+        self.v = buffers.new(layers + 1, b, 2, width + 2, f)  # the row above and the row in hand, zeros at both ends
         self.vertical = self.v[0, :, 1, 1:-1]
-        self.row = new(layers, b, (width + 1) * f)  # u of the row in hand, after a column of zeros
-        self.above = new(layers, b * width, 2 * f)  # what the gates get from the vertical stack, and the bias
-        self.above_weight = weight[:, :, 2 * f : 3 * f].mT.contiguous()
-        self.above_bias = torch.stack([m.bias for m in body.horizontal])[:, None, sort]
+        self.row = buffers((width + 1) * f, layers=layers)  # u of the row in hand, after a column of zeros
+        above_weight = weight[:, :, 2 * f : 3 * f].mT.contiguous()
+        above_bias = torch.stack([m.bias for m in body.horizontal])[:, None, sort]
         self.condition = ConditionScan(condition, weight[:, :, 3 * f :] if body.given else None)
+        self.above = AboveScan(buffers, width, above_weight, above_bias, self.condition)  # from the vertical stack
         self.vertical_condition = ConditionScan(condition, body.condition_weights())
-        self.vertical_gates = new(layers, b, width, 2 * f)
+        self.vertical_gates = buffers.new(layers, b, width, 2 * f)
 
-        self.join = JoinScan(body, b)
+        self.join = JoinScan(body, buffers)
         narrow = [s for (s,) in group_slices(f, groups)]
-        known_hidden, hidden = self.join.after_ones(new(layers, b, f))
-        above = self.above.view(layers, b, width, 2 * f)
+        known_hidden, hidden = self.join.after_ones(buffers, layers, f)
+        above = self.above.out
 
         def slots(layer: int, j: int, n: slice) -> Tensor:
             """Features n of u at column j."""
@@ -104,10 +103,10 @@ class GatedLayersScan:
         self.inputs = [[slots(0, j, n) for n in narrow] for j in range(width)]
         self.plan = [[[] for _ in range(groups)] for _ in range(width)]
         for g, n in enumerate(narrow):
-            both = new(b, 2 * (n.stop - n.start))
+            both = buffers(2 * (n.stop - n.start))
             columns = slice(2 * n.start, 2 * n.stop)
             for layer in range(layers):
-                left_centre = weight[layer, columns, : f + n.stop].T.contiguous()
+                left_centre = weight[layer, columns, : f + n.stop].contiguous().T
                 weights = self.join.weights(layer, g)
                 for j in range(width):
                     self.plan[j][g].append(
@@ -137,9 +136,7 @@ class GatedLayersScan:
         for layer, conv in enumerate(self.vertical_conv):
             gates = F.conv2d(self.v[layer].permute(0, 3, 1, 2), conv.weight, conv.bias)[:, :, 0].mT
             self.v[layer + 1, :, 1, 1:-1] = kernels.gate(self.vertical_gates[layer].add_(gates))
-        v = self.v[1:, :, 1, 1:-1].reshape(-1, self.b * self.width, self.f)
-        torch.baddbmm(self.above_bias, v, self.above_weight, out=self.above)
-        self.condition.add_to(self.above.view(-1, self.b, self.width, 2 * self.f))
+        self.above(self.v[1:, :, 1, 1:-1])
         self.v[:, :, 0] = self.v[:, :, 1]  # the next row's row above
 
     def packed(self) -> Layers:
@@ -147,8 +144,8 @@ class GatedLayersScan:
         f, body = self.f, self.body
         weight = torch.stack([m.masked_weight()[:, : 2 * f] for m in body.horizontal])
         main = pack(weight, None, group_slices(2 * f, body.groups, parts=2))
-        row, above = self.row.unflatten(2, (-1, f)), self.above.view(-1, self.b, self.width, 2 * f)
-        return Layers(2, None, main, *self.join.packed(body), row[:, :, :-1], 2 * f, row[:, :, 1:], above)
+        row, up = self.row.unflatten(2, (-1, f)), self.join.packed(body)
+        return Layers(2, None, main, *up, row[:, :, :-1], 2 * f, row[:, :, 1:], self.above.out)
 
     def step(self, j: int, g: int) -> Tensor:
         """From group g of the stem at column j, in `inputs[j][g]`, to group g of the head's input (b f_g)."""

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 import kernels
 from kernels.row_scan import Head
-from models.layers import MaskedLinear, group_slices, packed
+from models.layers import Buffers, MaskedLinear, group_slices, packed
 
 
 class SoftmaxHead(nn.Module):
@@ -41,17 +41,16 @@ class SoftmaxHead(nn.Module):
         """What the row kernel needs to know."""
         return Head(packed([self.first]), packed([self.last]), self.first.outputs, self.levels, 0)
 
-    def scan(self, b: int) -> "SoftmaxHeadScan":
-        return SoftmaxHeadScan(self, b)
+    def scan(self, buffers: Buffers) -> "SoftmaxHeadScan":
+        return SoftmaxHeadScan(self, buffers)
 
 
 class SoftmaxHeadScan:
     """The head at one pixel, group by group: `step(u_g, g)`, then `logits(c)` (b v), then `put(c, values)`."""
 
-    def __init__(self, head: SoftmaxHead, b: int):
-        new = head.first.weight.new_zeros
-        self.u, self.hidden = new(b, head.first.inputs), new(b, head.first.outputs)
-        self.out = new(b, head.levels)
+    def __init__(self, head: SoftmaxHead, buffers: Buffers):
+        self.u, self.hidden = buffers(head.first.inputs), buffers(head.first.outputs)
+        self.out = buffers.new(buffers.b, head.levels)  # whoever chooses reads all levels of an image
         self.plan = []
         for g in range(head.channels):
             (u_g,), (hidden_g,) = (group_slices(m.inputs, m.groups)[g] for m in (head.first, head.last))

@@ -75,7 +75,8 @@ class MaskedLinear(nn.Module):
     def steps(self) -> list[tuple[Tensor, Tensor]]:
         """For each group, what computes its outputs alone: weight (prefix outputs_g) and bias (outputs_g).
 
-        The inputs that group g sees are the first `prefix` features: groups are contiguous and in order.
+        The inputs that group g sees are the first `prefix` features: groups are contiguous and in order. In memory the
+        weights of an output stand together, as a product of few images wants them.
         """
         weight, out = self.masked_weight(), []
         for into, rows in zip(
@@ -86,7 +87,7 @@ class MaskedLinear(nn.Module):
             prefix = into[0].stop
             out.append(
                 (
-                    torch.cat([weight[r, :prefix] for r in rows]).T.contiguous(),
+                    torch.cat([weight[r, :prefix] for r in rows]).T,
                     torch.cat([self.bias[r] for r in rows]),
                 )
             )
@@ -157,6 +158,24 @@ class MaskedRowConv(nn.Module):
         return F.linear(taps, self.masked_weight(), self.bias)
 
 
+class Buffers:
+    """Zeros that a row scan keeps: of b images, like `weight`, in one of two orders in memory.
+
+    With `images_last` the images stand next to each other, so that any features of a pixel are one stretch of memory:
+    on a CPU products with few images are quicker then. The row kernel reads features that stand next to each other.
+    """
+
+    def __init__(self, b: int, weight: Tensor, images_last: bool = False):
+        self.b, self.new, self.images_last = b, weight.new_zeros, images_last
+
+    def __call__(self, *shape: int, layers: int | None = None) -> Tensor:
+        """(b shape), or with `layers` (layers b shape)."""
+        before = () if layers is None else (layers,)
+        if self.images_last:
+            return self.new(*before, *shape, self.b).movedim(-1, len(before))
+        return self.new(*before, self.b, *shape)
+
+
 class MaskedConvScan:
     """A mask-A convolution of an image, at one pixel, group by group.
 
@@ -165,7 +184,7 @@ class MaskedConvScan:
 
     Args:
         conv: the convolution; its inputs are the colours themselves.
-        b, width: how many images of which width, with the extra columns.
+        buffers, width: how many images of which width, with the extra columns.
         outputs: where to write, a view (b f_g) for each column and group.
         vertical: where to write what sees the rows above alone (b w vertical), once a row.
     """
@@ -173,7 +192,7 @@ class MaskedConvScan:
     def __init__(
         self,
         conv: MaskedConv,
-        b: int,
+        buffers: Buffers,
         width: int,
         outputs: list[list[Tensor]],
         vertical: Tensor | None = None,
@@ -181,15 +200,13 @@ class MaskedConvScan:
         weight, reach = conv.masked_weight(), conv.reach
         features, colours = weight.shape[:2]
         self.groups = conv.groups
-        self.rows = weight.new_zeros(
-            b, reach + 1, width + 2 * reach, colours
-        )  # those above, the row in hand; zeros outside
+        self.rows = buffers(reach + 1, width + 2 * reach, colours)  # those above, the row in hand; zeros outside
         self.above_weight, self.above_bias = weight[:, :, :reach].contiguous(), conv.bias
-        self.above = weight.new_zeros(b, width, features)
+        self.above = buffers(width, features)
         self.vertical = vertical
         self.taps = weight[conv.vertical :, :, reach, : reach + 1].permute(0, 2, 1).flatten(1)  # (f column·colour)
         groups = [s for (s,) in group_slices(features - conv.vertical, conv.groups)]
-        weights = [self.taps[s, : reach * colours + g].T.contiguous() for g, s in enumerate(groups)]
+        weights = [self.taps[s, : reach * colours + g].contiguous().T for g, s in enumerate(groups)]
         self.skipped, self.reach = conv.vertical, reach
         above, row = self.above[:, :, conv.vertical :], self.rows[:, reach].flatten(1)  # (b, padded width · colours)
         self.plan = [
@@ -252,6 +269,31 @@ class ConditionScan:
         """Add the row's part to pre-activations (layers b w outputs)."""
         if self.condition is not None:
             above += self.product() if self.everywhere is None else self.everywhere
+
+
+class AboveScan:
+    """What the rows above and the condition give to every layer's pre-activations: once a row, for all columns.
+
+    Args:
+        weight, bias: (layers k outputs) and (layers 1 outputs).
+        condition: what it adds.
+
+    `out` (layers b w outputs) is where it stands.
+    """
+
+    def __init__(self, buffers: Buffers, width: int, weight: Tensor, bias: Tensor, condition: ConditionScan):
+        self.weight, self.bias, self.condition, (layers, _, outputs) = weight, bias, condition, weight.shape
+        self.product = buffers.new(layers, buffers.b * width, outputs)
+        self.out = self.rows = self.product.view(layers, buffers.b, width, outputs)
+        if buffers.images_last:
+            self.out = buffers(width, outputs, layers=layers)
+
+    def __call__(self, inputs: Tensor) -> None:
+        """Of inputs (layers b w k)."""
+        torch.baddbmm(self.bias, inputs.reshape(len(inputs), -1, inputs.shape[-1]), self.weight, out=self.product)
+        self.condition.add_to(self.rows)
+        if self.out is not self.rows:
+            self.out.copy_(self.rows)
 
 
 def check(name: str, value, kind: type, low, high=math.inf) -> None:

@@ -30,7 +30,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from kernels.row_scan import Head
-from models.layers import MaskedLinear, packed
+from models.layers import Buffers, MaskedLinear, packed
 
 # The range of log(1 / scale), with the scale in levels, whatever their number. At the upper end a level at the mean has
 # the probability tanh(exp(3.5) / 4) = 1 − 1.3e-7; float32 holds hardly anything sharper. At the lower end a logistic is
@@ -146,17 +146,17 @@ class LogisticMixtureHead(nn.Module):
         """What the row kernel needs to know."""
         return Head(packed([self.first]), packed([self.last]), self.first.outputs, self.last.outputs, self.mixtures)
 
-    def scan(self, b: int) -> "LogisticMixtureHeadScan":
-        return LogisticMixtureHeadScan(self, b)
+    def scan(self, buffers: Buffers) -> "LogisticMixtureHeadScan":
+        return LogisticMixtureHeadScan(self, buffers)
 
 
 class LogisticMixtureHeadScan:
     """The head at one pixel: `step(u)` once, then for each colour in order `logits(c)` (b v) and `put(c, values)`."""
 
-    def __init__(self, head: LogisticMixtureHead, b: int):
-        self.head, new = head, head.first.weight.new_zeros
-        self.u, self.hidden = new(b, head.first.inputs), new(b, head.first.outputs)
-        self.out, self.x = new(b, head.last.outputs), new(b, head.channels)
+    def __init__(self, head: LogisticMixtureHead, buffers: Buffers):
+        self.head, b = head, buffers.b
+        self.u, self.hidden = buffers(head.first.inputs), buffers(head.first.outputs)
+        self.out, self.x = buffers.new(b, head.last.outputs), buffers.new(b, head.channels)
         (self.first,), (self.last,) = head.first.steps(), head.last.steps()
 
     def step(self, u: Tensor, g: int = 0) -> None:

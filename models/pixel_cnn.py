@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from kernels.row_scan import Layers, pack
 from models.base import AutoregressiveModel
 from models.body import Body, JoinScan
-from models.layers import ConditionScan, MaskedConv, MaskedLinear, group_slices, packed
+from models.layers import AboveScan, Buffers, ConditionScan, MaskedConv, MaskedLinear, group_slices, packed
 
 
 class ResidualBlocks(Body):
@@ -37,8 +37,8 @@ class ResidualBlocks(Body):
             u, skips = self.join(layer, u, skips, mid.relu())
         return u + skips
 
-    def scan(self, b: int, width: int, condition: Tensor | None = None) -> "ResidualBlocksScan":
-        return ResidualBlocksScan(self, b, width, condition)
+    def scan(self, buffers: Buffers, width: int, condition: Tensor | None = None) -> "ResidualBlocksScan":
+        return ResidualBlocksScan(self, buffers, width, condition)
 
 
 class ResidualBlocksScan:
@@ -51,29 +51,29 @@ class ResidualBlocksScan:
     centre's known groups stand side by side in it, so that both taps are one product.
     """
 
-    def __init__(self, body: ResidualBlocks, b: int, width: int, condition: Tensor | None):
+    def __init__(self, body: ResidualBlocks, buffers: Buffers, width: int, condition: Tensor | None):
         layers, f, groups = body.layers, body.hidden, body.groups
-        new = body.down[0].weight.new_zeros
-        self.vertical, self.body, self.shape = None, body, (layers, b, width, f)
-        self.row, self.above = new(layers, b, width + 2, f), new(layers, b * width, f)
+        self.vertical, self.body, self.width = None, body, width
+        self.row = buffers(width + 2, f, layers=layers)
+        self.taps = buffers.new(layers, buffers.b, width, 3 * f)
         conv_weight = torch.stack([conv.masked_weight() for conv in body.conv])  # (layers out in 2 3)
         self.conv_weight = conv_weight
-        self.above_weight = conv_weight[:, :, :, 0].permute(0, 3, 2, 1).flatten(1, 2).contiguous()
-        self.above_bias = torch.stack([conv.bias for conv in body.conv])[:, None]
-        self.taps = new(layers, b * width, 3 * f)
+        above_weight = conv_weight[:, :, :, 0].permute(0, 3, 2, 1).flatten(1, 2).contiguous()
+        above_bias = torch.stack([conv.bias for conv in body.conv])[:, None]
         self.condition = ConditionScan(condition, body.condition_weights())
+        self.above = AboveScan(buffers, width, above_weight, above_bias, self.condition)
 
-        down, self.join = [m.steps() for m in body.down], JoinScan(body, b)
-        relu_u, (known_mid, mid) = new(layers, b, 2 * f), self.join.after_ones(new(layers, b, f))
+        down, self.join = [m.steps() for m in body.down], JoinScan(body, buffers, in_place=True)
+        relu_u, (known_mid, mid) = buffers(2 * f, layers=layers), self.join.after_ones(buffers, layers, f)
         wide, narrow = (group_slices(n, groups) for n in (2 * f, f))
-        above, row = self.above.view(layers, b, width, f), self.row.flatten(2)
+        above, row = self.above.out, self.row.flatten(2)
         self.inputs = [self.join.out] * width  # the stream of a pixel, changed in place
         self.plan = [[[] for _ in range(groups)] for _ in range(width)]
         for g, ((w,), (n,)) in enumerate(zip(wide, narrow, strict=True)):
-            step = new(b, n.stop - n.start)
+            step = buffers(n.stop - n.start)
             for layer in range(layers):
                 left_centre = conv_weight[layer, n, :, 1, :2]  # (n_g, in, left and centre)
-                left_centre = torch.cat([left_centre[:, :, 0], left_centre[:, : n.stop, 1]], dim=1).T.contiguous()
+                left_centre = torch.cat([left_centre[:, :, 0], left_centre[:, : n.stop, 1]], dim=1).T
                 weights = self.join.weights(layer, g)
                 for j in range(width):
                     self.plan[j][g].append(
@@ -97,30 +97,25 @@ class ResidualBlocksScan:
         self.condition.load(i)
 
     def begin_row(self, first: bool) -> None:
-        layers, b, padded, f = self.row.shape
-        torch.cat(
-            [self.row[:, :, k : k + padded - 2] for k in range(3)],
-            dim=3,
-            out=self.taps.view(layers, b, -1, 3 * f),
-        )
-        torch.baddbmm(self.above_bias, self.taps, self.above_weight, out=self.above)
-        self.condition.add_to(self.above.view(layers, b, -1, f))
+        torch.cat([self.row[:, :, k : k + self.width] for k in range(3)], dim=3, out=self.taps)
+        self.above(self.taps)
 
     def packed(self) -> Layers:
         """What the row kernel needs to know."""
-        body, (layers, b, width, f) = self.body, self.shape
+        body, (layers, b, width, f) = self.body, self.above.out.shape
         taps = torch.cat([self.conv_weight[:, :, :, 1, 0], self.conv_weight[:, :, :, 1, 1]], dim=2)
         main = pack(taps, None, group_slices(f, body.groups))
-        row, above = self.row, self.above.view(self.shape)
+        row = self.row
         u = row.new_zeros(layers, b, 1, 2 * f).expand(-1, -1, width, -1)  # of the pixel in hand
         up, to_head = self.join.packed(body)
         return Layers(
-            1, packed(body.down), main, up, to_head, row[:, :, :width], 2 * f, u, above, middle=row[:, :, 1:-1]
+            *(1, packed(body.down), main, up, to_head, row[:, :, :width], 2 * f, u, self.above.out),
+            middle=row[:, :, 1:-1],
         )
 
     def step(self, j: int, g: int) -> Tensor:
         """From group g of the stem at column j, in `inputs[j][g]`, to group g of the head's input (b 2f_g)."""
-        u = self.join.out[g]
+        u, stream = self.join.out[g], self.join.stream[g]
         self.join.begin(g)
         for (
             relu_out, relu_u, down_w, down_b, step, row_out, row, above, conv_w, mid_out, mid, weights,
@@ -130,7 +125,7 @@ class ResidualBlocksScan:
             torch.clamp_min(step, 0, out=row_out)
             torch.addmm(above, row, conv_w, out=step)
             torch.clamp_min(step, 0, out=mid_out)
-            self.join(g, u, mid, u, *weights)
+            self.join(g, stream, mid, stream, *weights)
         return self.join.end(g)
 
 

@@ -17,7 +17,7 @@ import kernels
 from kernels.row_scan import Layers, pack
 from models.base import AutoregressiveModel
 from models.body import Body, JoinScan
-from models.layers import ConditionScan, MaskedRowConv, group_slices, initialise
+from models.layers import AboveScan, Buffers, ConditionScan, MaskedRowConv, group_slices, initialise
 
 
 class RowLSTMLayer(nn.Module):
@@ -54,8 +54,8 @@ class RowLSTMs(Body):
             u, skips = self.join(layer, u, skips, lstm(u, condition))
         return u + skips
 
-    def scan(self, b: int, width: int, condition: Tensor | None = None) -> "RowLSTMsScan":
-        return RowLSTMsScan(self, b, width, condition)
+    def scan(self, buffers: Buffers, width: int, condition: Tensor | None = None) -> "RowLSTMsScan":
+        return RowLSTMsScan(self, buffers, width, condition)
 
 
 class RowLSTMsScan:
@@ -69,28 +69,27 @@ class RowLSTMsScan:
     Gates are sorted by group here: o f i g of group 0, then of group 1, ….
     """
 
-    def __init__(self, body: RowLSTMs, b: int, width: int, condition: Tensor | None):
+    def __init__(self, body: RowLSTMs, buffers: Buffers, width: int, condition: Tensor | None):
         layers, f, groups = body.layers, body.hidden, body.groups
-        new = body.up[0].weight.new_zeros
-        self.body, self.b, self.width, self.f = body, b, width, f
+        self.body, self.width, self.f = body, width, f
         gates = group_slices(4 * f, groups, parts=4)
         sort = torch.cat([torch.arange(4 * f)[s] for slices in gates for s in slices])
         input_weight = torch.stack([lstm.input.masked_weight() for lstm in body.lstm])[:, sort]  # (layers 4f 4f+d)
         state_weight = torch.stack([lstm.state_weight for lstm in body.lstm])[:, sort]  # (layers 4f f taps)
 
         self.vertical = None
-        self.row = new(layers, b, (width + 1) * 2 * f)  # u of the row in hand, after a column of zeros
-        known_hidden, self.hidden = JoinScan.after_ones(new(layers, b, width + 2, f))
-        self.cell = new(layers, b, width, f)
-        self.taps = new(layers, b * width, 3 * f)
-        self.above = new(layers, b * width, 4 * f)  # what the gates get from the row above, and the bias
-        self.above_weight = state_weight.permute(0, 3, 2, 1).flatten(1, 2).contiguous()
-        self.above_bias = torch.stack([lstm.input.bias for lstm in body.lstm])[:, None, sort]
+        self.row = buffers((width + 1) * 2 * f, layers=layers)  # u of the row in hand, after a column of zeros
+        known_hidden, self.hidden = JoinScan.after_ones(buffers, layers, width + 2, f)
+        self.cell = buffers(width, f, layers=layers)
+        self.taps = buffers.new(layers, buffers.b, width, 3 * f)
+        above_weight = state_weight.permute(0, 3, 2, 1).flatten(1, 2).contiguous()
+        above_bias = torch.stack([lstm.input.bias for lstm in body.lstm])[:, None, sort]
         self.condition = ConditionScan(condition, input_weight[:, :, 4 * f :] if body.given else None)
+        self.above = AboveScan(buffers, width, above_weight, above_bias, self.condition)  # from the row above
 
-        self.join = JoinScan(body, b)
+        self.join = JoinScan(body, buffers)
         wide, narrow = (group_slices(n, groups) for n in (2 * f, f))
-        above = self.above.view(layers, b, width, 4 * f)
+        above = self.above.out
 
         def slots(layer: int, j: int, s: slice) -> Tensor:
             """Features s of u at column j."""
@@ -100,10 +99,10 @@ class RowLSTMsScan:
         self.plan = [[[] for _ in range(groups)] for _ in range(width)]
         for g, ((w,), (n,)) in enumerate(zip(wide, narrow, strict=True)):
             size = n.stop - n.start
-            gate, tanh = new(b, 4 * size), new(b, size)
+            gate, tanh = buffers(4 * size), buffers(size)
             columns = slice(4 * n.start, 4 * n.stop)
             for layer in range(layers):
-                weight = input_weight[layer, columns, : 2 * f + w.stop].T.contiguous()  # left and known inputs
+                weight = input_weight[layer, columns, : 2 * f + w.stop].contiguous().T  # left and known inputs
                 weights = self.join.weights(layer, g)
                 for j in range(width):
                     self.plan[j][g].append(
@@ -129,18 +128,15 @@ class RowLSTMsScan:
         self.condition.load(i)
 
     def begin_row(self, first: bool) -> None:
-        w, f = self.width, self.f
-        taps = self.taps.view(-1, self.b, w, 3 * f)
-        torch.cat([self.hidden[:, :, k : k + w] for k in range(3)], dim=3, out=taps)
-        torch.baddbmm(self.above_bias, self.taps, self.above_weight, out=self.above)
-        self.condition.add_to(self.above.view(-1, self.b, w, 4 * f))
+        torch.cat([self.hidden[:, :, k : k + self.width] for k in range(3)], dim=3, out=self.taps)
+        self.above(self.taps)
 
     def packed(self) -> Layers:
         """What the row kernel needs to know."""
         f, body = self.f, self.body
         weight = torch.stack([lstm.input.masked_weight()[:, : 4 * f] for lstm in body.lstm])
         main = pack(weight, None, group_slices(4 * f, body.groups, parts=4))
-        row, above = self.row.unflatten(2, (-1, 2 * f)), self.above.view(-1, self.b, self.width, 4 * f)
+        row, above = self.row.unflatten(2, (-1, 2 * f)), self.above.out
         places = {"cell": self.cell, "hidden": self.hidden[:, :, 1:-1]}
         return Layers(4, None, main, *self.join.packed(body), row[:, :, :-1], 4 * f, row[:, :, 1:], above, **places)
 

@@ -24,18 +24,22 @@ from kernels.jit import triton
 from kernels.row_scan import Choice, RowScanProgram
 from models.aligned import aligned
 from models.base import AutoregressiveModel, ImageModel
-from models.layers import MaskedConvScan, check, check_one_of
+from models.layers import Buffers, MaskedConvScan, check, check_one_of
 
 
 class RowScan:
     """Logits from cached activations: rows above are finished, so a sub-pixel costs one step along the row."""
 
-    def __init__(self, model: AutoregressiveModel, b: int, condition: Tensor | None = None):
-        self.scale, self.head = model.scale, model.head.scan(b)
+    def __init__(
+        self, model: AutoregressiveModel, b: int, condition: Tensor | None = None, images_last: bool | None = None
+    ):
+        images_last = model.device.type == "cpu" if images_last is None else images_last
+        buffers = Buffers(b, model.stem.weight, images_last)
+        self.scale, self.head = model.scale, model.head.scan(buffers)
         columns = model.width + model.stem.extra
         self.outside = range(model.width, columns)
-        self.body = model.body.scan(b, columns, condition)
-        self.stem = MaskedConvScan(model.stem, b, columns, self.body.inputs, self.body.vertical)
+        self.body = model.body.scan(buffers, columns, condition)
+        self.stem = MaskedConvScan(model.stem, buffers, columns, self.body.inputs, self.body.vertical)
 
     def load(self, i: int) -> None:
         self.body.load(i)
@@ -73,7 +77,7 @@ class RowKernel(RowScan):
 
     def __init__(self, model: AutoregressiveModel, b: int, condition: Tensor | None, rule: "Rule", values: Tensor):
         model = aligned(model)
-        super().__init__(model, b, condition)
+        super().__init__(model, b, condition, images_last=False)
         network = self.stem.packed(), self.body.packed(), model.head.packed()
         join = model.body.residual, model.body.skip
         self.program = RowScanProgram(*network, *join, Choice(**rule.choice()), values, model.levels)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from models.layers import Buffers
 from models.logistic_mixture import SHARPNESS, LogisticMixtureHead
 
 every_levels = pytest.mark.parametrize("levels", [2, 3, 17, 256, 1000])
@@ -242,7 +243,7 @@ def test_a_scale_has_its_gradient_from_the_flattest_to_the_sharpest():
 def test_the_scan_gives_the_same_logits(channels, levels, mixtures):
     head, generator = make(channels, levels, mixtures)
     with torch.inference_mode():
-        scan = head.scan(4)
+        scan = head.scan(Buffers(4, head.first.weight))
         for _ in range(3):  # nothing stays of the pixel before
             u = torch.randn(4, 6, generator=generator)
             x = pixels(head, 4, generator)[1]
