@@ -20,7 +20,7 @@ from evaluate import check_writable, choose_device, dataset_of
 from models.base import ImageModel
 from models.checkpoint import find, read, rebuild, write_atomically
 from models.layers import check
-from models.sampling import sample
+from models.sampling import batches
 from output import NpyFile, PngFolder, digest, rank_and_world, share
 from report import Bar, commit, version
 
@@ -105,7 +105,7 @@ def beside(given: Completion, drawn: Tensor, completions: int, levels: int) -> T
 
 def sink_of(cfg, n: int, model: ImageModel, path: Path) -> NpyFile | PngFolder | None:
     """What `npy` or `pngs` says: where the images go as they come."""
-    keys = ("seed", "temperature", "label", "complete", "keep", "mask", "completions")
+    keys = ("seed", "temperature", "bf16", "label", "complete", "keep", "mask", "completions")
     what = {"n": n, "checkpoint": digest(path), **{key: cfg[key] for key in keys}}
     what |= {"versions": {name: version(name) for name in ("torch", "triton", "numpy")} | {"commit": commit()}}
     if cfg.npy is not None:
@@ -146,7 +146,6 @@ def main(cfg) -> None:
     label = torch.full((n,), label) if isinstance(label, int) else label
     sink = sink_of(cfg, n, model, path)
     images = list(range(n)) if sink is None else share(sink.missing())
-    check("batch_size", cfg.batch_size, int, 1)
     rows, start, drawn = sum(net.height for net in model.nets), time.perf_counter(), []
     with Bar("sample rows", max(len(images), 1) * rows) as bar:
 
@@ -154,24 +153,26 @@ def main(cfg) -> None:
             bar.advance(done)
             bar.text(f"{bar.done / rows / (time.perf_counter() - start):.1f} images/s")
 
-        for first in range(0, len(images), cfg.batch_size):
-            batch = images[first : first + cfg.batch_size]
-            x = sample(
-                model,
-                len(batch),
-                seed=cfg.seed,
-                method=cfg.method,
-                temperature=cfg.temperature,
-                label=None if label is None else label[batch],
-                known=None if known is None else (known[0][batch], known[1][batch]),
-                images=batch,
-                batch_size=cfg.batch_size,
-                tell=tell,
-            )
+        at = 0
+        parts = batches(
+            model,
+            len(images),
+            seed=cfg.seed,
+            method=cfg.method,
+            bf16=cfg.bf16,
+            temperature=cfg.temperature,
+            label=None if label is None else label[images],
+            known=None if known is None else (known[0][images], known[1][images]),
+            images=images,
+            batch_size=cfg.batch_size,
+            tell=tell,
+        )
+        for x in parts if images else ():
             if sink is None:
                 drawn.append(x)
             else:
-                sink.put(batch, x)
+                sink.put(images[at : at + len(x)], x)
+            at += len(x)
     seconds = time.perf_counter() - start
     said = f"{len(images)} images in {seconds:.2f} s ({len(images) / seconds:.1f} images/s)"
     if sink is not None and not sink.finish():

@@ -21,7 +21,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench.measure import build, describe, interleave, parse, parser, spread, table, whole, write
-from models.sampling import Draw, FullForward, RowScan, noise, pixel_loop, sample, threads_for
+from models.sampling import Draw, FullForward, PixelLoop, RowScan, noise, sample, threads_for
 
 BATCH, TIMED = 16, 4  # images drawn side by side; sub-pixels that the naive sampler is timed for
 
@@ -142,7 +142,7 @@ def products_alone(name: str, model, args: argparse.Namespace) -> dict:
     model, b = model.eval(), args.batch
     products = Products()
     with products:
-        pixel_loop(model, "cached-eager", Marked(noise(0, range(b), model.shape).to(model.device), products), b)
+        PixelLoop(model, "cached-eager", Marked(noise(0, range(b), model.shape).to(model.device), products), b).run()
     products.rows = products.rows[-1:]  # the last row's: those before it do the same
     row = products.rows[0]
 

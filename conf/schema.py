@@ -47,13 +47,14 @@ class Sample:
     completions: int = MISSING
     root: str | None = None
     method: str = MISSING
+    bf16: bool = MISSING
     temperature: float = MISSING
     seed: int = MISSING
     out: str = MISSING
     npy: str | None = None
     pngs: str | None = None
     columns: int | None = None
-    batch_size: int = MISSING
+    batch_size: int | None = None
     device: str = MISSING
 
 

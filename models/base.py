@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from models.body import Body
 from models.head import SoftmaxHead
-from models.layers import MaskedConv, check, check_one_of
+from models.layers import MaskedConv, check, check_one_of, state_dtype
 from models.logistic_mixture import LogisticMixtureHead
 
 HEADS = ("softmax", "logistic_mixture")
@@ -54,7 +54,8 @@ class ImageModel(nn.Module):
 
     def scale(self, x: Tensor) -> Tensor:
         """Integers in [0, levels) → numbers in [-1, 1], as the network reads them."""
-        return x.to(next(self.parameters()).dtype) * (2 / (self.levels - 1)) - 1
+        weight = next(self.parameters())
+        return (x.to(state_dtype(weight)) * (2 / (self.levels - 1)) - 1).to(weight.dtype)
 
     def check(self, x: Tensor) -> Tensor:
         """Return `x` (b c h w) if it holds images of this model, raise ValueError otherwise."""

@@ -102,7 +102,7 @@ class DiagonalLSTMsScan:
 
         self.vertical = None
         self.row = buffers(width + 1, 3 * f, layers=layers)
-        self.cell = buffers(f, layers=layers)
+        self.cell = buffers(f, layers=layers, dtype=buffers.state)
         given = torch.stack([lstm.condition_weight for lstm in body.lstm]) if body.given else None
         self.condition = ConditionScan(condition, None if given is None else given[:, 0, sort])
         self.mirrored_condition = ConditionScan(condition, None if given is None else given[:, 1])
@@ -114,7 +114,7 @@ class DiagonalLSTMsScan:
         weight = torch.cat([state_weight[:, 1, :, f:], input_weight[:, 1]], dim=2).mT.contiguous()
         self.mirrored_gates = AboveScan(buffers, width, weight, bias[:, 1, None], self.mirrored_condition)
         self.mirrored_left = state_weight[:, 1, :, :f].mT.contiguous()
-        self.mirrored_cell = buffers(f, layers=layers)
+        self.mirrored_cell = buffers(f, layers=layers, dtype=buffers.state)
         self.mirrored_tanh = buffers(f, layers=layers)
 
         self.join = JoinScan(body, buffers)
@@ -157,13 +157,15 @@ class DiagonalLSTMsScan:
                         )
                     )
 
-    def load(self, i: int) -> None:
+    def load(self, i: int, condition: Tensor | None) -> None:
         """What depends on the number of the row in hand goes to where `begin_row` reads it."""
-        self.condition.load(i)
-        self.mirrored_condition.load(max(i - 1, 0))
+        self.condition.load(i, condition)
+        self.mirrored_condition.load(max(i - 1, 0), condition)
 
     def begin_row(self, first: bool) -> None:
-        if not first:
+        if first:
+            self.row.zero_(), self.mirrored.zero_()
+        else:
             self.finish_row()
         self.above(self.row[:, :, 1:, : self.f])
         self.cell.zero_()

@@ -124,13 +124,15 @@ class GatedLayersScan:
                         )
                     )
 
-    def load(self, i: int) -> None:
+    def load(self, i: int, condition: Tensor | None) -> None:
         """What depends on the number of the row in hand goes to where `begin_row` reads it."""
-        self.condition.load(i)
-        self.vertical_condition.load(i)
+        self.condition.load(i, condition)
+        self.vertical_condition.load(i, condition)
 
     def begin_row(self, first: bool) -> None:
         """Called after the stem wrote `vertical` of the row in hand."""
+        if first:
+            self.v[:, :, 0].zero_()
         self.vertical_gates.zero_()
         self.vertical_condition.add_to(self.vertical_gates)
         for layer, conv in enumerate(self.vertical_conv):

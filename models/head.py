@@ -50,11 +50,13 @@ class SoftmaxHeadScan:
 
     def __init__(self, head: SoftmaxHead, buffers: Buffers):
         self.u, self.hidden = buffers(head.first.inputs), buffers(head.first.outputs)
-        self.out = buffers.new(buffers.b, head.levels)  # whoever chooses reads all levels of an image
+        self.out = buffers.new(
+            buffers.b, head.levels, dtype=buffers.state
+        )  # whoever chooses reads all levels of an image
         self.plan = []
         for g in range(head.channels):
             (u_g,), (hidden_g,) = (group_slices(m.inputs, m.groups)[g] for m in (head.first, head.last))
-            first, logits = head.first.steps()[g], head.last.steps()[g]
+            first, logits = head.first.steps()[g], [x.to(buffers.state) for x in head.last.steps()[g]]
             u, hidden = self.u[:, : u_g.stop], self.hidden[:, : hidden_g.stop]
             self.plan.append((self.u[:, u_g], u, *first, self.hidden[:, hidden_g], hidden, *logits))
 
@@ -62,7 +64,7 @@ class SoftmaxHeadScan:
         u_out, u, w1, b1, hidden_out, hidden, w2, b2 = self.plan[g]
         torch.clamp_min(u_g, 0, out=u_out)
         torch.addmm(b1, u, w1, out=hidden_out).relu_()
-        torch.addmm(b2, hidden, w2, out=self.out)
+        torch.addmm(b2, hidden.to(b2.dtype), w2, out=self.out)
 
     def logits(self, c: int) -> Tensor:
         return self.out

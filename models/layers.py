@@ -158,6 +158,11 @@ class MaskedRowConv(nn.Module):
         return F.linear(taps, self.masked_weight(), self.bias)
 
 
+def state_dtype(weight: Tensor) -> torch.dtype:
+    """What sums over many steps are kept in: float32 where weights are bfloat16."""
+    return torch.promote_types(weight.dtype, torch.float32)
+
+
 class Buffers:
     """Zeros that a row scan keeps: of b images, like `weight`, in one of two orders in memory.
 
@@ -166,14 +171,14 @@ class Buffers:
     """
 
     def __init__(self, b: int, weight: Tensor, images_last: bool = False):
-        self.b, self.new, self.images_last = b, weight.new_zeros, images_last
+        self.b, self.new, self.images_last, self.state = b, weight.new_zeros, images_last, state_dtype(weight)
 
-    def __call__(self, *shape: int, layers: int | None = None) -> Tensor:
+    def __call__(self, *shape: int, layers: int | None = None, dtype: torch.dtype | None = None) -> Tensor:
         """(b shape), or with `layers` (layers b shape)."""
         before = () if layers is None else (layers,)
         if self.images_last:
-            return self.new(*before, *shape, self.b).movedim(-1, len(before))
-        return self.new(*before, self.b, *shape)
+            return self.new((*before, *shape, self.b), dtype=dtype).movedim(-1, len(before))
+        return self.new((*before, self.b, *shape), dtype=dtype)
 
 
 class MaskedConvScan:
@@ -218,7 +223,9 @@ class MaskedConvScan:
         ]
         self.slots = [[row[:, (j + reach) * colours + c] for c in range(colours)] for j in range(width)]
 
-    def begin_row(self) -> None:
+    def begin_row(self, first: bool) -> None:
+        if first:
+            self.rows.zero_()
         for k in range(self.rows.shape[1] - 1):
             self.rows[:, k] = self.rows[:, k + 1]
         self.rows[:, -1].zero_()
@@ -245,30 +252,26 @@ class ConditionScan:
     """What a condition adds to every layer's pre-activations, a row at a time.
 
     Args:
-        condition: (b h w d), or (b 1 1 d) where it is the same everywhere, or None.
+        condition: one like those to come: (b h w d), or (b 1 1 d) where it is the same everywhere, or None.
         weight: (layers outputs d), None without a condition.
     """
 
     def __init__(self, condition: Tensor | None, weight: Tensor | None):
-        self.condition = condition
-        if condition is not None:
+        self.given = condition is not None
+        if self.given:
             self.weight, self.row = weight.mT.contiguous(), condition[:, 0].clone()
-            self.everywhere = self.product() if condition.shape[1] == 1 else None
 
-    def product(self) -> Tensor:
-        layers, d, outputs = self.weight.shape
-        row = self.row.reshape(1, -1, d).expand(layers, -1, -1)
-        return torch.bmm(row, self.weight).view(layers, len(self.condition), -1, outputs)
-
-    def load(self, i: int) -> None:
-        """Row i is the one that `add_to` adds from now on."""
-        if self.condition is not None and self.everywhere is None:
-            self.row.copy_(self.condition[:, i])
+    def load(self, i: int, condition: Tensor | None) -> None:
+        """Row i of the condition is the one that `add_to` adds from now on."""
+        if self.given:
+            self.row.copy_(condition[:, min(i, condition.shape[1] - 1)])
 
     def add_to(self, above: Tensor) -> None:
         """Add the row's part to pre-activations (layers b w outputs)."""
-        if self.condition is not None:
-            above += self.product() if self.everywhere is None else self.everywhere
+        if self.given:
+            layers, d, outputs = self.weight.shape
+            row = self.row.reshape(1, -1, d).expand(layers, -1, -1)
+            above += torch.bmm(row, self.weight).view(layers, len(self.row), -1, outputs)
 
 
 class AboveScan:

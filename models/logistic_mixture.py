@@ -67,7 +67,7 @@ class LogisticMixtureHead(nn.Module):
         super().__init__()
         self.groups, self.channels, self.levels, self.mixtures = 1, channels, levels, mixtures
         self.highest = (levels - 1) / 2  # levels from the middle
-        self.register_buffer("values", torch.arange(levels)[:, None] - self.highest, persistent=False)
+        self.register_buffer("values", torch.arange(levels)[:, None], persistent=False)  # integers are never rounded
         self.sizes = [n * mixtures for n in (1, channels, channels, channels * (channels - 1) // 2)]
         self.first = MaskedLinear(inputs, features, 1)
         self.last = MaskedLinear(features, sum(self.sizes), 1)
@@ -109,7 +109,7 @@ class LogisticMixtureHead(nn.Module):
 
     def table(self, log_weights: Tensor, mean: Tensor, sharpness: Tensor) -> Tensor:
         """A mixture of logistics, (… m) each → log-probabilities of all levels (… v)."""
-        masses = log_mass(self.values, mean[..., None, :], sharpness[..., None, :], self.highest)
+        masses = log_mass(self.centred(self.values), mean[..., None, :], sharpness[..., None, :], self.highest)
         return (log_weights[..., None, :] + masses).logsumexp(-1)
 
     def posterior(self, log_weights: Tensor, x: Tensor, mean: Tensor, sharpness: Tensor) -> Tensor:
@@ -156,13 +156,14 @@ class LogisticMixtureHeadScan:
     def __init__(self, head: LogisticMixtureHead, buffers: Buffers):
         self.head, b = head, buffers.b
         self.u, self.hidden = buffers(head.first.inputs), buffers(head.first.outputs)
-        self.out, self.x = buffers.new(b, head.last.outputs), buffers.new(b, head.channels)
-        (self.first,), (self.last,) = head.first.steps(), head.last.steps()
+        self.out, self.x = (buffers.new(b, n, dtype=buffers.state) for n in (head.last.outputs, head.channels))
+        (self.first,), (last,) = head.first.steps(), head.last.steps()
+        self.last = [x.to(buffers.state) for x in last]
 
     def step(self, u: Tensor, g: int = 0) -> None:
         torch.clamp_min(u, 0, out=self.u)
         torch.addmm(self.first[1], self.u, self.first[0], out=self.hidden).relu_()
-        torch.addmm(self.last[1], self.hidden, self.last[0], out=self.out)
+        torch.addmm(self.last[1], self.hidden.to(self.out.dtype), self.last[0], out=self.out)
         self.log_weights, self.colours = self.head.unpack(self.out)
         self.logistics = self.head.logistics(self.colours[0], self.x)
 

@@ -92,11 +92,13 @@ class ResidualBlocksScan:
                         )
                     )
 
-    def load(self, i: int) -> None:
+    def load(self, i: int, condition: Tensor | None) -> None:
         """What depends on the number of the row in hand goes to where `begin_row` reads it."""
-        self.condition.load(i)
+        self.condition.load(i, condition)
 
     def begin_row(self, first: bool) -> None:
+        if first:
+            self.row.zero_()
         torch.cat([self.row[:, :, k : k + self.width] for k in range(3)], dim=3, out=self.taps)
         self.above(self.taps)
 

@@ -80,7 +80,7 @@ class RowLSTMsScan:
         self.vertical = None
         self.row = buffers((width + 1) * 2 * f, layers=layers)  # u of the row in hand, after a column of zeros
         known_hidden, self.hidden = JoinScan.after_ones(buffers, layers, width + 2, f)
-        self.cell = buffers(width, f, layers=layers)
+        self.cell = buffers(width, f, layers=layers, dtype=buffers.state)
         self.taps = buffers.new(layers, buffers.b, width, 3 * f)
         above_weight = state_weight.permute(0, 3, 2, 1).flatten(1, 2).contiguous()
         above_bias = torch.stack([lstm.input.bias for lstm in body.lstm])[:, None, sort]
@@ -123,11 +123,13 @@ class RowLSTMsScan:
                         )
                     )
 
-    def load(self, i: int) -> None:
+    def load(self, i: int, condition: Tensor | None) -> None:
         """What depends on the number of the row in hand goes to where `begin_row` reads it."""
-        self.condition.load(i)
+        self.condition.load(i, condition)
 
     def begin_row(self, first: bool) -> None:
+        if first:
+            self.hidden.zero_(), self.cell.zero_()
         torch.cat([self.hidden[:, :, k : k + self.width] for k in range(3)], dim=3, out=self.taps)
         self.above(self.taps)
 

@@ -14,6 +14,7 @@ replayed for the others.
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
 from functools import partial
 
 import numpy as np
@@ -24,7 +25,7 @@ from kernels.jit import triton
 from kernels.row_scan import Choice, RowScanProgram
 from models.aligned import aligned
 from models.base import AutoregressiveModel, ImageModel
-from models.layers import Buffers, MaskedConvScan, check, check_one_of
+from models.layers import Buffers, MaskedConvScan, check, check_one_of, state_dtype
 
 
 class RowScan:
@@ -35,14 +36,15 @@ class RowScan:
     ):
         images_last = model.device.type == "cpu" if images_last is None else images_last
         buffers = Buffers(b, model.stem.weight, images_last)
-        self.scale, self.head = model.scale, model.head.scan(buffers)
-        columns = model.width + model.stem.extra
+        self.scaled = model.scale(torch.arange(model.levels, device=model.device))
+        self.head = model.head.scan(buffers)
+        self.condition, columns = condition, model.width + model.stem.extra
         self.outside = range(model.width, columns)
         self.body = model.body.scan(buffers, columns, condition)
         self.stem = MaskedConvScan(model.stem, buffers, columns, self.body.inputs, self.body.vertical)
 
     def load(self, i: int) -> None:
-        self.body.load(i)
+        self.body.load(i, self.condition)
 
     def row(self, rule: "Rule", values: Tensor, first: bool) -> None:
         self.begin_row(first)
@@ -58,7 +60,7 @@ class RowScan:
         self.begin_above(first)
 
     def begin_above(self, first: bool) -> None:
-        self.stem.begin_row()
+        self.stem.begin_row(first)
         self.body.begin_row(first)
 
     def logits(self, j: int, c: int) -> Tensor:
@@ -68,7 +70,7 @@ class RowScan:
         return self.head.logits(c)
 
     def put(self, j: int, c: int, values: Tensor) -> None:
-        self.stem.put(j, c, self.scale(values))
+        self.stem.put(j, c, self.scaled[values])
         self.head.put(c, values)
 
 
@@ -96,12 +98,15 @@ class FullForward:
 
     def load(self, i: int) -> None:
         self.i = i
+        if i == 0:
+            self.x.zero_()
 
     def row(self, rule: "Rule", values: Tensor, first: bool) -> None:
         visit(self, rule, values)
 
     def logits(self, j: int, c: int) -> Tensor:
         parameters = self.model.parameters_at(self.x, self.condition)[:, self.i, j]
+        parameters = parameters.to(state_dtype(parameters))
         return self.model.head.logits(parameters, self.x[:, :, self.i, j])[:, c]
 
     def put(self, j: int, c: int, values: Tensor) -> None:
@@ -130,6 +135,10 @@ class Rule:
     def store(self, i: int) -> None:
         """Row i is done: what the calls wrote of it goes to where it is kept."""
 
+    def renew(self, rule: "Rule") -> None:
+        """Choose from now on as another rule of the same kind does, in the memory of this one."""
+        raise NotImplementedError
+
     def choice(self) -> dict:
         """The same rule for the row kernel: what of `kernels.row_scan.Choice` it sets, all of it static memory.
 
@@ -155,6 +164,10 @@ class Draw(Rule):
     def load(self, i: int) -> None:
         self.row.copy_(self.uniforms[:, :, i])
 
+    def renew(self, rule: "Draw") -> None:
+        assert rule.temperature == self.temperature
+        self.uniforms = rule.uniforms
+
     def choice(self) -> dict:
         return {"uniforms": self.row, "temperature": self.temperature}
 
@@ -175,6 +188,9 @@ class Given(Rule):
 
     def load(self, i: int) -> None:
         self.row.copy_(self.x[:, :, i])
+
+    def renew(self, rule: "Given") -> None:
+        self.x = rule.x
 
     def choice(self) -> dict:
         return {"given": self.row}
@@ -208,6 +224,11 @@ class Keep(Rule):
     def store(self, i: int) -> None:
         self.otherwise.store(i)
 
+    def renew(self, rule: "Keep") -> None:
+        self.given.renew(rule.given)
+        self.known = rule.known
+        self.otherwise.renew(rule.otherwise)
+
     def choice(self) -> dict:
         drawn = self.otherwise.choice()
         if "given" in drawn or "log_prob" in drawn:
@@ -222,7 +243,8 @@ class Record(Rule):
     """
 
     def __init__(self, model: AutoregressiveModel, rule: Rule, b: int, conditionals: bool = False):
-        self.rule, new = rule, model.stem.weight.new_zeros
+        self.rule, weight = rule, model.stem.weight
+        new = partial(weight.new_zeros, dtype=state_dtype(weight))
         self.log_prob = new(b)
         self.conditionals = new(b, *model.shape, model.levels) if conditionals else None
         self.row = new(b, model.channels, model.width, model.levels) if conditionals else None
@@ -289,59 +311,72 @@ def threads_for(model: AutoregressiveModel, method: str, b: int) -> Iterator[Non
         torch.set_num_threads(before)
 
 
-def pixel_loop(
-    model: AutoregressiveModel,
-    method: str,
-    rule: Rule,
-    b: int,
-    tell: Callable = lambda: None,
-    condition: Tensor | None = None,
-) -> Tensor:
-    """Visit all sub-pixels of b images in order and return what the rule chose (b c h w) int64.
+class PixelLoop:
+    """Visits all sub-pixels of b images in order, one batch after another.
+
+    Buffers and packed weights are made once. So are a GPU's two CUDA graphs: the first row of an image, and any other.
 
     Args:
         method: "naive" (the whole network for each sub-pixel), "cached-eager" (the row scan, operation by operation),
             "cached-graph" (the row scan, one row a CUDA graph), "cached-triton" (and all pixels of a row one kernel),
             or "cached" (the quickest for the device).
         rule: what chooses the values.
-        tell: called after each row.
         condition: what `model.condition` made, where the model is conditioned on something.
     """
-    method, cuda = method_for(model, method), model.device.type == "cuda"
-    in_training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        with torch.inference_mode(), exact_convolutions(), threads_for(model, method, b):
-            x = torch.zeros(b, *model.shape, dtype=torch.long, device=model.device)
-            values = torch.zeros_like(x[:, :, 0])  # of the row in hand
-            if method == "cached-triton":
-                evaluator = RowKernel(model, b, condition, rule, values)
+
+    def __init__(self, model: AutoregressiveModel, method: str, rule: Rule, b: int, condition: Tensor | None = None):
+        self.model, self.method, self.rule, self.b = model, method_for(model, method), rule, b
+        self.capture = model.device.type == "cuda" and self.method != "cached-eager"
+        self.warm, self.rows = False, {}
+        with self.drawing():
+            self.values = torch.zeros(b, model.channels, model.width, dtype=torch.long, device=model.device)
+            if self.method == "cached-triton":
+                self.evaluator = RowKernel(model, b, condition, rule, self.values)
             else:
-                evaluator = (FullForward if method == "naive" else RowScan)(model, b, condition)
-            other_row = partial(evaluator.row, rule, values, False)
-            for i in range(model.height):
-                evaluator.load(i)
-                rule.load(i)
-                if i == 0:
-                    evaluator.row(rule, values, True)
-                else:
-                    if i == 1 and cuda and method != "cached-eager":
-                        other_row = captured(other_row)
-                    other_row()
-                rule.store(i)
-                x[:, :, i] = values
+                self.evaluator = (FullForward if self.method == "naive" else RowScan)(model, b, condition)
+
+    @contextmanager
+    def drawing(self) -> Iterator[None]:
+        """In eval mode, and in the mode that the model was in afterwards."""
+        in_training = [module for module in self.model.modules() if module.training]
+        self.model.eval()
+        try:
+            with torch.inference_mode(), exact_convolutions(), threads_for(self.model, self.method, self.b):
+                yield
+        finally:
+            for module in in_training:
+                module.training = True
+
+    def row(self, first: bool) -> None:
+        """Do the row that was loaded. Libraries allocate and choose at their first call, which no graph can hold."""
+        run = self.rows.get(first, partial(self.evaluator.row, self.rule, self.values, first))
+        if self.capture and self.warm and first not in self.rows:
+            run = self.rows[first] = captured(run)
+        run()
+        self.warm = True
+
+    def run(self, tell: Callable[[], None] = lambda: None) -> Tensor:
+        """What the rule chooses (b c h w) int64; `tell` is called after each row."""
+        x = torch.empty(self.b, *self.model.shape, dtype=torch.long, device=self.model.device)
+        with self.drawing():
+            for i in range(self.model.height):
+                self.evaluator.load(i)
+                self.rule.load(i)
+                self.row(first=i == 0)
+                self.rule.store(i)
+                x[:, :, i] = self.values
                 tell()
-    finally:
-        for module in in_training:
-            module.training = True
-    return x.clone()  # a tensor made in inference mode takes part in nothing else
+        return x
+
+    def again(self, rule: Rule, condition: Tensor | None, tell: Callable[[], None] = lambda: None) -> Tensor:
+        """`run` with another rule and condition of the same kinds."""
+        self.rule.renew(rule)
+        self.evaluator.condition = condition
+        return self.run(tell)
 
 
 def captured(run: Callable[[], None]) -> Callable[[], None]:
-    """What replays `run` as a CUDA graph: it reads and writes the same memory each time, and asks nothing of the host.
-
-    Libraries allocate and choose at their first call, which a graph cannot hold: `run`'s operations ran once before.
-    """
+    """What replays `run` as a CUDA graph: it reads and writes the same memory each time, and asks the host nothing."""
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         run()
@@ -368,13 +403,14 @@ def sample(
     *,
     seed: int = 0,
     method: str = "cached",
+    bf16: bool = False,
     temperature: float = 1.0,
     label: int | Tensor | None = None,
     cond: Tensor | None = None,
     uniforms: Tensor | list[Tensor] | None = None,
     known: tuple[Tensor, Tensor] | None = None,
     images: Sequence[int] | None = None,
-    batch_size: int = 64,
+    batch_size: int | None = None,
     tell: Callable[[int], None] = lambda rows: None,
 ) -> Tensor:
     """Draw n images.
@@ -384,6 +420,8 @@ def sample(
         seed: image k depends on seed and k alone, not on `batch_size` (but for rounding: a product's last bits may
             depend on the batch, and so may, once in some million sub-pixels, a value).
         method: "cached" computes every activation once; "naive" re-runs the network for each sub-pixel.
+        bf16: weights and activations in bfloat16; sums, cells and logits stay float32. Quicker on a GPU; the images are
+            others, since probabilities move by about a hundredth of themselves.
         temperature: logits are divided by it; 0 takes the likeliest value.
         label: for a model with classes, (n,) integers, or one for all.
         cond: for a model with map_features, maps (n d h w).
@@ -393,7 +431,7 @@ def sample(
             before a sub-pixel in the order of drawing are evidence for it.
         images: which n of a seed's images to draw, numbers from 0; None: the first n. Image k depends on the seed and
             k, not on what is drawn beside it: `label`, `cond`, `uniforms` and `known` are of these n, in their order.
-        batch_size: how many images are drawn side by side; memory grows with it, not with n.
+        batch_size: how many images are drawn side by side; memory grows with it, not with n. None: `BATCH_SIZES`.
         tell: called after each finished row of a batch with how many rows of images that were.
 
     Returns:
@@ -402,11 +440,40 @@ def sample(
     Raises:
         ValueError: for an argument outside what is allowed.
     """
+    what = {"label": label, "cond": cond, "uniforms": uniforms, "known": known, "images": images}
+    how = {"seed": seed, "method": method, "bf16": bf16, "temperature": temperature, "batch_size": batch_size}
+    return torch.cat(list(batches(model, n, **what, **how, tell=tell)))
+
+
+BATCH_SIZES = {"cpu": 64, "cuda": 1024}  # images drawn side by side where nothing is said
+
+
+def batches(
+    model: ImageModel,
+    n: int,
+    *,
+    seed: int = 0,
+    method: str = "cached",
+    bf16: bool = False,
+    temperature: float = 1.0,
+    label: int | Tensor | None = None,
+    cond: Tensor | None = None,
+    uniforms: Tensor | list[Tensor] | None = None,
+    known: tuple[Tensor, Tensor] | None = None,
+    images: Sequence[int] | None = None,
+    batch_size: int | None = None,
+    tell: Callable[[int], None] = lambda rows: None,
+) -> Iterator[Tensor]:
+    """What `sample` returns, a batch at a time: (batch_size c h w)."""
+    batch_size = BATCH_SIZES.get(model.device.type, 64) if batch_size is None else batch_size
     check("n", n, int, 1)
     check("seed", seed, int, 0, 2**64 - 1)
     check("temperature", temperature, float, 0)
     check("batch_size", batch_size, int, 1)
+    check("bf16", bf16, bool, False)
     method = method_for(model.nets[0], method)
+    if bf16 and method == "cached-triton" and model.device.type != "cuda":
+        raise ValueError("bf16=True is not allowed with method='cached-triton' in Triton's interpreter: it has none")
     label = torch.full((n,), label) if isinstance(label, int) else label
     model.check_condition(n, label, cond)
     if uniforms is not None:
@@ -417,29 +484,39 @@ def sample(
     images = range(n) if images is None else images
     if len(images) != n or any(not isinstance(k, int) or k < 0 for k in images):
         raise ValueError(f"images={images!r} is not allowed: n={n} integers of at least 0 are")
-    out = []
-    for start in range(0, n, batch_size):
-        batch = slice(start, min(start + batch_size, n))
+    model = deepcopy(model).bfloat16() if bf16 else model
+    loops: dict[tuple[int, int], PixelLoop] = {}
 
-        def part(x: Tensor | None, batch: slice = batch) -> Tensor | None:
-            return None if x is None else x[batch].to(model.device)
+    def part(x: Tensor | None, batch: slice) -> Tensor | None:
+        return None if x is None else x[batch].to(model.device)
 
-        x, given = None, (part(label), part(cond))
+    def numbers_of(batch: slice) -> list[Tensor]:
+        if uniforms is not None:
+            return [x[batch] for x in uniforms]
+        return [noise(seed, images[batch], net.shape, k) for k, net in enumerate(model.nets)]
+
+    slices = [slice(start, min(start + batch_size, n)) for start in range(0, n, batch_size)]
+    following = numbers_of(slices[0])
+    for batch, after in zip(slices, [*slices[1:], None], strict=True):
+        x, numbers, given = None, following, (part(label, batch), part(cond, batch))
         for k, net in enumerate(model.nets):
-            numbers = (
-                noise(seed, images[batch], net.shape, k).to(model.device) if uniforms is None else part(uniforms[k])
-            )
-            rule = Draw(numbers, temperature)
+            rule = Draw(numbers[k].to(model.device), temperature)
             with torch.no_grad():
                 stage = model.stage(k, x, *given)
             if known is not None:
                 step = model.height // net.height
-                rule = Keep(*(part(tensor)[:, :, ::step, ::step] for tensor in known), rule)
+                rule = Keep(*(part(tensor, batch)[:, :, ::step, ::step] for tensor in known), rule)
             if stage.known is not None:
                 rule = Keep(stage.x, stage.known, rule)
-            x = pixel_loop(net, method, rule, len(numbers), partial(tell, len(numbers)), stage.condition)
-        out.append(x.to("cpu", torch.uint8 if model.levels <= 256 else torch.int64))
-    return torch.cat(out)
+            b, told = len(numbers[k]), partial(tell, len(numbers[k]))
+            if (k, b) in loops:
+                x = loops[k, b].again(rule, stage.condition, told)
+            else:
+                loops[k, b] = PixelLoop(net, method, rule, b, stage.condition)
+                x = loops[k, b].run(told)
+        if after is not None:  # while a GPU still draws
+            following = numbers_of(after)
+        yield x.to("cpu", torch.uint8 if model.levels <= 256 else torch.int64)
 
 
 def check_uniforms(uniforms: list[Tensor], shapes: list[tuple[int, ...]]) -> None:

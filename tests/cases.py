@@ -17,7 +17,7 @@ from torch import Tensor
 
 import models
 from models.logistic_mixture import LogisticMixtureHead
-from models.sampling import Given, Record, noise, pixel_loop, sample
+from models.sampling import Given, PixelLoop, Record, noise, sample
 
 # -------------------------------------------------------- what each architecture sees, by its definition: (n n)
 
@@ -322,7 +322,7 @@ def scanned(model, x, conditions, method="cached"):
         with torch.no_grad():
             stage = model.stage(k, smaller, conditions.get("label"), conditions.get("cond"))
         record = Record(net, Given(of_size), len(x), conditionals=True)
-        smaller = pixel_loop(net, method, record, len(x), condition=stage.condition)
+        smaller = PixelLoop(net, method, record, len(x), stage.condition).run()
         assert torch.equal(smaller, of_size)
         log_probs = record.conditionals.gather(-1, smaller[..., None])[..., 0]
         torch.testing.assert_close(record.log_prob, log_probs.sum((1, 2, 3)), rtol=1e-5, atol=1e-4)

@@ -1,5 +1,8 @@
 """What only a GPU can show of the Triton kernels: rounding to bfloat16, races, and training in earnest."""
 
+import copy
+import itertools
+
 import pytest
 import torch
 
@@ -8,7 +11,7 @@ import models
 from kernels.diagonal_lstm import diagonal_lstm_reference
 from kernels.masked_conv import masked_conv_reference
 from kernels.row_lstm import row_lstm_reference
-from models.sampling import METHODS, noise, sample
+from models.sampling import METHODS, Given, PixelLoop, Record, noise, sample
 
 pytestmark = pytest.mark.gpu
 CLASSES = ("PixelCNN", "GatedPixelCNN", "RowLSTM", "DiagBiLSTM")
@@ -154,12 +157,27 @@ def test_no_leak_in_bfloat16(name):
 @pytest.mark.parametrize("head", ["softmax", "logistic_mixture"])
 @pytest.mark.parametrize("name", CLASSES)
 def test_the_row_scan_draws_what_the_network_says(name, head):
-    """By each method, in one program and in several."""
+    """By each method, in one program and in several, with the row captured in the first batch or in the second."""
     model = build(name, channels=3, hidden=18, height=6, width=5, head=head).cuda().eval()
-    uniforms = noise(0, range(40), model.shape).cuda()
-    naive = sample(model, 40, method="naive", uniforms=[uniforms])
+    uniforms = noise(0, range(60), model.shape).cuda()
+    naive = sample(model, 60, method="naive", uniforms=[uniforms])
+    for method, batch_size in itertools.product(METHODS, (15, 20, 60)):
+        drawn = sample(model, 60, method=method, uniforms=[uniforms], batch_size=batch_size)
+        assert torch.equal(drawn, naive), (method, batch_size)
+
+
+@pytest.mark.parametrize("head", ["softmax", "logistic_mixture"])
+@pytest.mark.parametrize("name", CLASSES)
+def test_bfloat16_moves_conditionals_by_little(name, head):
+    model = build(name, channels=3, hidden=18, height=6, width=5, head=head).cuda().eval()
+    x = torch.randint(0, 4, (20, 3, 6, 5), device="cuda")
+    with torch.no_grad():
+        expected = model.conditionals(x).exp()
     for method in METHODS:
-        assert torch.equal(sample(model, 40, method=method, uniforms=[uniforms]), naive), method
+        record = Record(copy.deepcopy(model).bfloat16(), Given(x), 20, conditionals=True)
+        PixelLoop(copy.deepcopy(model).bfloat16(), method, record, 20).run()
+        moved = (record.conditionals.exp() - expected).abs().sum(-1) / 2
+        assert 0 < moved.mean() < 0.02, method
 
 
 @pytest.mark.filterwarnings("ignore")  # of the compiler's own

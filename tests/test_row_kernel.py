@@ -11,7 +11,7 @@ import torch
 import kernels.row_scan
 from kernels.row_scan import Form, form_for
 from models.aligned import aligned, positions, room
-from models.sampling import Given, Keep, Record, Rule, pixel_loop, sample
+from models.sampling import Given, Keep, PixelLoop, Record, Rule, sample
 from tests.cases import (
     CASES,
     assert_scan_equals_forward,
@@ -122,10 +122,16 @@ def test_it_scores_what_is_drawn():
         images(model, 2).to(DEVICE), torch.zeros(2, *model.shape, device=DEVICE), Given(images(model, 2).to(DEVICE))
     )
     with pytest.raises(ValueError, match="method='cached-triton' is not allowed with Keep"):
-        pixel_loop(model, "cached-triton", rule, 2)
+        PixelLoop(model, "cached-triton", rule, 2).run()
     record = Record(model, Given(images(model, 2).to(DEVICE)), 2)
-    x = pixel_loop(model, "cached-triton", record, 2)
+    x = PixelLoop(model, "cached-triton", record, 2).run()
     torch.testing.assert_close(record.log_prob, model.log_prob(x).detach(), rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="the interpreter has no bfloat16")
+def test_bfloat16_is_refused_in_the_interpreter():
+    with pytest.raises(ValueError, match="bf16=True is not allowed with method='cached-triton' in Triton's interp"):
+        sample(small(CASES["pixel_cnn"]), 1, method="cached-triton", bf16=True)
 
 
 def test_a_rule_of_the_caller_s_own_is_refused():
@@ -134,7 +140,7 @@ def test_a_rule_of_the_caller_s_own_is_refused():
             return logits.argmax(1)
 
     with pytest.raises(ValueError, match="is not allowed with Own: the kernel has no such rule"):
-        pixel_loop(small(CASES["pixel_cnn"]), "cached-triton", Own(), 1)
+        PixelLoop(small(CASES["pixel_cnn"]), "cached-triton", Own(), 1)
 
 
 @pytest.mark.skipif(DEVICE.type == "cuda", reason="it is for this device")

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from models.multi_scale import KINDS
-from models.sampling import Draw, Keep, Record, Rule, noise, pixel_loop, sample
+from models.sampling import Draw, Given, Keep, PixelLoop, Record, Rule, noise, sample
 from tests.cases import (
     CASES,
     assert_methods_agree,
@@ -172,7 +172,7 @@ def test_log_probability_added_up_while_sampling_is_that_of_the_sample(case, met
             rule = Draw(numbers, temperature)
             rule = rule if stage.known is None else Keep(stage.x, stage.known, rule)
             record = Record(stage.net, rule, 4, conditionals=True)
-            x = pixel_loop(stage.net, method, record, 4, condition=stage.condition)
+            x = PixelLoop(stage.net, method, record, 4, stage.condition).run()
             if stage.known is None:
                 total = total + record.log_prob
             else:
@@ -346,7 +346,7 @@ def test_the_mode_is_left_as_it_was_when_a_rule_fails(case, method):
     for net in build(case).nets:
         net.train()
         with pytest.raises(RuntimeError, match="no value"):
-            pixel_loop(net, method, Fail(), 1, condition=any_condition(net, 1))
+            PixelLoop(net, method, Fail(), 1, any_condition(net, 1)).run()
         assert all(module.training for module in net.modules())
 
 
@@ -355,7 +355,7 @@ def test_the_mode_is_left_as_it_was_when_a_rule_fails(case, method):
 def test_what_is_drawn_can_be_trained_on(case, method):
     for net in build(case).nets:
         condition = any_condition(net, 2)
-        x = pixel_loop(net, method, Draw(noise(0, range(2), net.shape)), 2, condition=condition)
+        x = PixelLoop(net, method, Draw(noise(0, range(2), net.shape)), 2, condition).run()
         assert x.dtype == torch.int64
         net.head.nats(net.parameters_at(x, condition), x).sum().backward()
 
@@ -435,6 +435,33 @@ def test_a_frozen_part_stays_in_eval_mode():
     assert model.training and model.head.training and not model.stem.training
 
 
+@every_case
+@every_method
+def test_bfloat16_moves_conditionals_by_little(case, method):
+    """By a hundredth of themselves or so; those of all values still sum to one."""
+    model = build(case, channels=3, levels=5, height=3, width=3)
+    for exact in model.nets:
+        net, condition, x = copy.deepcopy(exact).bfloat16(), any_condition(exact, 2), images(exact, 2)
+        record = Record(net, Given(x), 2, conditionals=True)
+        PixelLoop(net, method, record, 2, None if condition is None else condition.bfloat16()).run()
+        with torch.no_grad():
+            expected = exact.head.conditionals(exact.parameters_at(x, condition), x)
+        assert record.conditionals.dtype == torch.float32 and not torch.equal(record.conditionals, expected)
+        moved = (record.conditionals.exp() - expected.exp()).abs().sum(-1) / 2
+        assert moved.mean() < 0.02, moved
+        torch.testing.assert_close(record.conditionals.exp().sum(-1), torch.ones(x.shape), rtol=1e-5, atol=1e-5)
+
+
+@every_kind
+def test_bfloat16_draws_other_images_from_a_copy(case):
+    model = build(case, channels=3, levels=256)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    conditions = given(model, 8)
+    drawn = [sample(model, 8, bf16=bf16, **conditions).float() for bf16 in (False, True)]
+    assert 0 < (drawn[0] != drawn[1]).float().mean() < 0.5
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
 def test_the_number_of_threads_is_left_as_it_was():
     before = torch.get_num_threads()
     torch.set_num_threads(2)
@@ -470,7 +497,7 @@ class Trace(TorchDispatchMode):
 
 @every_case
 def test_all_rows_but_the_first_do_the_same_to_the_same_memory(case):
-    """So that one can be captured and replayed; nothing is asked of the host in between."""
+    """So do the first ones of two batches: both kinds can be captured and replayed, and the host is asked nothing."""
 
     class Mark(Draw):
         def load(self, i):
@@ -483,13 +510,17 @@ def test_all_rows_but_the_first_do_the_same_to_the_same_memory(case):
 
     for net in build(case, channels=3, levels=4, height=4, width=3).nets:
         condition = any_condition(net, 2)
-        rule, trace = Mark(noise(0, range(2), net.shape)), Trace()
+        rules, trace = [Mark(noise(seed, range(2), net.shape)) for seed in (0, 1)], Trace()
         with trace:
-            pixel_loop(net, "cached", rule, 2, condition=condition)
+            loop = PixelLoop(net, "cached", rules[0], 2, condition)
+            first = loop.run()
+            second = loop.again(rules[1], None if condition is None else condition + 1)
+        assert not torch.equal(first, second)
         rows = trace.rows[::2]  # between load and store; what follows belongs to the loop
-        assert len(rows) == net.height and len(rows[-1]) > 50 * net.width
-        for row in rows[2:]:
+        assert len(rows) == 2 * net.height and len(rows[-1]) > 50 * net.width
+        for row in rows[2 : net.height] + rows[net.height + 1 :]:
             assert row == rows[1]
+        assert rows[0] == rows[net.height]
         asked = {operation for operation, _ in rows[1]}
         assert not any("_local_scalar_dense" in operation or "nonzero" in operation for operation in asked)
 
