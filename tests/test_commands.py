@@ -250,7 +250,7 @@ class TestSampling:
         for method in ("cached", "naive"):
             call("sample", f"checkpoint={trained}", "n=2", f"method={method}", f"npy={method}.npy")
         assert np.array_equal(np.load("cached.npy"), np.load("naive.npy"))
-        status, out, err = call("sample", f"checkpoint={trained}", "n=2", "bf16=true", "npy=bf16.npy")
+        status, _, err = call("sample", f"checkpoint={trained}", "n=2", "bf16=true", "npy=bf16.npy")
         assert status == 0 and np.load("bf16.npy").shape == np.load("naive.npy").shape, err
         status, _, err = call("sample", f"checkpoint={trained}", "bf16=perhaps")
         assert status != 0 and "bf16" in err
