@@ -431,7 +431,7 @@ def sample(
             before a sub-pixel in the order of drawing are evidence for it.
         images: which n of a seed's images to draw, numbers from 0; None: the first n. Image k depends on the seed and
             k, not on what is drawn beside it: `label`, `cond`, `uniforms` and `known` are of these n, in their order.
-        batch_size: how many images are drawn side by side; memory grows with it, not with n. None: `BATCH_SIZES`.
+        batch_size: how many images are drawn side by side; memory grows with it, not with n. None: `batch_size_for`.
         tell: called after each finished row of a batch with how many rows of images that were.
 
     Returns:
@@ -445,7 +445,11 @@ def sample(
     return torch.cat(list(batches(model, n, **what, **how, tell=tell)))
 
 
-BATCH_SIZES = {"cpu": 64, "cuda": 1024}  # images drawn side by side where nothing is said
+def batch_size_for(model: ImageModel) -> int:
+    """How many images are drawn side by side where nothing is said: what keeps a device busy, in part of its memory."""
+    images, memory = (2048, 2**34) if model.device.type == "cuda" else (256, 2**30)
+    kept = max(16 * 4 * net.body.layers * net.body.hidden * net.width for net in model.nets)  # bytes an image, about
+    return max(1, min(images, memory // kept))
 
 
 def batches(
@@ -465,7 +469,7 @@ def batches(
     tell: Callable[[int], None] = lambda rows: None,
 ) -> Iterator[Tensor]:
     """What `sample` returns, a batch at a time: (batch_size c h w)."""
-    batch_size = BATCH_SIZES.get(model.device.type, 64) if batch_size is None else batch_size
+    batch_size = batch_size_for(model) if batch_size is None else batch_size
     check("n", n, int, 1)
     check("seed", seed, int, 0, 2**64 - 1)
     check("temperature", temperature, float, 0)

@@ -1,6 +1,7 @@
 """The commands as people type them: what they write, that killed runs resume bit for bit, and how mistakes end."""
 
 import contextlib
+import itertools
 import json
 import os
 import signal
@@ -276,17 +277,14 @@ class TestManyImages:
 
     def cut_short(self, call, monkeypatch, after: int, *arguments: str) -> None:
         """Run a command that is killed in the middle of a batch after so many whole ones."""
-        batches = []
 
         def failing(*given, **keywords):
-            if len(batches) == after:
-                raise KeyboardInterrupt
-            batches.append(1)
-            return draw(*given, **keywords)
+            yield from itertools.islice(draw(*given, **keywords), after)
+            raise KeyboardInterrupt
 
-        draw = sample.sample
+        draw = sample.batches
         with monkeypatch.context() as patch:
-            patch.setattr(sample, "sample", failing)
+            patch.setattr(sample, "batches", failing)
             with contextlib.suppress(KeyboardInterrupt):
                 call("sample", *arguments)
 
