@@ -34,10 +34,10 @@ def parts(out: Path) -> dict[str, tuple[list[str], int]]:
     small = [*pytest, "tests/test_triton.py", "-k", "scan and b3 or convolution and (3 or 2)"]
     sanitizer = ["compute-sanitizer", "--error-exitcode", "9", "--tool", "memcheck"]
     work = {
-        "tests": ([*pytest, *TESTS], 150),
-        "kernels": ([python, "-m", "bench.kernels", "--compile", *here], 150),
-        "training": ([python, "-m", "bench.training", *here], 120),
-        "sampling": ([python, "-m", "bench.sampling", "--repeats", "2", *here], 90),
+        "tests": ([*pytest, *TESTS], 130),
+        "kernels": ([python, "-m", "bench.kernels", "--compile", *here], 120),
+        "training": ([python, "-m", "bench.training", *here], 110),
+        "sampling": ([python, "-m", "bench.sampling", "--repeats", "2", *here], 170),
     }
     if shutil.which(sanitizer[0]):
         work["sanitizer"] = [*sanitizer, *small], 60

@@ -199,14 +199,15 @@ def ceilings(device: torch.device, dtype: torch.dtype, n: int, megabytes: int, r
     return {"gflops": 2 * n**3 / (product * 1e6), "gigabytes_per_second": 2 * (megabytes << 20) / (copy * 1e6)}
 
 
-def write(args: argparse.Namespace, rows: list[dict]) -> Path:
-    """Write the rows, and what they were measured on, to DIR/NAME.json."""
+def write(args: argparse.Namespace, rows: list[dict], say: bool = True) -> Path:
+    """Write the rows, and what they were measured on, to DIR/NAME.json, and say so."""
     result = {"command": args.command_line, **environment(args.device), "rows": rows}
     path = Path(args.out) / f"{args.name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n")
-    print(f"\n{result['device']}, {result['cores']} cores, {result['threads']} threads, torch {torch.__version__}")
-    print(path)
+    if say:
+        print(f"\n{result['device']}, {result['cores']} cores, {result['threads']} threads, torch {torch.__version__}")
+        print(path)
     return path
 
 

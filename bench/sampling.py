@@ -1,13 +1,17 @@
 """How fast images are drawn: `python -m bench.sampling`.
 
-Four tables, all of one batch drawn by `models.sampling.sample`, preparation of its buffers included:
+Five tables. The first is of batches that follow each other, the others of one batch drawn by `models.sampling.sample`,
+preparation of its buffers included:
 
-    methods   28×28 binary images: the cached sampler, and the naive one that re-runs the network a sub-pixel
-    growth    the cached sampler at 16², 32² and 64²: the time a pixel should not depend on the size, and what it keeps
-              should grow with the width alone
-    colour    32×32×3 images of 256 levels: both methods, for small models and for a PixelCNN of 15 blocks, h = 128
-    products  what the cached sampler's matrix products alone take: those of a row, recorded with the memory that they
-              read and write, done again without anything in between, and their rate
+    throughput  images/s by batch size, and on a GPU by method and precision (there for models of the papers' size),
+                beside the floor: arithmetic and weights over what this machine was just measured to reach
+    methods     28×28 binary images: the cached sampler, and the naive one that re-runs the network a sub-pixel
+    growth      the cached sampler at 16², 32² and 64²: the time a pixel should not depend on the size, and what it
+                keeps should grow with the width alone
+    colour      32×32×3 images of 256 levels: both methods, for small models and for a PixelCNN of 15 blocks, h = 128
+    products    what the cached sampler's matrix products alone take: those of a row, recorded with the memory that they
+                read and write, done again without anything in between; and what its calls take, of Python and torch,
+                where there is next to nothing to compute: one image, one feature a colour
 
 The naive sampler does the same work at every sub-pixel. So it is timed for the first few alone and the time
 is multiplied; such a row says `extrapolated: true` and how many were timed. --full-naive draws whole images.
@@ -15,12 +19,15 @@ is multiplied; such a row says `extrapolated: true` and how many were timed. --f
 
 import argparse
 import math
+from copy import deepcopy
 from functools import partial
+from itertools import product
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bench.measure import build, describe, interleave, parse, parser, spread, table, whole, write
+from bench.measure import build, ceilings, describe, interleave, parse, parser, spread, table, whole, write
+from bench.training import live_multiply_adds
 from models.sampling import Draw, FullForward, PixelLoop, RowScan, noise, sample, threads_for
 
 BATCH, TIMED = 16, 4  # images drawn side by side; sub-pixels that the naive sampler is timed for
@@ -29,7 +36,7 @@ BATCH, TIMED = 16, 4  # images drawn side by side; sub-pixels that the naive sam
 def naive_start(model, b: int, count: int):
     """What visits the first `count` sub-pixels as the naive sampler does."""
     evaluator = FullForward(model, b)
-    rule = Draw(noise(0, range(b), model.shape).to(model.device))
+    rule = draw_rule(model, b)
     c, _, w = model.shape
 
     def run() -> None:
@@ -98,124 +105,201 @@ def kept_bytes(scan: RowScan) -> int:
     return sum(storages.values())
 
 
-PRODUCTS = ("addmm", "addmm_", "baddbmm", "baddbmm_", "bmm", "mm", "convolution")
+PRODUCTS = ("addmm", "addmm_", "baddbmm", "baddbmm_", "bmm", "mm", "conv2d")
 
 
 class Products(TorchDispatchMode):
-    """Records the matrix products of each row: `rows` are lists of what does one again, and its operations."""
+    """Records matrix products: what does each again, their multiplications and additions, and their weights' bytes."""
 
     def __init__(self):
         super().__init__()
-        self.rows = []
+        self.again, self.operations, self.weight_bytes = [], 0, 0
 
     def __torch_dispatch__(self, operation, types, arguments=(), keywords=None):
         keywords = keywords or {}
         out = operation(*arguments, **keywords)
         name = operation.overloadpacket.__name__
-        if self.rows and name in PRODUCTS:
-            self.rows[-1].append((partial(operation, *arguments, **keywords), operations(name, arguments, out)))
+        if name in PRODUCTS:
+            weight = arguments[2 if "add" in name else 1]
+            inner = weight[0].numel() if name == "conv2d" else weight.shape[-2]
+            self.again.append(partial(operation, *arguments, **keywords))
+            self.operations += 2 * out.numel() * inner
+            self.weight_bytes += weight.numel() * weight.element_size()
         return out
 
 
-class Marked(Draw):
-    """`Draw`, which tells `Products` where rows begin."""
-
-    def __init__(self, uniforms: torch.Tensor, products: Products):
-        super().__init__(uniforms)
-        self.products = products
-
-    def load(self, i: int) -> None:
-        super().load(i)
-        self.products.rows.append([])
+def draw_rule(model, b: int, seed: int = 0) -> Draw:
+    return Draw(noise(seed, range(b), model.shape).to(model.device))
 
 
-def operations(name: str, arguments: tuple, out: torch.Tensor) -> int:
-    """Multiplications and additions of one product."""
-    if name == "convolution":
-        return 2 * out.numel() * arguments[1][0].numel()
-    left = arguments[1] if "add" in name else arguments[0]
-    return 2 * out.numel() * left.shape[-1]
+def products_of_a_row(model, b: int) -> Products:
+    """Those of any row but the first: they read and write the memory of a row scan that stays."""
+    products, loop = Products(), PixelLoop(model, "cached-eager", draw_rule(model, b), b)
+    with loop.drawing():
+        for i in (0, 1):
+            loop.evaluator.load(i)
+            loop.rule.load(i)
+            if i == 0:
+                loop.row(first=True)
+            else:
+                with products:
+                    loop.row(first=False)
+    return products
 
 
 def products_alone(name: str, model, args: argparse.Namespace) -> dict:
-    """One row: the time of a whole draw, and of its products alone."""
+    """One row: the time of a whole draw, of its products alone, of the same calls with next to no arithmetic."""
     model, b = model.eval(), args.batch
-    products = Products()
-    with products:
-        PixelLoop(model, "cached-eager", Marked(noise(0, range(b), model.shape).to(model.device), products), b).run()
-    products.rows = products.rows[-1:]  # the last row's: those before it do the same
-    row = products.rows[0]
+    products, body = products_of_a_row(model, b), model.body
+    arguments = {"hidden": model.channels, "layers": body.layers, "head_features": model.channels}
+    shape = dict(zip(("channels", "height", "width"), model.shape, strict=True))
+    switches = {"residual": body.residual, "skip": body.skip}
+    tiny = type(model)(**shape, levels=model.levels, **arguments, **switches).to(args.device).eval()
 
     def again() -> None:
         with torch.inference_mode(), threads_for(model, "cached-eager", b):
-            for product, _ in row:
+            for product in products.again:
                 product()
 
+    how = {"method": "cached-eager"}
     things = {
-        "draw": whole(lambda: sample(model, b, method="cached-eager", batch_size=b)),
+        "draw": whole(lambda: sample(model, b, batch_size=b, **how)),
         "products": whole(again),
+        "calls": whole(lambda: sample(tiny, 1, batch_size=1, **how)),
     }
     times = interleave(things, args.device, args.repeats, warmup=1)
-    ms, alone = spread(times["draw"]["total"]), spread(times["products"]["total"], model.height)
-    gflop = sum(count for _, count in row) * model.height / 1e9
+    h, gflop = model.height, products.operations * model.height / 1e9
+    ms, alone, calls = (spread(times[thing]["total"], h if thing == "products" else 1) for thing in things)
     out = {"part": "products", **describe(name, model, b), "method": "cached-eager", "ms": ms, "products_ms": alone}
-    out |= {"products_of_a_row": len(row), "gflop": gflop, "gflops": gflop / alone["median"] * 1e3}
-    return out | {"share": alone["median"] / ms["median"]}
+    out |= {"products_of_a_row": len(products.again), "gflop": gflop, "gflops": gflop / alone["median"] * 1e3}
+    out |= {"weight_gigabytes": products.weight_bytes * h / 1e9, "calls_ms": calls}
+    return out | {"share": alone["median"] / ms["median"], "share_of_calls": calls["median"] / ms["median"]}
+
+
+LONG = 4.0  # seconds: what takes longer is timed once
+
+
+def throughput(name: str, model, args: argparse.Namespace, most: dict) -> list[dict]:
+    """A row a method and batch size: time of a batch where one follows another, with noise made and images fetched.
+
+    `floor_seconds` is what the arithmetic of live weights takes at the rate of a large product, `share` its part of the
+    time; `weights_seconds` is what reading all weights at each pixel takes at the rate of a copy, were there no caches.
+    """
+    cuda, rows = args.device.type == "cuda", []
+    variants = [("cached", False)]
+    if cuda:
+        variants = [(method, bf16) for bf16 in (False, True) for method in ("cached-graph", "cached-triton")]
+    for (method, bf16), b in product(variants, args.batches):
+        net, c = deepcopy(model).bfloat16().eval() if bf16 else model.eval(), most[bf16]
+        if cuda:
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+        loop, seeds = PixelLoop(net, method, draw_rule(net, b), b), iter(range(1000))
+
+        def batch(loop: PixelLoop = loop, b: int = b, seeds=seeds) -> None:
+            loop.again(draw_rule(loop.model, b, next(seeds)), None).to("cpu", torch.uint8)
+
+        first = interleave({"": whole(batch)}, args.device, 1, warmup=1)[""]["total"][0]
+        repeats = 1 if first > LONG * 1e3 else args.repeats
+        ms = spread(interleave({"": whole(batch)}, args.device, repeats, warmup=0)[""]["total"])
+        gflop = 2 * live_multiply_adds(net) * b / 1e9
+        read = products_of_a_row(net, 1).weight_bytes * net.height / 1e9
+        floor = gflop / c["gflops"]
+        row = {"part": "throughput", **describe(name, net, b), "method": method, "bf16": bf16, "ms": ms}
+        row |= {"images_per_second": b / ms["median"] * 1e3, "gflop": gflop, "weight_gigabytes": read}
+        row |= {"floor_seconds": floor, "share": floor / ms["median"] * 1e3}
+        row |= {"weights_seconds": read / c["gigabytes_per_second"]}
+        memory = torch.cuda.max_memory_allocated() if cuda else kept_bytes(loop.evaluator)
+        rows.append(row | {"memory_mb": memory / 1e6})
+    return rows
+
+
+def large(name: str, args: argparse.Namespace):
+    """A model of the papers' size for 32×32 colour images."""
+    layers = {"pixel_cnn": 15}.get(name, 12)
+    hidden, layers, head = (6, 2, 32) if args.quick else (128, layers, 1024)
+    side, levels = (3, 8) if args.quick else (32, 256)
+    return build(name, side, 3, levels, hidden, layers, args.device, head)
 
 
 def main(argv: list[str] | None = None) -> None:
-    description = "Time the samplers: cached against naive, growth with the size of the image, colour images."
+    description = "Time the samplers: cached against naive, growth with the size of the image, colour images, batches."
     options = parser("sampling", description, repeats=5)
     options.add_argument(
         "--full-naive", action="store_true", help="draw whole images naively too: takes minutes to hours"
     )
-    args = parse(options, argv)
-    args.batch, args.hidden, args.layers, args.sides = BATCH, None, None, (16, 32, 64)
-    side, (colour_side, colour_levels, colour_hidden, colour_layers) = 28, (32, 256, 32, 5)
-    if args.quick:
-        args.batch, args.hidden, args.layers, args.sides = 2, 4, 2, (3, 4)
-        side, (colour_side, colour_levels, colour_hidden, colour_layers) = 4, (3, 8, 6, 2)
-
-    columns = ("model", "shape", "method", "seconds", "images_per_second", "ratio", "extrapolated", "ms")
-    rows = []
-    for name in args.names:
-        model = build(name, side, 1, 2, args.hidden, args.layers, args.device)
-        rows += compare_methods("methods", name, model, args)
-    table("Binary images; ratio: time over the cached sampler's", rows, columns)
-
-    grown = [row for name in args.names for row in growth(name, args)]
-    columns_of_growth = ("model", "shape", "seconds", "images_per_second", "ms_per_pixel", "ratio", "kept_mb", "ms")
-    table("Growth with the size of the image; ratio: of the time a pixel", grown, columns_of_growth)
-
-    coloured = []
-    for name in args.names:
-        model = build(name, colour_side, 3, colour_levels, colour_hidden, colour_layers, args.device)
-        coloured += compare_methods("colour", name, model, args)
-    if "pixel_cnn" in args.names:
-        hidden, layers, head = (6, 2, 32) if args.quick else (128, 15, 1024)
-        model = build("pixel_cnn", colour_side, 3, colour_levels, hidden, layers, args.device, head)
-        coloured += compare_methods("colour", "pixel_cnn", model, args)
-    table("Colour images; ratio: time over the cached sampler's", coloured, columns)
-
-    alone = [
-        products_alone(name, build(name, side, 1, 2, args.hidden, args.layers, args.device), args)
-        for name in args.names
-    ]
-    if "pixel_cnn" in args.names:
-        alone.append(products_alone("pixel_cnn", model, args))
-    columns_of_products = (
-        "model",
-        "shape",
-        "hidden",
-        "products_of_a_row",
-        "ms",
-        "products_ms",
-        "share",
-        "gflop",
-        "gflops",
+    options.add_argument(
+        "--parts", default=",".join(PARTS), help="which tables, with commas between, in this order (%(default)s)"
     )
-    table("The matrix products of a draw alone; share: of its time", alone, columns_of_products)
-    write(args, rows + grown + coloured + alone)
+    args = parse(options, argv)
+    for part in args.parts.split(","):
+        if part not in PARTS:
+            options.error(f"--parts: {part!r} is not allowed: {', '.join(PARTS)} are")
+    args.batch, args.hidden, args.layers, args.sides, args.batches = BATCH, None, None, (16, 32, 64), (1, 16, 64, 256)
+    args.side, args.colour = 28, (32, 256, 32, 5)
+    if args.device.type == "cuda":
+        args.batches = 16, 512, 2048
+    if args.quick:
+        args.batch, args.hidden, args.layers, args.sides, args.batches = 2, 4, 2, (3, 4), (1, 2)
+        args.side, args.colour = 4, (3, 8, 6, 2)
+    rows, parts = [], args.parts.split(",")
+    for part in parts:
+        title, columns, measure = PARTS[part]
+        more = measure(args)
+        table(title, more, columns)
+        rows += more
+        write(args, rows, say=part == parts[-1])  # now: a later part may be cut short
+
+
+def binary(name: str, args: argparse.Namespace):
+    return build(name, args.side, 1, 2, args.hidden, args.layers, args.device)
+
+
+def methods_part(args: argparse.Namespace) -> list[dict]:
+    return [row for name in args.names for row in compare_methods("methods", name, binary(name, args), args)]
+
+
+def growth_part(args: argparse.Namespace) -> list[dict]:
+    return [row for name in args.names for row in growth(name, args)]
+
+
+def colour_part(args: argparse.Namespace) -> list[dict]:
+    side, levels, hidden, layers = args.colour
+    built = [(name, build(name, side, 3, levels, hidden, layers, args.device)) for name in args.names]
+    built += [(name, large(name, args)) for name in args.names if name == "pixel_cnn"]
+    return [row for name, model in built for row in compare_methods("colour", name, model, args)]
+
+
+def products_part(args: argparse.Namespace) -> list[dict]:
+    built = [(name, binary(name, args)) for name in args.names]
+    built += [(name, large(name, args)) for name in args.names if name == "pixel_cnn"]
+    return [products_alone(name, model, args) for name, model in built]
+
+
+def throughput_part(args: argparse.Namespace) -> list[dict]:
+    """On a GPU at the papers' sizes, of which the issue is throughput; on a CPU the small models."""
+    size, megabytes = (64, 1) if args.quick else (4096, 1024) if args.device.type == "cuda" else (1024, 64)
+    dtypes = {False: torch.float32} | ({True: torch.bfloat16} if args.device.type == "cuda" else {})
+    most = {bf16: ceilings(args.device, dtype, size, megabytes, args.repeats) for bf16, dtype in dtypes.items()}
+    rows = [{"part": "ceilings", "bf16": bf16, "product": size, **most[bf16]} for bf16 in most]
+    make = large if args.device.type == "cuda" else binary
+    return rows + [row for name in args.names for row in throughput(name, make(name, args), args, most)]
+
+
+OF_METHODS = "model", "shape", "hidden", "method", "seconds", "images_per_second", "ratio", "extrapolated", "ms"
+OF_GROWTH = "model", "shape", "seconds", "images_per_second", "ms_per_pixel", "ratio", "kept_mb", "ms"
+OF_PRODUCTS = "model", "shape", "hidden", "ms", "products_ms", "share", "calls_ms", "share_of_calls", "gflop", "gflops"
+OF_THROUGHPUT = (
+    *("model", "shape", "method", "bf16", "ms", "images_per_second", "floor_seconds", "share", "memory_mb"),
+    *("weights_seconds", "gflop", "weight_gigabytes", "gflops", "gigabytes_per_second"),
+)
+PARTS = {
+    "throughput": ("One batch after another; share: of the time, what the floor is", OF_THROUGHPUT, throughput_part),
+    "methods": ("Binary images; ratio: time over the cached sampler's", OF_METHODS, methods_part),
+    "growth": ("Growth with the size of the image; ratio: of the time a pixel", OF_GROWTH, growth_part),
+    "colour": ("Colour images; ratio: time over the cached sampler's", OF_METHODS, colour_part),
+    "products": ("The matrix products of a draw, and its calls, alone; share: of its time", OF_PRODUCTS, products_part),
+}
 
 
 if __name__ == "__main__":

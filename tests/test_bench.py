@@ -38,9 +38,7 @@ def run(command, tmp_path, *arguments: str) -> tuple[dict, str]:
 def test_sampling_writes_what_it_measured(tmp_path, capsys):
     result, name = run(sampling, tmp_path)
     assert name == "sampling-cpu-quick.json"
-    parts = {
-        part: [r for r in result["rows"] if r["part"] == part] for part in ("methods", "growth", "colour", "products")
-    }
+    parts = {part: [r for r in result["rows"] if r["part"] == part] for part in [*sampling.PARTS, "ceilings"]}
     assert [(r["model"], r["method"]) for r in parts["methods"]] == [
         (model, method) for model in MODELS for method in ("cached", "naive")
     ]
@@ -51,14 +49,40 @@ def test_sampling_writes_what_it_measured(tmp_path, capsys):
     assert [r["shape"] for r in parts["growth"]] == [[2, 1, side, side] for side in (3, 4)] * len(MODELS)
     assert [r["shape"][1] for r in parts["colour"]] == [3] * 2 * (len(MODELS) + 1)
     assert [r["model"] for r in parts["products"]] == [*MODELS, "pixel_cnn"]
-    assert all(0 < r["share"] < 2 and r["gflop"] > 0 for r in parts.pop("products"))
+    for row in parts.pop("products"):
+        assert 0 < row["share"] < 2 and 0 < row["share_of_calls"] < 2 and row["gflop"] > 0
+    (ceiling,) = parts.pop("ceilings")
+    assert [(r["model"], r["shape"][0]) for r in parts["throughput"]] == [(m, b) for m in MODELS for b in (1, 2)]
+    for row in parts.pop("throughput"):
+        assert row["floor_seconds"] == pytest.approx(row["gflop"] / ceiling["gflops"]) and row["memory_mb"] > 0
+        assert row["share"] < 1 and row["images_per_second"] == pytest.approx(
+            row["shape"][0] / row["ms"]["median"] * 1e3
+        )
     for row in (row for part in parts.values() for row in part):
         assert row["ratio"] > 0 and row["images_per_second"] == pytest.approx(2 / row["seconds"])
     assert "pixel_cnn" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_products_of_a_row_are_the_live_weights_and_what_is_packed_beside_them(name):
+    sizes = {"channels": 1, "levels": 2, "height": 5, "width": 6, "hidden": 4, "layers": 3, "skip": True}
+    model = models.build({"_target_": MODELS[name][0], **sizes})
+    one, two = (sampling.products_of_a_row(model, b) for b in (1, 2))
+    assert two.operations == 2 * one.operations and two.weight_bytes == one.weight_bytes
+    live = 2 * training.live_multiply_adds(model) / model.height
+    assert live <= one.operations < 1.3 * live  # biases of the join, masked inputs of the stem
+
+
+def test_a_part_that_there_is_not_is_refused(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        sampling.main(["--quick", "--out", str(tmp_path), "--parts", "methods,speed"])
+    assert "--parts: 'speed' is not allowed" in capsys.readouterr().err
+
+
 def test_a_whole_naive_run_is_not_extrapolated(tmp_path):
-    result, _ = run(sampling, tmp_path, "--full-naive", "--models", "pixel_cnn", "--repeats", "1")
+    result, _ = run(
+        sampling, tmp_path, "--full-naive", "--models", "pixel_cnn", "--repeats", "1", "--parts", "methods,colour"
+    )
     assert not any(row.get("extrapolated") for row in result["rows"])
     assert {row["model"] for row in result["rows"]} == {"pixel_cnn"}
 
