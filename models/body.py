@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernels.row_scan import Product
-from models.layers import Buffers, MaskedLinear, group_sizes, packed
+from models.layers import Buffers, MaskedLinear, group_sizes, packed, with_bias
 
 
 class Body(nn.Module):
@@ -70,7 +70,7 @@ class Body(nn.Module):
 class JoinScan:
     """`Body.join` at one pixel, for one group's features: `begin`, then a call for each layer, then `end`.
 
-    What a layer computed stands behind a column of ones (`after_ones`): the biases are a row of the weights then.
+    What a layer computed stands behind a column of ones (`Buffers.after_ones`): biases are a row of the weights then.
     `out` is where the last layer's stream goes, (b features_g) for each group.
 
     A body that changes its stream `in_place` keeps it in `out` from the first layer on, and hands `stream` to the calls
@@ -85,19 +85,8 @@ class JoinScan:
         self.out, self.skips = zip(*(x.chunk(2, dim=1) for x in both), strict=True)
         self.stream = both if self.one_product else self.out
 
-    @staticmethod
-    def after_ones(buffers: Buffers, layers: int, *shape: int) -> tuple[Tensor, Tensor]:
-        """A buffer for layers' features (layers b … f) behind a column of ones (layers b … 1+f), and the features."""
-        known = buffers(*shape[:-1], 1 + shape[-1], layers=layers)
-        known[..., 0] = 1
-        return known, known[..., 1:]
-
     def weights(self, layer: int, g: int) -> tuple[Tensor, Tensor | None]:
         """What a call takes as its last two arguments: (1+known features_g) each."""
-
-        def with_bias(weight: Tensor, bias: Tensor) -> Tensor:
-            return torch.cat([bias[:, None], weight.T], dim=1).T
-
         up, to_head = with_bias(*self.up[layer][g]), with_bias(*self.to_head[layer][g]) if self.skip else None
         return (torch.cat([up.T, to_head.T]).T, None) if self.one_product else (up, to_head)
 

@@ -119,7 +119,7 @@ class DiagonalLSTMsScan:
 
         self.join = JoinScan(body, buffers)
         wide, narrow = (group_slices(n, groups) for n in (2 * f, f))
-        known_summed, summed = self.join.after_ones(buffers, layers, f)
+        known_summed, summed = buffers.after_ones(f, layers=layers)
         above = self.above.out
         self.inputs = [[self.row[0, :, j, f + w.start : f + w.stop] for (w,) in wide] for j in range(width)]
         self.plan = [[[] for _ in range(groups)] for _ in range(width)]

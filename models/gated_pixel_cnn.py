@@ -93,7 +93,7 @@ class GatedLayersScan:
 
         self.join = JoinScan(body, buffers)
         narrow = [s for (s,) in group_slices(f, groups)]
-        known_hidden, hidden = self.join.after_ones(buffers, layers, f)
+        known_hidden, hidden = buffers.after_ones(f, layers=layers)
         above = self.above.out
 
         def slots(layer: int, j: int, n: slice) -> Tensor:

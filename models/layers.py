@@ -180,6 +180,17 @@ class Buffers:
             return self.new((*before, *shape, self.b), dtype=dtype).movedim(-1, len(before))
         return self.new((*before, self.b, *shape), dtype=dtype)
 
+    def after_ones(self, *shape: int, layers: int) -> tuple[Tensor, Tensor]:
+        """Features (layers b … f) behind a column of ones (layers b … 1+f), and the features alone."""
+        known = self(*shape[:-1], 1 + shape[-1], layers=layers)
+        known[..., 0] = 1
+        return known, known[..., 1:]
+
+
+def with_bias(weight: Tensor, bias: Tensor) -> Tensor:
+    """Weights (k n) for what stands behind a column of ones: (1+k n)."""
+    return torch.cat([bias[:, None], weight.T], dim=1).T
+
 
 class MaskedConvScan:
     """A mask-A convolution of an image, at one pixel, group by group.

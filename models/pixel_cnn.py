@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from kernels.row_scan import Layers, pack
 from models.base import AutoregressiveModel
 from models.body import Body, JoinScan
-from models.layers import AboveScan, Buffers, ConditionScan, MaskedConv, MaskedLinear, group_slices, packed
+from models.layers import AboveScan, Buffers, ConditionScan, MaskedConv, MaskedLinear, group_slices, packed, with_bias
 
 
 class ResidualBlocks(Body):
@@ -64,24 +64,22 @@ class ResidualBlocksScan:
         self.above = AboveScan(buffers, width, above_weight, above_bias, self.condition)
 
         down, self.join = [m.steps() for m in body.down], JoinScan(body, buffers, in_place=True)
-        relu_u, (known_mid, mid) = buffers(2 * f, layers=layers), self.join.after_ones(buffers, layers, f)
+        (known_u, relu_u), (known_mid, mid) = (buffers.after_ones(n, layers=layers) for n in (2 * f, f))
         wide, narrow = (group_slices(n, groups) for n in (2 * f, f))
         above, row = self.above.out, self.row.flatten(2)
         self.inputs = [self.join.out] * width  # the stream of a pixel, changed in place
         self.plan = [[[] for _ in range(groups)] for _ in range(width)]
         for g, ((w,), (n,)) in enumerate(zip(wide, narrow, strict=True)):
-            step = buffers(n.stop - n.start)
             for layer in range(layers):
                 left_centre = conv_weight[layer, n, :, 1, :2]  # (n_g, in, left and centre)
                 left_centre = torch.cat([left_centre[:, :, 0], left_centre[:, : n.stop, 1]], dim=1).T
-                weights = self.join.weights(layer, g)
+                down_weight, weights = with_bias(*down[layer][g]), self.join.weights(layer, g)
                 for j in range(width):
                     self.plan[j][g].append(
                         (
                             relu_u[layer, :, w],
-                            relu_u[layer, :, : w.stop],
-                            *down[layer][g],
-                            step,
+                            known_u[layer, :, : 1 + w.stop],
+                            down_weight,
                             row[layer, :, (j + 1) * f + n.start : (j + 1) * f + n.stop],
                             row[layer, :, j * f : (j + 1) * f + n.stop],
                             above[layer, :, j, n],
@@ -120,13 +118,11 @@ class ResidualBlocksScan:
         u, stream = self.join.out[g], self.join.stream[g]
         self.join.begin(g)
         for (
-            relu_out, relu_u, down_w, down_b, step, row_out, row, above, conv_w, mid_out, mid, weights,
+            relu_out, relu_u, down_w, row_out, row, above, conv_w, mid_out, mid, weights,
         ) in self.plan[j][g]:  # fmt: skip
             torch.clamp_min(u, 0, out=relu_out)
-            torch.addmm(down_b, relu_u, down_w, out=step)
-            torch.clamp_min(step, 0, out=row_out)
-            torch.addmm(above, row, conv_w, out=step)
-            torch.clamp_min(step, 0, out=mid_out)
+            torch.mm(relu_u, down_w, out=row_out).relu_()
+            torch.addmm(above, row, conv_w, out=mid_out).relu_()
             self.join(g, stream, mid, stream, *weights)
         return self.join.end(g)
 

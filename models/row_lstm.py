@@ -79,7 +79,7 @@ class RowLSTMsScan:
 
         self.vertical = None
         self.row = buffers((width + 1) * 2 * f, layers=layers)  # u of the row in hand, after a column of zeros
-        known_hidden, self.hidden = JoinScan.after_ones(buffers, layers, width + 2, f)
+        known_hidden, self.hidden = buffers.after_ones(width + 2, f, layers=layers)
         self.cell = buffers(width, f, layers=layers, dtype=buffers.state)
         self.taps = buffers.new(layers, buffers.b, width, 3 * f)
         above_weight = state_weight.permute(0, 3, 2, 1).flatten(1, 2).contiguous()

@@ -174,8 +174,10 @@ class Draw(Rule):
     def __call__(self, j: int, g: int, logits: Tensor) -> Tensor:
         if self.temperature == 0:
             return logits.argmax(1)
-        likeliest = logits.amax(1, keepdim=True)  # subtracted before the division, which may overflow
-        cdf = ((logits - likeliest) / self.temperature).softmax(1).cumsum(1)
+        if self.temperature != 1:
+            likeliest = logits.amax(1, keepdim=True)  # subtracted before the division, which may overflow
+            logits = (logits - likeliest) / self.temperature
+        cdf = logits.softmax(1).cumsum(1)
         return (cdf[:, :-1] <= self.row[:, g, j, None] * cdf[:, -1:]).sum(1)
 
 
