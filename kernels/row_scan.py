@@ -174,6 +174,32 @@ def product(
 
 
 @jit
+def biases(bias, slot, blocks_n, block, IMAGES: tl.constexpr, BLOCK_N: tl.constexpr, STATE: tl.constexpr):
+    """What a product begins with: the bias of a block of outputs, for each image (M n)."""
+    row = tl.load(bias + (slot * blocks_n + block) * BLOCK_N + tl.arange(0, BLOCK_N)).to(STATE)
+    return tl.zeros((IMAGES, BLOCK_N), STATE) + row[None, :]
+
+
+@jit
+def gated(sums, IMAGES: tl.constexpr, FEATURES: tl.constexpr):
+    """tanh(a) ⊙ σ(b) of a b side by side, (M n·2) → (M n)."""
+    a, b = tl.split(tl.reshape(sums, (IMAGES, FEATURES, 2)))
+    return tanh(a) * sigmoid(b)
+
+
+@jit
+def lstm(sums, cell, at, mask, IMAGES: tl.constexpr, FEATURES: tl.constexpr, STATE: tl.constexpr):
+    """A step of an LSTM, gates o f i g side by side, (M n·4) → its hidden state (M n); the cell changes in place."""
+    o_i, f_g = tl.split(tl.reshape(sums, (IMAGES, FEATURES, 2, 2)))
+    o, i = tl.split(o_i)
+    forget, candidate = tl.split(f_g)
+    state = tl.load(cell + at, mask=mask, other=0.0).to(STATE)
+    state = sigmoid(forget) * state + sigmoid(i) * tanh(candidate)
+    tl.store(cell + at, state, mask=mask)
+    return sigmoid(o) * tanh(state)
+
+
+@jit
 def log_sigmoid(x):
     return tl.minimum(x, 0.0) - tl.log(1 + tl.exp(-tl.abs(x)))
 
@@ -197,6 +223,30 @@ def log_softmax(x):
     """Of (M n), over n; −∞ stays."""
     x = x - tl.max(x, 1)[:, None]
     return x - tl.log(tl.sum(tl.exp(x), 1))[:, None]
+
+
+@jit
+def mixture_logits(
+    log_weights, mean, sharpness, mixtures, levels, highest, CHOSEN: tl.constexpr, MIXTURE: tl.constexpr,
+    LEVELS: tl.constexpr, STATE: tl.constexpr,
+):  # fmt: skip
+    """Logistics (M m) → log-probabilities of all levels (M v): log Σ_m, one component after another."""
+    m, level = tl.arange(0, MIXTURE)[None, :], tl.arange(0, LEVELS)[None, :]
+    most = tl.zeros((CHOSEN, LEVELS), STATE) - 1e30
+    total = tl.zeros((CHOSEN, LEVELS), STATE)
+    for component in range(0, mixtures):
+        this = m == component
+        mass = log_mass(
+            level.to(STATE) - highest,
+            tl.sum(tl.where(this, mean, 0.0), 1)[:, None],
+            tl.sum(tl.where(this, sharpness, 0.0), 1)[:, None],
+            highest,
+        )
+        mass += tl.sum(tl.where(this, log_weights, 0.0), 1)[:, None]
+        more = tl.maximum(most, mass)
+        total = total * tl.exp(most - more) + tl.exp(mass - more)
+        most = more
+    return tl.where(level < levels, most + tl.log(total), -float("inf"))
 
 
 @jit
@@ -399,8 +449,7 @@ def row_scan_kernel(
                     for block in range(0, tl.cdiv(narrow_size, BLOCK_N)):
                         n = block * BLOCK_N + block_n
                         mask = live[:, None] & (n < narrow_size)[None, :]
-                        bias = tl.load(down_bias + slot * down_n * BLOCK_N + n).to(STATE)
-                        down = tl.zeros((IMAGES, BLOCK_N), STATE) + bias[None, :]
+                        down = biases(down_bias, slot, down_n, block, IMAGES, BLOCK_N, STATE)
                         upto = wide + wide_size
                         down = product(
                             down, stream, at_u, live, stream_features, upto, down_weight, slot, block, down_k,
@@ -428,18 +477,10 @@ def row_scan_kernel(
                     if GATES == 1:
                         state = tl.maximum(sums, 0.0)
                     elif GATES == 2:
-                        a, b_ = tl.split(tl.reshape(sums, (IMAGES, BLOCK_N // 2, 2)))
-                        state = tanh(a) * sigmoid(b_)
+                        state = gated(sums, IMAGES, BLOCK_N // 2)
                     else:
-                        o_i, f_g = tl.split(tl.reshape(sums, (IMAGES, BLOCK_N // 4, 2, 2)))
-                        o, i = tl.split(o_i)
-                        forget, candidate = tl.split(f_g)
                         at_cell = place(image, j, layer, cell_layer, cell_image, cell_column)
-                        at_cell = at_cell[:, None] + n[None, :]
-                        state = tl.load(cell + at_cell, mask=mask, other=0.0).to(STATE)
-                        state = sigmoid(forget) * state + sigmoid(i) * tanh(candidate)
-                        tl.store(cell + at_cell, state, mask=mask)
-                        state = sigmoid(o) * tanh(state)
+                        state = lstm(sums, cell, at_cell[:, None] + n[None, :], mask, IMAGES, BLOCK_N // 4, STATE)
                         at_hidden = place(image, j, layer, hidden_layer, hidden_image, hidden_column)
                         tl.store(hidden + at_hidden[:, None] + n[None, :], state, mask=mask)
                         if MIRRORED:
@@ -453,8 +494,7 @@ def row_scan_kernel(
                     n = block * BLOCK_N + block_n
                     mask = live[:, None] & (n < wide_size)[None, :]
                     upto = narrow + narrow_size
-                    bias = tl.load(up_bias + slot * up_n * BLOCK_N + n).to(STATE)
-                    u = tl.zeros((IMAGES, BLOCK_N), STATE) + bias[None, :]
+                    u = biases(up_bias, slot, up_n, block, IMAGES, BLOCK_N, STATE)
                     n_of_all = wide + n
                     if RESIDUAL:
                         u += tl.load(stream + at_u[:, None] + n_of_all[None, :], mask=mask, other=0.0).to(STATE)
@@ -463,8 +503,7 @@ def row_scan_kernel(
                         BLOCK_K, STAGES, STATE,
                     )  # fmt: skip
                     if SKIP:
-                        bias = tl.load(to_head_bias + slot * up_n * BLOCK_N + n).to(STATE)
-                        skip = tl.zeros((IMAGES, BLOCK_N), STATE) + bias[None, :]
+                        skip = biases(to_head_bias, slot, up_n, block, IMAGES, BLOCK_N, STATE)
                         skip = product(
                             skip, joined, at_joined, live, f, upto, to_head_weight, slot, block, up_k, up_n, False,
                             BLOCK_N, BLOCK_K, STAGES, STATE,
@@ -488,8 +527,7 @@ def row_scan_kernel(
                 for block in range(0, tl.cdiv(size, BLOCK_N)):
                     n = block * BLOCK_N + block_n
                     mask = live[:, None] & (n < size)[None, :]
-                    bias = tl.load(first_bias + g * first_n * BLOCK_N + n).to(STATE)
-                    features = tl.zeros((IMAGES, BLOCK_N), STATE) + bias[None, :]
+                    features = biases(first_bias, g, first_n, block, IMAGES, BLOCK_N, STATE)
                     upto = wide + wide_size
                     features = product(
                         features, out, at_out, live, stream_features, upto, first_weight, g, block, first_k, first_n,
@@ -501,8 +539,7 @@ def row_scan_kernel(
                 for block in range(0, tl.cdiv(output_features, BLOCK_N)):
                     n = block * BLOCK_N + block_n
                     mask = live[:, None] & (n < output_features)[None, :]
-                    bias = tl.load(last_bias + g * last_n * BLOCK_N + n).to(STATE)
-                    features = tl.zeros((IMAGES, BLOCK_N), STATE) + bias[None, :]
+                    features = biases(last_bias, g, last_n, block, IMAGES, BLOCK_N, STATE)
                     features = product(
                         features, between, at_between, live, between_features, start + size, last_weight, g, block,
                         last_k, last_n, False, BLOCK_N, BLOCK_K, STAGES, STATE,
@@ -550,22 +587,9 @@ def row_scan_kernel(
                             scales = tl.load(outputs + at + (1 + COLOURS + colour) * mixtures, mask=mask, other=0.0)
                             sharpness = -tl.log(tl.zeros((CHOSEN, MIXTURE), STATE) + highest) - scales.to(STATE)
                             sharpness = tl.exp(tl.minimum(tl.maximum(sharpness, -14.0), 3.5))
-                            # log Σ_m, one component after another
-                            most = tl.zeros((CHOSEN, LEVELS), STATE) - 1e30
-                            total = tl.zeros((CHOSEN, LEVELS), STATE)
-                            for component in range(0, mixtures):
-                                this = m == component
-                                mass = log_mass(
-                                    level.to(STATE) - highest,
-                                    tl.sum(tl.where(this, mean, 0.0), 1)[:, None],
-                                    tl.sum(tl.where(this, sharpness, 0.0), 1)[:, None],
-                                    highest,
-                                )
-                                mass += tl.sum(tl.where(this, log_weights, 0.0), 1)[:, None]
-                                more = tl.maximum(most, mass)
-                                total = total * tl.exp(most - more) + tl.exp(mass - more)
-                                most = more
-                            logits = tl.where(level < levels, most + tl.log(total), -float("inf"))
+                            logits = mixture_logits(
+                                log_weights, mean, sharpness, mixtures, levels, highest, CHOSEN, MIXTURE, LEVELS, STATE
+                            )
                             value = choose(
                                 logits, some, there, colour, j, uniforms, temperature, given, known, log_prob,
                                 conditionals, width, levels, COLOURS, LEVELS, DRAW, GREEDY, GIVEN, KNOWN, RECORD,
