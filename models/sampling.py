@@ -328,7 +328,7 @@ class PixelLoop:
 
     def __init__(self, model: AutoregressiveModel, method: str, rule: Rule, b: int, condition: Tensor | None = None):
         self.model, self.method, self.rule, self.b = model, method_for(model, method), rule, b
-        self.capture = model.device.type == "cuda" and self.method != "cached-eager"
+        self.capture = model.device.type == "cuda" and self.method in ("cached-graph", "cached-triton")
         self.warm, self.rows = False, {}
         with self.drawing():
             self.values = torch.zeros(b, model.channels, model.width, dtype=torch.long, device=model.device)
