@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+import models.sampling
 from models.multi_scale import KINDS
 from models.sampling import Draw, Given, Keep, PixelLoop, Record, Rule, noise, sample
 from tests.cases import (
@@ -523,6 +524,19 @@ def test_all_rows_but_the_first_do_the_same_to_the_same_memory(case):
         assert rows[0] == rows[net.height]
         asked = {operation for operation, _ in rows[1]}
         assert not any("_local_scalar_dense" in operation or "nonzero" in operation for operation in asked)
+
+
+def test_two_rows_are_captured_in_all_once_something_ran(monkeypatch):
+    """Any but the first in the first batch, the first in the second; those after it capture nothing."""
+    model, captured = build(CASES["row_lstm"], channels=2, levels=5, height=4), []
+    monkeypatch.setattr(models.sampling, "captured", lambda run: captured.append(run.args[-1]) or run)
+    rules = [Draw(noise(seed, range(2), model.shape)) for seed in range(3)]
+    expected = [PixelLoop(model, "cached", rule, 2).run() for rule in rules]
+    loop = PixelLoop(model, "cached", Draw(noise(0, range(2), model.shape)), 2)
+    assert not loop.capture and not captured
+    loop.capture = True
+    for rule, x, count in zip(rules, expected, (1, 2, 2), strict=True):
+        assert torch.equal(loop.again(rule, None), x) and captured == [False, True][:count]
 
 
 @every_target
