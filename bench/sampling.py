@@ -3,7 +3,7 @@
 Five tables. The first is of batches that follow each other, the others of one batch drawn by `models.sampling.sample`,
 preparation of its buffers included:
 
-    throughput  images/s by batch size, and on a GPU by method and precision (there for models of the papers' size),
+    throughput  images/s by batch size, and on a GPU by method and precision (there for two models of the papers' size),
                 beside the floor: arithmetic and weights over what this machine was just measured to reach
     methods     28×28 binary images: the cached sampler, and the naive one that re-runs the network a sub-pixel
     growth      the cached sampler at 16², 32² and 64²: the time a pixel should not depend on the size, and what it
@@ -185,12 +185,13 @@ def throughput(name: str, model, args: argparse.Namespace, most: dict) -> list[d
     `floor_seconds` is what the arithmetic of live weights takes at the rate of a large product, `share` its part of the
     time; `weights_seconds` is what reading all weights at each pixel takes at the rate of a copy, were there no caches.
     """
-    cuda, rows = args.device.type == "cuda", []
+    cuda, rows, model = args.device.type == "cuda", [], model.eval()
+    weight_bytes = products_of_a_row(model, 1).weight_bytes * model.height
     variants = [("cached", False)]
     if cuda:
         variants = [(method, bf16) for bf16 in (False, True) for method in ("cached-graph", "cached-triton")]
     for (method, bf16), b in product(variants, args.batches):
-        net, c = deepcopy(model).bfloat16().eval() if bf16 else model.eval(), most[bf16]
+        net, c = deepcopy(model).bfloat16() if bf16 else model, most[bf16]
         if cuda:
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
@@ -203,7 +204,7 @@ def throughput(name: str, model, args: argparse.Namespace, most: dict) -> list[d
         repeats = 1 if first > LONG * 1e3 else args.repeats
         ms = spread(interleave({"": whole(batch)}, args.device, repeats, warmup=0)[""]["total"])
         gflop = 2 * live_multiply_adds(net) * b / 1e9
-        read = products_of_a_row(net, 1).weight_bytes * net.height / 1e9
+        read = weight_bytes / (2 if bf16 else 1) / 1e9
         floor = gflop / c["gflops"]
         row = {"part": "throughput", **describe(name, net, b), "method": method, "bf16": bf16, "ms": ms}
         row |= {"images_per_second": b / ms["median"] * 1e3, "gflop": gflop, "weight_gigabytes": read}
@@ -277,13 +278,15 @@ def products_part(args: argparse.Namespace) -> list[dict]:
 
 
 def throughput_part(args: argparse.Namespace) -> list[dict]:
-    """On a GPU at the papers' sizes, of which the issue is throughput; on a CPU the small models."""
+    """On a CPU of the small models; on a GPU of two of the papers' size, those with least and most to do."""
     size, megabytes = (64, 1) if args.quick else (4096, 1024) if args.device.type == "cuda" else (1024, 64)
     dtypes = {False: torch.float32} | ({True: torch.bfloat16} if args.device.type == "cuda" else {})
     most = {bf16: ceilings(args.device, dtype, size, megabytes, args.repeats) for bf16, dtype in dtypes.items()}
     rows = [{"part": "ceilings", "bf16": bf16, "product": size, **most[bf16]} for bf16 in most]
-    make = large if args.device.type == "cuda" else binary
-    return rows + [row for name in args.names for row in throughput(name, make(name, args), args, most)]
+    names, make = args.names, binary
+    if args.device.type == "cuda":
+        names, make = [name for name in args.names if name in ("pixel_cnn", "diag_bilstm")], large
+    return rows + [row for name in names for row in throughput(name, make(name, args), args, most)]
 
 
 OF_METHODS = "model", "shape", "hidden", "method", "seconds", "images_per_second", "ratio", "extrapolated", "ms"
