@@ -95,6 +95,8 @@ def parse(options: argparse.ArgumentParser, argv: list[str] | None) -> argparse.
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
     if args.device == "cuda" and not torch.cuda.is_available():
         options.error("--device: cuda is not allowed: torch finds no GPU here")
+    if Path(args.out).exists() and not Path(args.out).is_dir():
+        options.error(f"--out: {args.out} is not a folder")
     if args.threads:
         torch.set_num_threads(args.threads)
     args.device = torch.device(args.device)

@@ -150,7 +150,11 @@ def test_things_are_timed_in_turn():
 
 @pytest.mark.parametrize(
     "arguments, said",
-    [(["--models", "pixel_rnn"], "pixel_cnn, gated_pixel_cnn"), (["--repeats", "0"], "at least 1")],
+    [
+        (["--models", "pixel_rnn"], "pixel_cnn, gated_pixel_cnn"),
+        (["--repeats", "0"], "at least 1"),
+        (["--out", __file__], "is not a folder"),
+    ],
 )
 def test_a_wrong_option_ends_in_one_line(arguments, said, capsys):
     with pytest.raises(SystemExit) as stopped:
