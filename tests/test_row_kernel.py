@@ -17,7 +17,6 @@ from tests.cases import (
     assert_scan_equals_forward,
     build,
     every_case,
-    every_kind,
     every_net,
     given,
     images,
@@ -47,13 +46,15 @@ def assert_as_naive(model, n=2, **arguments):
 
 
 @every_case
-def test_it_draws_the_pixels_of_the_naive_sampler(case):
-    assert assert_as_naive(small(case)).unique().numel() > 1
+@pytest.mark.parametrize("channels", [1, 3])
+def test_it_draws_the_pixels_of_the_naive_sampler(case, channels):
+    assert assert_as_naive(small(case, channels=channels)).unique().numel() > 1
 
 
-@every_kind
-def test_its_conditionals_are_the_network_s(case):
-    assert_scan_equals_forward(small(case, channels=2), b=2, method="cached-triton")
+@every_case
+@pytest.mark.parametrize("channels, width", [(1, 2), (3, 1)])
+def test_its_conditionals_are_the_network_s(case, channels, width):
+    assert_scan_equals_forward(small(case, channels=channels, width=width), b=2, method="cached-triton")
 
 
 @every_net
