@@ -28,7 +28,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench.measure import build, ceilings, describe, interleave, parse, parser, spread, table, whole, write
 from bench.training import live_multiply_adds
-from models.sampling import Draw, FullForward, PixelLoop, RowScan, noise, sample, threads_for
+from models.rules import Draw
+from models.sampling import FullForward, PixelLoop, RowScan, noise, sample, threads_for
 
 BATCH, TIMED = 16, 4  # images drawn side by side; sub-pixels that the naive sampler is timed for
 

@@ -50,9 +50,8 @@ class SoftmaxHeadScan:
 
     def __init__(self, head: SoftmaxHead, buffers: Buffers):
         self.u, self.hidden = buffers(head.first.inputs), buffers(head.first.outputs)
-        self.out = buffers.new(
-            buffers.b, head.levels, dtype=buffers.state
-        )  # whoever chooses reads all levels of an image
+        # whoever chooses reads all levels of an image
+        self.out = buffers.new(buffers.b, head.levels, dtype=buffers.state)
         self.plan = []
         for g in range(head.channels):
             (u_g,), (hidden_g,) = (group_slices(m.inputs, m.groups)[g] for m in (head.first, head.last))

@@ -26,6 +26,7 @@ from kernels.row_scan import Choice, RowScanProgram
 from models.aligned import aligned
 from models.base import AutoregressiveModel, ImageModel
 from models.layers import Buffers, MaskedConvScan, check, check_one_of, state_dtype
+from models.rules import Draw, Keep, Rule
 
 
 class RowScan:
@@ -46,7 +47,7 @@ class RowScan:
     def load(self, i: int) -> None:
         self.body.load(i, self.condition)
 
-    def row(self, rule: "Rule", values: Tensor, first: bool) -> None:
+    def row(self, rule: Rule, values: Tensor, first: bool) -> None:
         self.begin_row(first)
         visit(self, rule, values)
 
@@ -77,14 +78,14 @@ class RowScan:
 class RowKernel(RowScan):
     """The row scan with all pixels of a row in one launch of a Triton kernel, which asks the rule for nothing."""
 
-    def __init__(self, model: AutoregressiveModel, b: int, condition: Tensor | None, rule: "Rule", values: Tensor):
+    def __init__(self, model: AutoregressiveModel, b: int, condition: Tensor | None, rule: Rule, values: Tensor):
         model = aligned(model)
         super().__init__(model, b, condition, images_last=False)
         network = self.stem.packed(), self.body.packed(), model.head.packed()
         join = model.body.residual, model.body.skip
         self.program = RowScanProgram(*network, *join, Choice(**rule.choice()), values, model.levels)
 
-    def row(self, rule: "Rule", values: Tensor, first: bool) -> None:
+    def row(self, rule: Rule, values: Tensor, first: bool) -> None:
         self.begin_above(first)
         self.program.run()
 
@@ -101,7 +102,7 @@ class FullForward:
         if i == 0:
             self.x.zero_()
 
-    def row(self, rule: "Rule", values: Tensor, first: bool) -> None:
+    def row(self, rule: Rule, values: Tensor, first: bool) -> None:
         visit(self, rule, values)
 
     def logits(self, j: int, c: int) -> Tensor:
@@ -113,162 +114,13 @@ class FullForward:
         self.x[:, c, self.i, j] = values
 
 
-def visit(evaluator: RowScan | FullForward, rule: "Rule", values: Tensor) -> None:
+def visit(evaluator: RowScan | FullForward, rule: Rule, values: Tensor) -> None:
     """Choose the values (b c w) of a row: sub-pixel after sub-pixel, each known to those after it."""
     for j in range(values.shape[2]):
         for g in range(values.shape[1]):
             value = rule(j, g, evaluator.logits(j, g))
             evaluator.put(j, g, value)
             values[:, g, j] = value
-
-
-class Rule:
-    """What chooses values: `load(i)` before a row, then a call for each of its sub-pixels, then `store(i)`."""
-
-    def load(self, i: int) -> None:
-        """Row i comes next: what the calls read of it goes to static memory."""
-
-    def __call__(self, j: int, g: int, logits: Tensor) -> Tensor:
-        """The values (b,) of colour g at column j, given their logits (b v)."""
-        raise NotImplementedError
-
-    def store(self, i: int) -> None:
-        """Row i is done: what the calls wrote of it goes to where it is kept."""
-
-    def renew(self, rule: "Rule") -> None:
-        """Choose from now on as another rule of the same kind does, in the memory of this one."""
-        raise NotImplementedError
-
-    def choice(self) -> dict:
-        """The same rule for the row kernel: what of `kernels.row_scan.Choice` it sets, all of it static memory.
-
-        Raises:
-            ValueError: it can only be called.
-        """
-        raise ValueError(
-            f"method='cached-triton' is not allowed with {type(self).__name__}: the kernel has no such rule"
-        )
-
-
-class Draw(Rule):
-    """Draw from the conditional, by inverse CDF of one uniform number a sub-pixel.
-
-    Args:
-        uniforms: (b c h w) in [0, 1).
-        temperature: logits are divided by it; 0 takes the likeliest value.
-    """
-
-    def __init__(self, uniforms: Tensor, temperature: float = 1.0):
-        self.uniforms, self.temperature, self.row = uniforms, temperature, uniforms[:, :, 0].clone()
-
-    def load(self, i: int) -> None:
-        self.row.copy_(self.uniforms[:, :, i])
-
-    def renew(self, rule: "Draw") -> None:
-        assert rule.temperature == self.temperature
-        self.uniforms = rule.uniforms
-
-    def choice(self) -> dict:
-        return {"uniforms": self.row, "temperature": self.temperature}
-
-    def __call__(self, j: int, g: int, logits: Tensor) -> Tensor:
-        if self.temperature == 0:
-            return logits.argmax(1)
-        if self.temperature != 1:
-            likeliest = logits.amax(1, keepdim=True)  # subtracted before the division, which may overflow
-            logits = (logits - likeliest) / self.temperature
-        cdf = logits.softmax(1).cumsum(1)
-        return (cdf[:, :-1] <= self.row[:, g, j, None] * cdf[:, -1:]).sum(1)
-
-
-class Given(Rule):
-    """Take the values of given images x (b c h w): what scores them."""
-
-    def __init__(self, x: Tensor):
-        self.x = x.long()
-        self.row = self.x[:, :, 0].clone()
-
-    def load(self, i: int) -> None:
-        self.row.copy_(self.x[:, :, i])
-
-    def renew(self, rule: "Given") -> None:
-        self.x = rule.x
-
-    def choice(self) -> dict:
-        return {"given": self.row}
-
-    def __call__(self, j: int, g: int, logits: Tensor) -> Tensor:
-        return self.row[:, g, j]
-
-
-class Keep(Rule):
-    """Keep the sub-pixels of x (b c h w) that are `known` (b c h w, true or false); ask another rule for the rest.
-
-    Only known sub-pixels that come before another in the order are evidence for it.
-    """
-
-    def __init__(self, x: Tensor, known: Tensor, otherwise: Rule):
-        known = known.bool()
-        if isinstance(otherwise, Keep):  # one rule for both
-            x = torch.where(known, x.long(), otherwise.given.x)
-            known, otherwise = known | otherwise.known, otherwise.otherwise
-        self.given, self.known, self.otherwise = Given(x), known, otherwise
-        self.known_row = self.known[:, :, 0].clone()
-
-    def load(self, i: int) -> None:
-        self.given.load(i)
-        self.known_row.copy_(self.known[:, :, i])
-        self.otherwise.load(i)
-
-    def __call__(self, j: int, g: int, logits: Tensor) -> Tensor:
-        return torch.where(self.known_row[:, g, j], self.given(j, g, logits), self.otherwise(j, g, logits))
-
-    def store(self, i: int) -> None:
-        self.otherwise.store(i)
-
-    def renew(self, rule: "Keep") -> None:
-        self.given.renew(rule.given)
-        self.known = rule.known
-        self.otherwise.renew(rule.otherwise)
-
-    def choice(self) -> dict:
-        drawn = self.otherwise.choice()
-        if "given" in drawn or "log_prob" in drawn:
-            return super().choice()
-        return {**drawn, "given": self.given.row, "known": self.known_row}
-
-
-class Record(Rule):
-    """Ask another rule, and add up how likely its choices were: `log_prob` (b,) nats, at temperature 1.
-
-    With `conditionals=True` every conditional is kept too (b c h w v).
-    """
-
-    def __init__(self, model: AutoregressiveModel, rule: Rule, b: int, conditionals: bool = False):
-        self.rule, weight = rule, model.stem.weight
-        new = partial(weight.new_zeros, dtype=state_dtype(weight))
-        self.log_prob = new(b)
-        self.conditionals = new(b, *model.shape, model.levels) if conditionals else None
-        self.row = new(b, model.channels, model.width, model.levels) if conditionals else None
-
-    def load(self, i: int) -> None:
-        self.rule.load(i)
-
-    def __call__(self, j: int, g: int, logits: Tensor) -> Tensor:
-        values = self.rule(j, g, logits)
-        log_probs = logits.log_softmax(1)
-        self.log_prob += log_probs.gather(1, values[:, None])[:, 0]
-        if self.row is not None:
-            self.row[:, g, j] = log_probs
-        return values
-
-    def store(self, i: int) -> None:
-        self.rule.store(i)
-        if self.row is not None:
-            self.conditionals[:, :, i] = self.row
-
-    def choice(self) -> dict:
-        return {**self.rule.choice(), "log_prob": self.log_prob, "conditionals": self.row}
 
 
 METHODS = ("cached", "cached-eager", "cached-graph", "cached-triton", "naive")
@@ -399,52 +251,9 @@ def noise(seed: int, images: Iterable[int], shape: tuple[int, int, int], stage: 
     return torch.from_numpy(np.stack([draw(k) for k in images]))
 
 
-def sample(
-    model: ImageModel,
-    n: int,
-    *,
-    seed: int = 0,
-    method: str = "cached",
-    bf16: bool = False,
-    temperature: float = 1.0,
-    label: int | Tensor | None = None,
-    cond: Tensor | None = None,
-    uniforms: Tensor | list[Tensor] | None = None,
-    known: tuple[Tensor, Tensor] | None = None,
-    images: Sequence[int] | None = None,
-    batch_size: int | None = None,
-    tell: Callable[[int], None] = lambda rows: None,
-) -> Tensor:
-    """Draw n images.
-
-    Args:
-        model: any model of `models`; it is used in eval mode and left in the mode it was in.
-        seed: image k depends on seed and k alone, not on `batch_size` (but for rounding: a product's last bits may
-            depend on the batch, and so may, once in some million sub-pixels, a value).
-        method: "cached" computes every activation once; "naive" re-runs the network for each sub-pixel.
-        bf16: weights and activations in bfloat16; sums, cells and logits stay float32. For GPUs. Conditionals move a
-            little, by less than 0.02 in total variation on average in the tests, and some pixels with them.
-        temperature: logits are divided by it; 0 takes the likeliest value.
-        label: for a model with classes, (n,) integers, or one for all.
-        cond: for a model with map_features, maps (n d h w).
-        uniforms: the noise, (n c h w) in [0, 1), instead of numbers from `seed`; for Multi-Scale, a list of one such
-            tensor for each of `model.nets`.
-        known: (x (n c h w), mask (n c h w)); sub-pixels where the mask is true are kept, the others drawn. Only those
-            before a sub-pixel in the order of drawing are evidence for it.
-        images: which n of a seed's images to draw, numbers from 0; None: the first n. Image k depends on the seed and
-            k, not on what is drawn beside it: `label`, `cond`, `uniforms` and `known` are of these n, in their order.
-        batch_size: how many images are drawn side by side; memory grows with it, not with n. None: `batch_size_for`.
-        tell: called after each finished row of a batch with how many rows of images that were.
-
-    Returns:
-        (n c h w) uint8, or int64 where the model has more than 256 levels, on the CPU.
-
-    Raises:
-        ValueError: for an argument outside what is allowed.
-    """
-    what = {"label": label, "cond": cond, "uniforms": uniforms, "known": known, "images": images}
-    how = {"seed": seed, "method": method, "bf16": bf16, "temperature": temperature, "batch_size": batch_size}
-    return torch.cat(list(batches(model, n, **what, **how, tell=tell)))
+def sample(model: ImageModel, n: int, **arguments) -> Tensor:
+    """Draw n images (n c h w), on the CPU: what `batches` yields of the same arguments, all at once."""
+    return torch.cat(list(batches(model, n, **arguments)))
 
 
 def batch_size_for(model: ImageModel) -> int:
@@ -470,7 +279,33 @@ def batches(
     batch_size: int | None = None,
     tell: Callable[[int], None] = lambda rows: None,
 ) -> Iterator[Tensor]:
-    """What `sample` returns, a batch at a time: (batch_size c h w)."""
+    """Draw n images, a batch at a time.
+
+    Args:
+        model: any model of `models`; it is used in eval mode and left in the mode it was in.
+        seed: image k depends on seed and k alone, not on `batch_size` (but for rounding: a product's last bits may
+            depend on the batch, and so may, once in some million sub-pixels, a value).
+        method: "cached" computes every activation once; "naive" re-runs the network for each sub-pixel.
+        bf16: weights and activations in bfloat16; sums, cells and logits stay float32. For GPUs. Conditionals move a
+            little, by less than 0.02 in total variation on average in the tests, and some pixels with them.
+        temperature: logits are divided by it; 0 takes the likeliest value.
+        label: for a model with classes, (n,) integers, or one for all.
+        cond: for a model with map_features, maps (n d h w).
+        uniforms: the noise, (n c h w) in [0, 1), instead of numbers from `seed`; for Multi-Scale, a list of one such
+            tensor for each of `model.nets`.
+        known: (x (n c h w), mask (n c h w)); sub-pixels where the mask is true are kept, the others drawn. Only those
+            before a sub-pixel in the order of drawing are evidence for it.
+        images: which n of a seed's images to draw, numbers from 0; None: the first n. Image k depends on the seed and
+            k, not on what is drawn beside it: `label`, `cond`, `uniforms` and `known` are of these n, in their order.
+        batch_size: how many images are drawn side by side; memory grows with it, not with n. None: `batch_size_for`.
+        tell: called after each finished row of a batch with how many rows of images that were.
+
+    Yields:
+        (batch_size c h w) uint8, or int64 where the model has more than 256 levels, on the CPU.
+
+    Raises:
+        ValueError: for an argument outside what is allowed.
+    """
     batch_size = batch_size_for(model) if batch_size is None else batch_size
     check("n", n, int, 1)
     check("seed", seed, int, 0, 2**64 - 1)

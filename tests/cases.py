@@ -17,7 +17,8 @@ from torch import Tensor
 
 import models
 from models.logistic_mixture import LogisticMixtureHead
-from models.sampling import Given, PixelLoop, Record, noise, sample
+from models.rules import Given, Record
+from models.sampling import PixelLoop, noise, sample
 
 # -------------------------------------------------------- what each architecture sees, by its definition: (n n)
 

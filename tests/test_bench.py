@@ -167,10 +167,9 @@ def test_what_a_row_scan_keeps_does_not_grow_with_the_height(name):
     """A row suffices: it grows with the width, and with the number of images."""
     sizes = {"channels": 1, "levels": 2, "hidden": 4, "layers": 3}
 
-    def kept(b, height, width):
-        return kept_bytes(
-            RowScan(models.build({"_target_": f"models.{name}", **sizes, "height": height, "width": width}), b)
-        )
+    def kept(b, height, width, **order):
+        model = models.build({"_target_": f"models.{name}", **sizes, "height": height, "width": width})
+        return kept_bytes(RowScan(model, b, **order))
 
     assert kept(2, 8, 8) == kept(2, 64, 8)
     one, two, three = (kept(2, 8, width) for width in (8, 16, 24))
@@ -178,4 +177,7 @@ def test_what_a_row_scan_keeps_does_not_grow_with_the_height(name):
     a_layer = {"PixelCNN": 6 * f, "GatedPixelCNN": 9 * f, "RowLSTM": 15 * f + 1, "DiagBiLSTM": 23 * f}[name]
     stem = (4 if name == "GatedPixelCNN" else 2) * f + 4  # the vertical stack begins with it
     assert two - one == three - two == 2 * 8 * 4 * (n * a_layer + stem)
+    one, two = (kept(2, 8, width, images_last=False) for width in (8, 16))  # as on a GPU
+    copied = {"PixelCNN": f, "GatedPixelCNN": 2 * f, "RowLSTM": 4 * f, "DiagBiLSTM": 8 * f}[name]
+    assert two - one == 2 * 8 * 4 * (n * (a_layer - copied) + stem)
     assert kept(4, 8, 16) - kept(3, 8, 16) == kept(3, 8, 16) - kept(2, 8, 16) > 0

@@ -11,7 +11,8 @@ import models
 from kernels.diagonal_lstm import diagonal_lstm_reference
 from kernels.masked_conv import masked_conv_reference
 from kernels.row_lstm import row_lstm_reference
-from models.sampling import METHODS, Given, PixelLoop, Record, noise, sample
+from models.rules import Given, Record
+from models.sampling import METHODS, PixelLoop, noise, sample
 
 pytestmark = pytest.mark.gpu
 CLASSES = ("PixelCNN", "GatedPixelCNN", "RowLSTM", "DiagBiLSTM")

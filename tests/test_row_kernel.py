@@ -11,7 +11,8 @@ import torch
 import kernels.row_scan
 from kernels.row_scan import Form, form_for
 from models.aligned import aligned, positions, room
-from models.sampling import Given, Keep, PixelLoop, Record, Rule, sample
+from models.rules import Given, Keep, Record, Rule
+from models.sampling import PixelLoop, sample
 from tests.cases import (
     CASES,
     assert_scan_equals_forward,

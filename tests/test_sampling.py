@@ -16,7 +16,8 @@ from torch.utils._pytree import tree_leaves
 
 import models.sampling
 from models.multi_scale import KINDS
-from models.sampling import Draw, Given, Keep, PixelLoop, Record, Rule, noise, sample
+from models.rules import Draw, Given, Keep, Record, Rule
+from models.sampling import PixelLoop, noise, sample
 from tests.cases import (
     CASES,
     assert_methods_agree,

@@ -1,0 +1,163 @@
+"""What chooses the values of sub-pixels: draw them, take given ones, keep known ones, record how likely they are.
+
+A rule reads and writes static memory alone between `load` and `store`, so that a row can be a CUDA graph.
+
+Legend: b batch · c channel · h w rows, columns · v levels · g group · i j a row, a column.
+"""
+
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from models.base import AutoregressiveModel
+from models.layers import state_dtype
+
+
+class Rule:
+    """What chooses values: `load(i)` before a row, then a call for each of its sub-pixels, then `store(i)`."""
+
+    def load(self, i: int) -> None:
+        """Row i comes next: what the calls read of it goes to static memory."""
+
+    def __call__(self, j: int, g: int, logits: Tensor) -> Tensor:
+        """The values (b,) of colour g at column j, given their logits (b v)."""
+        raise NotImplementedError
+
+    def store(self, i: int) -> None:
+        """Row i is done: what the calls wrote of it goes to where it is kept."""
+
+    def renew(self, rule: "Rule") -> None:
+        """Choose from now on as another rule of the same kind does, in the memory of this one."""
+        raise NotImplementedError
+
+    def choice(self) -> dict:
+        """The same rule for the row kernel: what of `kernels.row_scan.Choice` it sets, all of it static memory.
+
+        Raises:
+            ValueError: it can only be called.
+        """
+        raise ValueError(
+            f"method='cached-triton' is not allowed with {type(self).__name__}: the kernel has no such rule"
+        )
+
+
+class Draw(Rule):
+    """Draw from the conditional, by inverse CDF of one uniform number a sub-pixel.
+
+    Args:
+        uniforms: (b c h w) in [0, 1).
+        temperature: logits are divided by it; 0 takes the likeliest value.
+    """
+
+    def __init__(self, uniforms: Tensor, temperature: float = 1.0):
+        self.uniforms, self.temperature, self.row = uniforms, temperature, uniforms[:, :, 0].clone()
+
+    def load(self, i: int) -> None:
+        self.row.copy_(self.uniforms[:, :, i])
+
+    def renew(self, rule: "Draw") -> None:
+        assert rule.temperature == self.temperature
+        self.uniforms = rule.uniforms
+
+    def choice(self) -> dict:
+        return {"uniforms": self.row, "temperature": self.temperature}
+
+    def __call__(self, j: int, g: int, logits: Tensor) -> Tensor:
+        if self.temperature == 0:
+            return logits.argmax(1)
+        if self.temperature != 1:
+            likeliest = logits.amax(1, keepdim=True)  # subtracted before the division, which may overflow
+            logits = (logits - likeliest) / self.temperature
+        cdf = logits.softmax(1).cumsum(1)
+        return (cdf[:, :-1] <= self.row[:, g, j, None] * cdf[:, -1:]).sum(1)
+
+
+class Given(Rule):
+    """Take the values of given images x (b c h w): what scores them."""
+
+    def __init__(self, x: Tensor):
+        self.x = x.long()
+        self.row = self.x[:, :, 0].clone()
+
+    def load(self, i: int) -> None:
+        self.row.copy_(self.x[:, :, i])
+
+    def renew(self, rule: "Given") -> None:
+        self.x = rule.x
+
+    def choice(self) -> dict:
+        return {"given": self.row}
+
+    def __call__(self, j: int, g: int, logits: Tensor) -> Tensor:
+        return self.row[:, g, j]
+
+
+class Keep(Rule):
+    """Keep the sub-pixels of x (b c h w) that are `known` (b c h w, true or false); ask another rule for the rest.
+
+    Only known sub-pixels that come before another in the order are evidence for it.
+    """
+
+    def __init__(self, x: Tensor, known: Tensor, otherwise: Rule):
+        known = known.bool()
+        if isinstance(otherwise, Keep):  # one rule for both
+            x = torch.where(known, x.long(), otherwise.given.x)
+            known, otherwise = known | otherwise.known, otherwise.otherwise
+        self.given, self.known, self.otherwise = Given(x), known, otherwise
+        self.known_row = self.known[:, :, 0].clone()
+
+    def load(self, i: int) -> None:
+        self.given.load(i)
+        self.known_row.copy_(self.known[:, :, i])
+        self.otherwise.load(i)
+
+    def __call__(self, j: int, g: int, logits: Tensor) -> Tensor:
+        return torch.where(self.known_row[:, g, j], self.given(j, g, logits), self.otherwise(j, g, logits))
+
+    def store(self, i: int) -> None:
+        self.otherwise.store(i)
+
+    def renew(self, rule: "Keep") -> None:
+        self.given.renew(rule.given)
+        self.known = rule.known
+        self.otherwise.renew(rule.otherwise)
+
+    def choice(self) -> dict:
+        drawn = self.otherwise.choice()
+        if "given" in drawn or "log_prob" in drawn:
+            return super().choice()
+        return {**drawn, "given": self.given.row, "known": self.known_row}
+
+
+class Record(Rule):
+    """Ask another rule, and add up how likely its choices were: `log_prob` (b,) nats, at temperature 1.
+
+    With `conditionals=True` every conditional is kept too (b c h w v).
+    """
+
+    def __init__(self, model: AutoregressiveModel, rule: Rule, b: int, conditionals: bool = False):
+        self.rule, weight = rule, model.stem.weight
+        new = partial(weight.new_zeros, dtype=state_dtype(weight))
+        self.log_prob = new(b)
+        self.conditionals = new(b, *model.shape, model.levels) if conditionals else None
+        self.row = new(b, model.channels, model.width, model.levels) if conditionals else None
+
+    def load(self, i: int) -> None:
+        self.rule.load(i)
+
+    def __call__(self, j: int, g: int, logits: Tensor) -> Tensor:
+        values = self.rule(j, g, logits)
+        log_probs = logits.log_softmax(1)
+        self.log_prob += log_probs.gather(1, values[:, None])[:, 0]
+        if self.row is not None:
+            self.row[:, g, j] = log_probs
+        return values
+
+    def store(self, i: int) -> None:
+        self.rule.store(i)
+        if self.row is not None:
+            self.conditionals[:, :, i] = self.row
+
+    def choice(self) -> dict:
+        return {**self.rule.choice(), "log_prob": self.log_prob, "conditionals": self.row}
