@@ -19,12 +19,22 @@ from report import Bar, environment
 
 
 def choose_device(name: str) -> torch.device:
-    """auto, cpu or cuda → the device; ValueError for another name, or for cuda where there is none."""
+    """auto, cpu or cuda → the device; ValueError for another name, or for cuda where there is none.
+
+    Of several GPUs, torchrun's processes take one each. It becomes the current one, which torch and Triton use.
+    """
     if name not in ("auto", "cpu", "cuda"):
         raise ValueError(f"device={name!r} is not allowed: auto, cpu or cuda is")
     if name == "cuda" and not torch.cuda.is_available():
         raise ValueError("device='cuda' is not available: torch finds no GPU; cpu or auto is allowed")
-    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+    if name == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    index, count = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+    if index >= count:
+        raise ValueError(f"LOCAL_RANK={index}: expected less than {count}, the number of GPUs here")
+    device = torch.device("cuda", index)
+    torch.cuda.set_device(device)
+    return device
 
 
 def check_writable(path: Path, suffix: str) -> None:

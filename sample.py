@@ -1,7 +1,6 @@
 """Draw images from a trained model: `python sample.py [checkpoint=…] [n=64] [out=samples.png]`."""
 
 import math
-import os
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -126,8 +125,6 @@ def main(cfg) -> None:
     if cfg.columns is not None and cfg.columns < 1:
         raise ValueError(f"columns={cfg.columns} is not allowed: at least 1 is")
     path, device = find(cfg.checkpoint), choose_device(cfg.device)
-    if device.type == "cuda" and device.index is None:
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
     checkpoint = read(path, device)
     model = rebuild(checkpoint)
     print(f"{path} · {type(model).__name__}, {model.channels}×{model.height}×{model.width}, {model.levels} levels")

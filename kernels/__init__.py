@@ -1,7 +1,7 @@
 """Operations that the models call; each is a plain function of tensors, documented in its own file.
 
-Each has two forms: Triton kernels, for CUDA, and torch, for everything else. `backend_for` holds that choice. A call's
-own `backend=` is above `with use(…):`, which is above what the tensors' device says.
+Each has two forms: Triton kernels, for NVIDIA's GPUs, and torch, for everything else. `backend_for` holds that choice.
+A call's own `backend=` is above `with use(…):`, which is above what the tensors' device says.
 """
 
 from collections.abc import Iterator
@@ -9,6 +9,8 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor
+
+from kernels.jit import has_triton
 
 BACKENDS = ("triton", "torch")
 chosen: str | None = None  # by `use`
@@ -20,7 +22,7 @@ def backend_for(x: Tensor, backend: str | None = None) -> str:
     Raises:
         ValueError: `backend` is neither.
     """
-    backend = backend or chosen or ("triton" if x.is_cuda else "torch")
+    backend = backend or chosen or ("triton" if has_triton(x.device) else "torch")
     if backend not in BACKENDS:
         raise ValueError(f"backend={backend!r} is not allowed: {' or '.join(BACKENDS)} is")
     return backend

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import kernels
-from kernels.jit import cdiv, jit, next_power_of_2, tl
+from kernels.jit import cdiv, jit, launch, next_power_of_2, tl
 
 
 def cross_entropy_reference(logits: Tensor, target: Tensor) -> Tensor:
@@ -29,7 +29,7 @@ def cross_entropy_reference(logits: Tensor, target: Tensor) -> Tensor:
 # ------------------------------------------------------------------------------------------------------- kernels
 
 
-@jit
+@jit(varying=("n",))
 def cross_entropy_fwd_kernel(
     logits,  # (n v)
     target,  # (n)
@@ -54,7 +54,7 @@ def cross_entropy_fwd_kernel(
     tl.store(log_sum + row, total, mask=row < n)
 
 
-@jit
+@jit(varying=("n",))
 def cross_entropy_bwd_kernel(
     d_nats,  # (n)
     logits,  # (n v)
@@ -104,7 +104,7 @@ def cross_entropy_op(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Te
     if n:
         sizes = constants(v, double)
         tensors = logits.contiguous(), target.contiguous(), nats, most, log_sum
-        cross_entropy_fwd_kernel[(cdiv(n, sizes["ROWS"]),)](*tensors, n, v, **sizes)
+        launch(cross_entropy_fwd_kernel, (cdiv(n, sizes["ROWS"]),), *tensors, n, v, **sizes)
     return nats, most, log_sum
 
 
@@ -121,7 +121,7 @@ def cross_entropy_backward_op(d_nats: Tensor, logits: Tensor, target: Tensor, mo
     if n:
         sizes = constants(v, logits.dtype == torch.float64)
         tensors = d_nats.contiguous(), logits.contiguous(), target.contiguous(), most, log_sum, d_logits
-        cross_entropy_bwd_kernel[(cdiv(n, sizes["ROWS"]),)](*tensors, n, v, **sizes)
+        launch(cross_entropy_bwd_kernel, (cdiv(n, sizes["ROWS"]),), *tensors, n, v, **sizes)
     return d_logits
 
 

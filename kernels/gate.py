@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 import kernels
-from kernels.jit import cdiv, jit, tl
+from kernels.jit import cdiv, jit, launch, tl
 
 
 def gate_reference(u: Tensor) -> Tensor:
@@ -70,7 +70,7 @@ def gate_op(u: Tensor) -> Tensor:
     f = u.shape[-1] // 2
     out, sizes = u.new_empty(*u.shape[:-1], f), constants(u.dtype == torch.float64)
     if out.numel():
-        gate_fwd_kernel[(cdiv(out.numel(), sizes["BLOCK"]),)](u.contiguous(), out, out.numel(), f, **sizes)
+        launch(gate_fwd_kernel, (cdiv(out.numel(), sizes["BLOCK"]),), u.contiguous(), out, out.numel(), f, **sizes)
     return out
 
 
@@ -85,7 +85,7 @@ def gate_backward_op(d_out: Tensor, u: Tensor) -> Tensor:
     size = d_out.numel()
     if size:
         tensors = d_out.contiguous(), u.contiguous(), d_u
-        gate_bwd_kernel[(cdiv(size, sizes["BLOCK"]),)](*tensors, size, d_out.shape[-1], **sizes)
+        launch(gate_bwd_kernel, (cdiv(size, sizes["BLOCK"]),), *tensors, size, d_out.shape[-1], **sizes)
     return d_u
 
 

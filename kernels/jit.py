@@ -1,20 +1,71 @@
-"""Triton, or where it is not installed (it is for Linux alone) what lets the kernels' files be read without it."""
+"""Triton, or where it is not installed (it is for Linux alone) what lets the kernels' files be read without it.
 
+`jit` makes a kernel and `launch` runs one: all launches pass here, so that what holds of every launch is said once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
 from types import SimpleNamespace
+
+import torch
+from torch import Tensor
 
 try:
     import triton
     import triton.language as tl
-
-    jit = triton.jit
 except ImportError:
     triton, tl = None, SimpleNamespace(constexpr=None)
 
-    def jit(kernel):
-        return kernel
+__all__ = ["cdiv", "has_triton", "jit", "launch", "next_power_of_2", "tl", "triton"]
+
+OPTIONS = {"num_warps", "num_stages", "maxnreg"}  # what a launch may tell the compiler
+# What Triton takes from a launch for itself. A kernel's argument of such a name would never reach the kernel.
+TAKEN = OPTIONS | {"grid", "warmup", "stream", "device", "device_type", "debug", "instrumentation_mode", "num_ctas"}
 
 
-__all__ = ["cdiv", "jit", "next_power_of_2", "tl", "triton"]
+def jit(kernel: Callable | None = None, *, varying: tuple[str, ...] = ()) -> Callable:
+    """Make a kernel, or a function that kernels call.
+
+    Args:
+        varying: integers that differ from launch to launch. Without being told so, Triton compiles a kernel anew for an
+            integer that is 1 or a multiple of 16.
+    """
+    if kernel is None:
+        return lambda kernel: jit(kernel, varying=varying)
+    names = kernel.__code__.co_varnames[: kernel.__code__.co_argcount]
+    assert not TAKEN & set(names), f"{kernel.__name__}: Triton takes {sorted(TAKEN & set(names))} for itself"
+    assert set(varying) <= set(names), f"{kernel.__name__} has no {sorted(set(varying) - set(names))}"
+    return kernel if triton is None else triton.jit(kernel, do_not_specialize=list(varying))
+
+
+def has_triton(device: torch.device) -> bool:
+    """Whether the kernels are what computes on a device where nothing is said: on NVIDIA's GPUs."""
+    return triton is not None and device.type == "cuda" and torch.version.hip is None
+
+
+def launch(kernel, grid: tuple[int, ...], *arguments, **named) -> None:
+    """Run a kernel over a grid of programs, on the device of its tensors.
+
+    Args:
+        arguments, named: all of the kernel's arguments, by position and by name, and compiler options. Triton's
+            interpreter drops a name that is neither; on a GPU Triton raises an error, which no test without one sees.
+
+    Raises:
+        TypeError: an argument is missing, or is none of the kernel's.
+    """
+    given = [*kernel.arg_names[: len(arguments)], *(name for name in named if name not in OPTIONS)]
+    if len(given) != len(kernel.arg_names) or set(given) != set(kernel.arg_names):
+        missing = sorted(set(kernel.arg_names) - set(given))
+        unknown = sorted(set(given) - set(kernel.arg_names))
+        raise TypeError(f"{kernel.__name__}: arguments missing: {missing}, unknown: {unknown}, of {len(given)}")
+    if torch.version.hip is not None:
+        named.pop("maxnreg", None)  # a limit that the compiler for AMD's GPUs does not have
+    device = next(x.device for x in (*arguments, *named.values()) if isinstance(x, Tensor))
+    # Triton launches on the current device, whatever device the tensors are on.
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        kernel[grid](*arguments, **named)
 
 
 def next_power_of_2(n: int) -> int:

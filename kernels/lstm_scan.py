@@ -37,7 +37,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kernels.jit import cdiv, jit, next_power_of_2, tl
+from kernels.jit import cdiv, jit, launch, next_power_of_2, tl
 
 FORMS = ("resident", "streamed", "launches")
 
@@ -127,7 +127,7 @@ def tanh(x):
     return 2 * tl.sigmoid(2 * x) - 1
 
 
-@jit
+@jit(varying=("b", "h", "w", "first", "last"))
 def lstm_scan_fwd_kernel(
     pre,  # (b h w d 4f)
     weight,  # (d n·f 4f)
@@ -229,7 +229,7 @@ def lstm_scan_fwd_kernel(
         tl.debug_barrier()  # the next step reads what this one stored
 
 
-@jit
+@jit(varying=("b", "h", "w", "first", "last"))
 def lstm_scan_bwd_kernel(
     d_hidden,  # (b h w d f)
     weight,  # (d 4f n·f)
@@ -355,19 +355,19 @@ def constants(form: Form, f: int, taps: int, directions: int, diagonal: bool, st
     }
 
 
-def launch(kernel, tensors: list[Tensor], shape: tuple, f: int, taps: int, diagonal: bool, form: Form, state) -> None:
+def scan(kernel, tensors: list[Tensor], shape: tuple, f: int, taps: int, diagonal: bool, form: Form, state) -> None:
     """Run a kernel over all steps: in one launch, or a launch a step, backwards for the backward kernel."""
     b, h, w, d = shape
     extent, steps = (h, h + w - 1) if diagonal else (w, h)
     options = constants(form, f, taps, d, diagonal, state)
     grid = (cdiv(b, form.images) * d, cdiv(extent, form.positions), 1)
     if not form.launches:
-        kernel[grid](*tensors, b, h, w, f, 0, steps, **options)
+        launch(kernel, grid, *tensors, b, h, w, f, 0, steps, **options)
         return
     grid = (*grid[:2], cdiv(f, form.block_n))
     order = range(steps) if kernel is lstm_scan_fwd_kernel else reversed(range(steps))
     for step in order:
-        kernel[grid](*tensors, b, h, w, f, step, step + 1, **options)
+        launch(kernel, grid, *tensors, b, h, w, f, step, step + 1, **options)
 
 
 def sizes_of(pre: Tensor, state_weight: Tensor, diagonal: bool, form: str, backward: bool):
@@ -386,7 +386,7 @@ def lstm_scan_op(pre: Tensor, state_weight: Tensor, diagonal: bool, form: str) -
     cells = pre.new_empty(*shape, f, dtype=state)
     if pre.numel():
         weight = state_weight.to(pre.dtype).mT.contiguous()  # (d n·f 4f)
-        launch(lstm_scan_fwd_kernel, [pre, weight, gates, hidden, cells], shape, f, taps, diagonal, cut, state)
+        scan(lstm_scan_fwd_kernel, [pre, weight, gates, hidden, cells], shape, f, taps, diagonal, cut, state)
     return hidden, gates, cells
 
 
@@ -409,7 +409,7 @@ def lstm_scan_backward_op(
         return d_pre, state_weight.new_zeros(state_weight.shape)
     weight, d_cells = state_weight.to(gates.dtype).contiguous(), cells.new_zeros(b, d, extent, f)
     tensors = [d_hidden.contiguous(), weight, gates, cells, d_pre, d_cells]
-    launch(lstm_scan_bwd_kernel, tensors, shape, f, taps, diagonal, cut, state)
+    scan(lstm_scan_bwd_kernel, tensors, shape, f, taps, diagonal, cut, state)
     read = what_taps_read(hidden, taps, diagonal).view(-1, d, taps * f).transpose(0, 1)  # (d bhw n·f)
     d_gates = d_pre.view(-1, d, 4 * f).permute(1, 2, 0)  # (d 4f bhw)
     if gates.dtype == torch.bfloat16 and gates.is_cuda:

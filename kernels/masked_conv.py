@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 import kernels
-from kernels.jit import cdiv, jit, next_power_of_2, tl
+from kernels.jit import cdiv, jit, launch, next_power_of_2, tl
 
 
 def masked_conv_reference(
@@ -53,7 +53,7 @@ def tap_of(k_tap, ROWS: tl.constexpr, COLUMNS: tl.constexpr, TURNED: tl.constexp
         return di, dj
 
 
-@jit
+@jit(varying=("pixels", "h", "w_in", "w_out"))
 def masked_conv_kernel(
     u,  # (b h w_in k)
     weight,  # (taps k f)
@@ -114,7 +114,7 @@ def masked_conv_kernel(
     tl.store(out + at_out, total.to(out.dtype.element_ty), mask=mask)
 
 
-@jit
+@jit(varying=("pixels", "pixels_of_part", "h", "w_in", "w_out"))
 def masked_conv_weight_kernel(
     u,  # (b h w_in k)
     d_out,  # (b h w_out f)
@@ -203,7 +203,8 @@ def product(u: Tensor, weight: Tensor, bias: Tensor | None, seen: Tensor | None,
         sizes = pixels, h, u.shape[2], w_out, k, f
         given = {"TAPS": taps, "ROWS": rows, "COLUMNS": columns, "BIAS": bias is not None, "SEEN": seen is not None}
         nothing = [out if x is None else x for x in (bias, seen)]
-        masked_conv_kernel[grid](u, weight, *nothing, out, *sizes, **given, **flags, **constants, SUM=sum_type(u))
+        flags = {**given, **flags, "SUM": sum_type(u)}
+        launch(masked_conv_kernel, grid, u, weight, *nothing, out, *sizes, **flags, **constants)
     return out
 
 
@@ -249,7 +250,7 @@ def weight_gradient_op(d_out: Tensor, u: Tensor, weight: Tensor, relu: bool, liv
         parts = u.new_empty(number, live * k, f, dtype=state)
         sizes = pixels, part, h, w_in, w_out, k, f
         flags = {"TAPS": live, "ROWS": rows, "COLUMNS": columns, "RELU": relu, "SUM": sum_type(u)}
-        masked_conv_weight_kernel[(number, *tiles)](u, d_out, parts, *sizes, **flags, **constants)
+        launch(masked_conv_weight_kernel, (number, *tiles), u, d_out, parts, *sizes, **flags, **constants)
         d_weight.flatten(2)[:, :, :live] = parts.sum(0).view(live, k, f).permute(2, 1, 0)
     return d_weight
 

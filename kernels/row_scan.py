@@ -34,7 +34,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.jit import cdiv, jit, next_power_of_2, tl
+from kernels.jit import cdiv, jit, launch, next_power_of_2, tl
 
 PADDED = 64  # `pack` fills up with zeros to multiples of this, what any form's blocks divide
 
@@ -56,7 +56,7 @@ class Layers(NamedTuple):
     to_head: Product | None
     taps: Tensor  # where `main` reads, from the left neighbour's features on
     known: int  # how many features that is with the pixel's own, all groups
-    stream: Tensor  # u
+    u: Tensor  # the residual stream
     above: Tensor  # what `main` is added to; gates o f i g of group 0, then of group 1, …
     middle: Tensor | None = None  # where `down` writes
     cell: Tensor | None = None
@@ -302,12 +302,12 @@ def choose(
     return value
 
 
-@jit
+@jit(varying=("b",))
 def row_scan_kernel(
     rows,  # (b columns·colours): the row in hand as the stem reads it; values are put there
     stem_above,  # (b w f)
     stem_weight,
-    stream,
+    u,
     taps,
     middle,
     above,
@@ -338,7 +338,7 @@ def row_scan_kernel(
     conditionals,
     b,
     layers,
-    stream_layer,
+    u_layer,
     taps_layer,
     middle_layer,
     above_layer,
@@ -358,8 +358,8 @@ def row_scan_kernel(
     rows_stride: tl.constexpr,
     stem_stride: tl.constexpr,  # from column to column
     reach: tl.constexpr,
-    stream_image: tl.constexpr,
-    stream_column: tl.constexpr,
+    u_image: tl.constexpr,
+    u_column: tl.constexpr,
     taps_image: tl.constexpr,
     taps_column: tl.constexpr,
     middle_image: tl.constexpr,
@@ -422,23 +422,23 @@ def row_scan_kernel(
             narrow, wide = g * narrow_size, g * wide_size
 
             # stem
-            at_u = place(image, j, 0, stream_layer, stream_image, stream_column) + wide
+            at_u = place(image, j, 0, u_layer, u_image, u_column) + wide
             at_rows = image * rows_stride + j * COLOURS
             at_above = image * columns * stem_stride + j * stem_stride + wide
             for block in range(0, tl.cdiv(wide_size, BLOCK_N)):
                 n = block * BLOCK_N + block_n
                 mask = live[:, None] & (n < wide_size)[None, :]
-                u = tl.load(stem_above + at_above[:, None] + n[None, :], mask=mask, other=0.0).to(STATE)
+                total = tl.load(stem_above + at_above[:, None] + n[None, :], mask=mask, other=0.0).to(STATE)
                 known_k = (reach + 1) * COLOURS
-                u = product(
-                    u, rows, at_rows, live, known_k, known_k, stem_weight, g, block, stem_k, stem_n, False, BLOCK_N,
+                total = product(
+                    total, rows, at_rows, live, known_k, known_k, stem_weight, g, block, stem_k, stem_n, False, BLOCK_N,
                     BLOCK_K, STAGES, STATE,
                 )  # fmt: skip
-                tl.store(stream + at_u[:, None] + n[None, :], u, mask=mask)
+                tl.store(u + at_u[:, None] + n[None, :], total, mask=mask)
             tl.debug_barrier()
 
             for layer in range(0, layers):
-                at_u = place(image, j, layer, stream_layer, stream_image, stream_column)
+                at_u = place(image, j, layer, u_layer, u_image, u_column)
                 at_taps = place(image, j, layer, taps_layer, taps_image, taps_column)
                 at_above = place(image, j, layer, above_layer, above_image, above_column) + GATES * narrow
                 at_joined = place(image, 0, layer, b * f, f, 0)
@@ -452,7 +452,7 @@ def row_scan_kernel(
                         down = biases(down_bias, slot, down_n, block, IMAGES, BLOCK_N, STATE)
                         upto = wide + wide_size
                         down = product(
-                            down, stream, at_u, live, stream_features, upto, down_weight, slot, block, down_k,
+                            down, u, at_u, live, stream_features, upto, down_weight, slot, block, down_k,
                             down_n, True, BLOCK_N, BLOCK_K, STAGES, STATE,
                         )  # fmt: skip
                         tl.store(middle + at_middle[:, None] + n[None, :], tl.maximum(down, 0.0), mask=mask)
@@ -489,17 +489,17 @@ def row_scan_kernel(
                     tl.store(joined + at_joined[:, None] + n[None, :], state, mask=mask)
                 tl.debug_barrier()
 
-                at_next = place(image, j, layer + 1, stream_layer, stream_image, stream_column)
+                at_next = place(image, j, layer + 1, u_layer, u_image, u_column)
                 for block in range(0, tl.cdiv(wide_size, BLOCK_N)):
                     n = block * BLOCK_N + block_n
                     mask = live[:, None] & (n < wide_size)[None, :]
                     upto = narrow + narrow_size
-                    u = biases(up_bias, slot, up_n, block, IMAGES, BLOCK_N, STATE)
+                    total = biases(up_bias, slot, up_n, block, IMAGES, BLOCK_N, STATE)
                     n_of_all = wide + n
                     if RESIDUAL:
-                        u += tl.load(stream + at_u[:, None] + n_of_all[None, :], mask=mask, other=0.0).to(STATE)
-                    u = product(
-                        u, joined, at_joined, live, f, upto, up_weight, slot, block, up_k, up_n, False, BLOCK_N,
+                        total += tl.load(u + at_u[:, None] + n_of_all[None, :], mask=mask, other=0.0).to(STATE)
+                    total = product(
+                        total, joined, at_joined, live, f, upto, up_weight, slot, block, up_k, up_n, False, BLOCK_N,
                         BLOCK_K, STAGES, STATE,
                     )  # fmt: skip
                     if SKIP:
@@ -514,11 +514,11 @@ def row_scan_kernel(
                         if layer + 1 < layers:
                             tl.store(skips + at, skip, mask=mask)
                         else:
-                            u += skip
+                            total += skip
                     if layer + 1 < layers:
-                        tl.store(stream + at_next[:, None] + n_of_all[None, :], u, mask=mask)
+                        tl.store(u + at_next[:, None] + n_of_all[None, :], total, mask=mask)
                     else:
-                        tl.store(out + at_out[:, None] + n_of_all[None, :], u, mask=mask)
+                        tl.store(out + at_out[:, None] + n_of_all[None, :], total, mask=mask)
                 tl.debug_barrier()
 
             if j < width:  # else: outside of the image, where nothing is drawn
@@ -670,10 +670,10 @@ class RowScanProgram:
         levels: int,
     ):
         b, colours, width = values.shape
-        n, _, columns, stream = layers.stream.shape
-        groups, f, new = layers.main.weight.shape[1], layers.above.shape[3] // layers.gates, layers.stream.new_zeros
-        state = torch.float64 if layers.stream.dtype == torch.float64 else torch.float32
-        none, self.form = new(1), form_for(b, layers.stream.element_size())
+        n, _, columns, stream = layers.u.shape
+        groups, f, new = layers.main.weight.shape[1], layers.above.shape[3] // layers.gates, layers.u.new_zeros
+        state = torch.float64 if layers.u.dtype == torch.float64 else torch.float32
+        none, self.form = new(1), form_for(b, layers.u.element_size())
         block_k, block_n = self.form.block_k, self.form.block_n
 
         def in_blocks(weight: Tensor) -> Tensor:
@@ -681,7 +681,7 @@ class RowScanProgram:
             return weight.unflatten(3, (-1, block_n)).unflatten(2, (-1, block_k)).transpose(3, 4).contiguous()
 
         views = {
-            "stream": layers.stream,
+            "u": layers.u,
             "taps": layers.taps,
             "middle": layers.middle,
             "above": layers.above,
@@ -713,7 +713,8 @@ class RowScanProgram:
             "values": values,
             **choice._replace(known=known)._asdict(),
         }
-        tensors.pop("stem_bias"), tensors.pop("temperature")
+        for name in ("stem_bias", "main_bias", "temperature"):  # no arguments: biases are in what is above
+            del tensors[name]
         self.arguments = {name: none if x is None else x for name, x in tensors.items()}
         self.arguments |= {"b": b, "layers": n, "temperature": max(float(choice.temperature), 1e-30)}
         self.arguments |= {
@@ -756,4 +757,4 @@ class RowScanProgram:
         self.grid = (cdiv(b, self.form.images),)
 
     def run(self) -> None:
-        row_scan_kernel[self.grid](**self.arguments)
+        launch(row_scan_kernel, self.grid, **self.arguments)

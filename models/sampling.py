@@ -13,7 +13,7 @@ replayed for the others.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 from functools import partial
 
@@ -181,7 +181,8 @@ class PixelLoop:
     def __init__(self, model: AutoregressiveModel, method: str, rule: Rule, b: int, condition: Tensor | None = None):
         self.model, self.method, self.rule, self.b = model, method_for(model, method), rule, b
         self.capture = model.device.type == "cuda" and self.method in ("cached-graph", "cached-triton")
-        self.warm, self.rows = False, {}
+        self.rows: dict[bool, Callable[[], None]] = {}  # the first row, and any other
+        self.stream = torch.cuda.Stream(model.device) if self.capture else None
         with self.drawing():
             self.values = torch.zeros(b, model.channels, model.width, dtype=torch.long, device=model.device)
             if self.method == "cached-triton":
@@ -191,23 +192,28 @@ class PixelLoop:
 
     @contextmanager
     def drawing(self) -> Iterator[None]:
-        """In eval mode, and in the mode that the model was in afterwards."""
+        """In eval mode on the model's device; the model's mode and the current device are afterwards what they were."""
         in_training = [module for module in self.model.modules() if module.training]
         self.model.eval()
+        threads = threads_for(self.model, self.method, self.b)
         try:
-            with torch.inference_mode(), exact_convolutions(), threads_for(self.model, self.method, self.b):
+            with torch.inference_mode(), exact_convolutions(), threads, on(self.model.device), in_turn(self.stream):
                 yield
         finally:
             for module in in_training:
                 module.training = True
 
     def row(self, first: bool) -> None:
-        """Do the row that was loaded. Libraries allocate and choose at their first call, which no graph can hold."""
-        run = self.rows.get(first, partial(self.evaluator.row, self.rule, self.values, first))
-        if self.capture and self.warm and first not in self.rows:
-            run = self.rows[first] = captured(run)
-        run()
-        self.warm = True
+        """Do the row that was loaded.
+
+        Where rows are captured, each kind of row runs as it is the first time, on the stream that captures it:
+        libraries allocate, load kernels and choose at their first call, which no graph can hold.
+        """
+        if first not in self.rows:
+            self.rows[first] = partial(self.evaluator.row, self.rule, self.values, first)
+        elif self.capture and isinstance(self.rows[first], partial):
+            self.rows[first] = captured(self.rows[first], self.stream)
+        self.rows[first]()
 
     def run(self, tell: Callable[[], None] = lambda: None) -> Tensor:
         """What the rule chooses (b c h w) int64; `tell` is called after each row."""
@@ -229,10 +235,27 @@ class PixelLoop:
         return self.run(tell)
 
 
-def captured(run: Callable[[], None]) -> Callable[[], None]:
+def on(device: torch.device):
+    """Where `device` is the current one: Triton's launches and CUDA graphs go to that, not to where tensors are."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+@contextmanager
+def in_turn(stream: "torch.cuda.Stream | None") -> Iterator[None]:
+    """On another stream, if there is one, after all that the current one has to do; that waits for it afterwards."""
+    if stream is None:
+        yield
+        return
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        yield
+    torch.cuda.current_stream().wait_stream(stream)
+
+
+def captured(run: Callable[[], None], stream: "torch.cuda.Stream") -> Callable[[], None]:
     """What replays `run` as a CUDA graph: it reads and writes the same memory each time, and asks the host nothing."""
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, stream=stream):
         run()
     return graph.replay
 
