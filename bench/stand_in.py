@@ -54,13 +54,35 @@ class Variant:
     constants: dict  # path of a constexpr → value
     attributes: dict  # path of an argument → what is known of its value
     options: dict[str, int]
-    same: dict[str, str]  # arguments that are views of another argument's memory
+    same: dict[str, str]  # arguments whose memory is another argument's: see `same_memory`
     name: str = ""  # what it was launched for
     launches: int = field(default=0, compare=False)
 
     @property
     def key(self) -> str:
         return repr((self.module, self.kernel, self.signature, self.constants, self.attributes, self.options))
+
+
+def same_memory(tensors: dict[str, torch.Tensor]) -> dict[str, str]:
+    """Which tensors have features in common with one before: name → that one's name.
+
+    Two views of one memory have, where one begins within the other's last dimension: at the same image and column they
+    are then the same numbers. A view that begins a column later is another memory there.
+    """
+
+    def begins_within(x: torch.Tensor, other: torch.Tensor) -> bool:
+        if x.untyped_storage()._cdata != other.untyped_storage()._cdata:
+            return False
+        start, other_start = (t.storage_offset() * t.element_size() for t in (x, other))
+        extent, other_extent = (t.shape[-1] * t.element_size() if t.dim() else 1 for t in (x, other))
+        return start < other_start + other_extent and other_start < start + extent
+
+    out: dict[str, str] = {}
+    for name, x in tensors.items():
+        others = (other for other in tensors if other not in out and begins_within(x, tensors[other]))
+        if (first := next(others)) != name:
+            out[name] = first
+    return out
 
 
 class Driver:
@@ -124,8 +146,6 @@ class StandIn:
 
     def record(self, *, fn, compile: dict, **_) -> bool:
         """Triton is about to compile a kernel. It does not where this is true, nor does it run it."""
-        storages: dict[int, str] = {}
-        first = {n: storages.setdefault(x.untyped_storage()._cdata, n) for n, x in self.launched.items()}
         options = json.loads(compile["specialization_data"])["options"]
         variant = Variant(
             fn.module,
@@ -134,7 +154,7 @@ class StandIn:
             compile["constants"],
             compile["configs"][0],
             {name: options[name] for name in sorted(OPTIONS) if options.get(name) is not None},
-            {name: other for name, other in first.items() if other != name},
+            same_memory(self.launched),
             self.name,
         )
         self.found.setdefault(variant.key, variant).launches += 1

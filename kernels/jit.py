@@ -56,10 +56,11 @@ def launch(kernel, grid: tuple[int, ...], *arguments, **named) -> None:
         TypeError: an argument is missing, or is none of the kernel's.
     """
     given = [*kernel.arg_names[: len(arguments)], *(name for name in named if name not in OPTIONS)]
+    given += ["too many"] * (len(arguments) - len(kernel.arg_names))
     if len(given) != len(kernel.arg_names) or set(given) != set(kernel.arg_names):
         missing = sorted(set(kernel.arg_names) - set(given))
         unknown = sorted(set(given) - set(kernel.arg_names))
-        raise TypeError(f"{kernel.__name__}: arguments missing: {missing}, unknown: {unknown}, of {len(given)}")
+        raise TypeError(f"{kernel.__name__}: arguments missing: {missing}, unknown: {unknown}, of {len(given)} given")
     if torch.version.hip is not None:
         named.pop("maxnreg", None)  # a limit that the compiler for AMD's GPUs does not have
     device = next(x.device for x in (*arguments, *named.values()) if isinstance(x, Tensor))

@@ -57,7 +57,7 @@ class Form(NamedTuple):
 def form_of(f: int, taps: int, extent: int, itemsize: int, backward: bool, name: str = "auto") -> Form:
     """The form for f features, so many taps and positions, and numbers of `itemsize` bytes.
 
-    The blocks are the largest that leave no register on the stack: `python -m kernels.report` compiles them.
+    The blocks are the largest that leave no register on the stack: `python -m bench.compile` compiles them.
 
     Raises:
         ValueError: there is no such form, or a program that walks all steps cannot hold so many positions.

@@ -302,7 +302,7 @@ def choose(
     return value
 
 
-@jit(varying=("b",))
+@jit(varying=("b", "rows_stride"))
 def row_scan_kernel(
     rows,  # (b columns·colours): the row in hand as the stem reads it; values are put there
     stem_above,  # (b w f)
@@ -338,6 +338,7 @@ def row_scan_kernel(
     conditionals,
     b,
     layers,
+    rows_stride,  # from image to image
     u_layer,
     taps_layer,
     middle_layer,
@@ -355,7 +356,6 @@ def row_scan_kernel(
     output_features: tl.constexpr,  # of a group
     levels: tl.constexpr,
     mixtures: tl.constexpr,
-    rows_stride: tl.constexpr,
     stem_stride: tl.constexpr,  # from column to column
     reach: tl.constexpr,
     u_image: tl.constexpr,
@@ -621,7 +621,7 @@ def form_for(b: int, itemsize: int) -> Form:
     """The form for b images and numbers of `itemsize` bytes.
 
     A program has as few images as a matrix product has rows, until there are more programs than multiprocessors. The
-    blocks are the largest that leave no register on the stack: `python -m kernels.report` compiles them.
+    blocks are the largest that leave no register on the stack: `python -m bench.compile` compiles them.
     """
     few = b <= 16 * 132
     if itemsize > 2:  # without matrix instructions, all operands are in registers
@@ -682,7 +682,8 @@ class RowScanProgram:
 
         views = {
             "u": layers.u,
-            "taps": layers.taps,
+            # as wide as what is read there, features of the left neighbour and of the pixel
+            "taps": layers.taps.as_strided((*layers.taps.shape[:3], layers.known), layers.taps.stride()),
             "middle": layers.middle,
             "above": layers.above,
             "cell": layers.cell,

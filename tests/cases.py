@@ -161,7 +161,7 @@ def build(case: Case, *, seed: int = 0, std: float = 0.3, **arguments):
     Weights that begin large, as deep models without residual connections need them, are made smaller first: with noise,
     logits would be in the hundreds, and float32 would have no digits left for what is compared.
     """
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = models.build(config(case, **arguments))
     with torch.no_grad():
@@ -221,7 +221,7 @@ def train(model, steps: int = 3):
     """A few optimizer steps on random images."""
     optimizer = torch.optim.RMSprop(model.parameters(), lr=3e-3, weight_decay=1e-2)
     model.train()
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         for step in range(steps):
             torch.manual_seed(step)
             optimizer.zero_grad()
@@ -302,7 +302,7 @@ def changes(model, seed: int = 0):
     perturbed = flat.view(n, h, w, c).permute(0, 3, 1, 2)
     conditionals = []
     for image in (x, perturbed):
-        with torch.random.fork_rng(), torch.no_grad():
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
             torch.manual_seed(seed)
             conditionals.append(in_order(model, model.conditionals(image, **given(model, n, seed))))
     return (conditionals[0] != conditionals[1]).any(-1)

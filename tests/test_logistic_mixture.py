@@ -20,7 +20,7 @@ every_channels = pytest.mark.parametrize("channels", [1, 2, 3, 4])
 def make(channels=3, levels=256, mixtures=5, inputs=6, features=8):
     """A head with noise on every parameter, and a generator for the rest."""
     generator = torch.Generator().manual_seed(0)
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         head = LogisticMixtureHead(inputs, features, channels, levels, mixtures)
     with torch.no_grad():
@@ -271,7 +271,7 @@ def test_parameters_are_float32_under_autocast():
 def test_an_untrained_head_is_about_as_good_as_the_uniform_distribution(channels, mixtures):
     """On colours that vary together, as those of photographs do, it is within 0.1 nats a sub-pixel, or better."""
     generator = torch.Generator().manual_seed(0)
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         head = LogisticMixtureHead(64, 32, channels, 256, mixtures)
     n = 2000

@@ -106,7 +106,7 @@ def test_images_of_a_batch_do_not_mix(case):
 def test_dropout_acts_in_training_only(case):
     model = build(case, dropout=0.3)
     x, conditions = images(model, 4), given(model, 4)
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         assert torch.equal(model.log_prob(x, **conditions), model.log_prob(x, **conditions))
         model.train()
         assert not torch.equal(model.log_prob(x, **conditions), model.log_prob(x, **conditions))

@@ -1,6 +1,6 @@
 """What the row kernel promises: the row scan's pixels and conditionals, in one launch a row.
 
-On a machine without a GPU it runs in Triton's interpreter; `kernels.report` compiles it.
+On a machine without a GPU it runs in Triton's interpreter; `bench.compile` compiles it.
 
 Legend: b batch · n images · c channel (colour) · h w rows, columns · v levels.
 """

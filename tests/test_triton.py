@@ -1,6 +1,6 @@
 """What the Triton kernels promise: output and every gradient are those of the references, in float64.
 
-On a machine without a GPU they run in Triton's interpreter, which knows neither races nor layouts; `kernels.report`
+On a machine without a GPU they run in Triton's interpreter, which knows neither races nor layouts; `bench.compile`
 compiles them. With a GPU the same tests run on it.
 """
 

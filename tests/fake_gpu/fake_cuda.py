@@ -27,6 +27,7 @@ METHODS = "to new_zeros new_ones new_empty new_full new_tensor"
 
 real_device = torch.Tensor.device
 real_bmm = torch.bmm
+gpu = None  # the stand-in, once installed
 state = {"device": 0, "capturing": False, "graphs": 0, "replays": 0}
 
 
@@ -133,9 +134,9 @@ class Autocast(torch.autocast):
 
 
 def install():
-    """Fake torch.cuda; where Triton can compile, its launches go to the stand-in, which is returned."""
+    """Fake torch.cuda and have the stand-in, `gpu`, record Triton's launches."""
     cuda, tensor = torch.cuda, torch.Tensor
-    cuda.is_available, cuda.device_count = lambda: True, lambda: max(2, INDEX + 1)
+    cuda.is_available, cuda.device_count = lambda: True, lambda: INDEX + 1
     cuda.get_device_name = lambda *_: "no GPU: a fake"
     cuda.get_device_capability = lambda *_: (9, 0)
     cuda.max_memory_allocated = lambda *_: 1
@@ -158,7 +159,8 @@ def install():
     torch.is_autocast_enabled = with_devices(torch.is_autocast_enabled)
     torch.bmm, torch.autocast = bmm, Autocast
     torch.compile = lambda module, **_: module  # Dynamo does not trace what is faked here
-    return stand_in()
+    global gpu
+    gpu = stand_in()
 
 
 def stand_in():
@@ -170,7 +172,7 @@ def stand_in():
             check_current("a launch")
             return super().record(**named)
 
-    gpu = Checked().__enter__()
+    out = Checked().__enter__()
     if folder := os.environ.get("FAKE_GPU_OUT"):
-        atexit.register(lambda: (Path(folder) / f"{os.getpid()}.pickle").write_bytes(pickle.dumps(gpu.variants)))
-    return gpu
+        atexit.register(lambda: (Path(folder) / f"{os.getpid()}.pickle").write_bytes(pickle.dumps(out.variants)))
+    return out

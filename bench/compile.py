@@ -1,0 +1,385 @@
+"""Compile every kernel as it is launched, without a GPU, and say what came of it.
+
+    python -m bench.compile [--target sm_80|sm_90|sm_100] [--only TEXT] [--set num_warps=8 …] [--json FILE]
+
+The operations and models here are launched on a stand-in for a GPU (`bench.stand_in`), so that what is compiled is what
+runs: Triton's own specialisation of the arguments that the project's code passes. For each kernel: registers a thread,
+stack (spilled registers), shared memory, matrix instructions. Exit status 1 if one of these rules is broken:
+
+    no stack          a spilled register is a trip to memory at each use
+    shared memory     a kernel above the GPU's limit compiles, and fails when it is loaded
+    matrix            products of bfloat16 numbers run on matrix instructions
+    async copies      of memory that the same kernel writes, only by a loop that stores nothing there, after a barrier
+    barrier           where a program reads back what it stored at an earlier step, one stands after its last store
+    addresses         offsets into what grows with the batch are 64-bit numbers, from before anything is multiplied
+
+`--set` compiles with other constants or options than the usual: that is how their values were found.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import re
+import shlex
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from datetime import UTC, datetime
+from functools import partial
+from itertools import product
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+import kernels
+import models
+from bench.measure import build
+from bench.stand_in import TARGETS, Compiled, StandIn, Variant, compile_all
+from bench.training import ON_A_GPU
+from kernels.jit import triton
+from kernels.lstm_scan import lstm_scan
+from models.rules import Draw, Given, Keep, Record
+from models.sampling import RowKernel
+
+NVIDIA = [name for name, (backend, *_) in TARGETS.items() if backend == "cuda"]
+DTYPES = (torch.bfloat16, torch.float32)
+SMALL = ("weight", "bias")  # how arguments end that do not grow with the batch
+PRODUCTS = ("lstm_scan_fwd_kernel", "lstm_scan_bwd_kernel", "masked_conv_kernel", "masked_conv_weight_kernel")
+PRODUCTS += ("row_scan_kernel",)
+
+# ----------------------------------------------------------------------------------------------------------- launching
+
+
+Launches = Iterator[tuple[str, Callable[[], None]]]  # names, and what launches
+
+
+def both_ways(out: Tensor, *wanted: Tensor) -> None:
+    torch.autograd.grad(out, wanted, torch.empty_like(out))
+
+
+def scans() -> Launches:
+    """The LSTM scans: the papers' sizes, and both sides of where one form gives way to the next."""
+
+    def run(diagonal: bool, extent: int, f: int, dtype: torch.dtype) -> None:
+        (h, w), directions, taps = ((extent, 1), 2, 2) if diagonal else ((1, extent), 1, 3)
+        pre = torch.empty(1, h, w, directions, 4 * f, dtype=dtype, requires_grad=True)
+        weight = torch.empty(directions, 4 * f, taps * f, requires_grad=True)
+        both_ways(lstm_scan(pre, weight, diagonal), pre, weight)
+
+    widths = {torch.bfloat16: (7, 16, 32, 64, 128, 512), torch.float32: (7, 128, 512)}
+    for diagonal, extent in ((True, 28), (True, 64), (False, 32), (False, 64)):
+        for dtype, f in ((dtype, f) for dtype, widths_ in widths.items() for f in widths_):
+            name = f"{'diagonal' if diagonal else 'row'} {extent} positions, f = {f}, {short(dtype)}"
+            yield name, partial(run, diagonal, extent, f, dtype)
+
+
+def convolutions() -> Launches:
+    """Masked convolutions: the stem's, the blocks', the gated model's; each of the three products."""
+
+    def run(rows: int, columns: int, live: int, k: int, f: int, dtype: torch.dtype) -> None:
+        u = torch.empty(1, 2, 2, k, dtype=dtype, requires_grad=k >= 16)
+        weight, bias = torch.empty(f, k, rows, columns, requires_grad=True), torch.empty(f)
+        out = kernels.masked_conv(u, weight, bias, True, live=live, backend="triton")
+        both_ways(out, *([u] if k >= 16 else []), weight)
+
+    shapes = [("7×7 A", 4, 7, 25, 3, 256), ("3×3 B", 2, 3, 5, 128, 128), ("3×3 B", 2, 3, 5, 16, 16)]
+    shapes += [("2×3", 2, 3, 6, 128, 256), ("1×1", 1, 1, 1, 256, 128), ("1×3", 1, 3, 2, 128, 256)]
+    for dtype, (name, *sizes) in product(DTYPES, shapes):
+        yield f"convolution {name}, {sizes[-2]} → {sizes[-1]}, {short(dtype)}", partial(run, *sizes, dtype)
+
+
+def elementwise() -> Launches:
+    def cross_entropy(v: int, dtype: torch.dtype) -> None:
+        logits = torch.empty(3, v, dtype=dtype, requires_grad=True)
+        target = torch.zeros(3, dtype=torch.uint8 if v <= 256 else torch.long)
+        both_ways(kernels.cross_entropy(logits, target, backend="triton"), logits)
+
+    def gate(dtype: torch.dtype) -> None:
+        u = torch.empty(3, 32, dtype=dtype, requires_grad=True)
+        both_ways(kernels.gate(u, backend="triton"), u)
+
+    for dtype in DTYPES:
+        for v in (2, 256, 1024):
+            yield f"cross-entropy, {v} levels, {short(dtype)}", partial(cross_entropy, v, dtype)
+        yield f"gate, {short(dtype)}", partial(gate, dtype)
+
+
+def rows() -> Launches:
+    """The row kernel: each kind of layer at the papers' sizes for CIFAR-10, one with a mixture, and a small one.
+
+    With what `sample` asks for, and for two of them with skips and the other rules. All of it in memory that is not
+    there: models and buffers are as large as for a batch in earnest.
+    """
+
+    def run(target: str, arguments: dict, skip: bool, dtype: torch.dtype, b: int, rule: str) -> None:
+        sizes = {"_target_": f"models.{target}", "height": 2, "layers": 2, "skip": skip, **arguments}
+        with torch.device("meta"):
+            model = models.build(sizes).to(dtype).eval()
+        x = torch.zeros(b, *model.shape, dtype=torch.long, device="meta")
+        draw = Draw(x.float())
+        rules = {"draw": draw, "keep": Keep(x, x, draw), "score": Record(model, Given(x), b, conditionals=True)}
+        RowKernel(model, b, None, rules[rule], x[:, :, 0].contiguous()).program.run()
+
+    colour = {"channels": 3, "levels": 256, "width": 32, "hidden": 128, "head_features": 1024}
+    binary = {"channels": 1, "levels": 2, "width": 28, "hidden": 16, "head_features": 32}
+    sizes = {
+        "PixelCNN": ("PixelCNN", colour),
+        "Gated PixelCNN": ("GatedPixelCNN", colour),
+        "Row LSTM": ("RowLSTM", colour),
+        "Diagonal BiLSTM": ("DiagBiLSTM", colour),
+        "PixelCNN, mixture": ("PixelCNN", {**colour, "head": "logistic_mixture"}),
+        "Diagonal BiLSTM, binary": ("DiagBiLSTM", binary),
+    }
+    work = [(name, False, dtype, ("draw",)) for name in sizes for dtype in DTYPES]
+    work += [(name, True, torch.bfloat16, ("draw", "keep", "score")) for name in ("PixelCNN", "Diagonal BiLSTM")]
+    for name, skip, dtype, rules in work:
+        for b, rule in product((16, 16384), rules):
+            title = f"row {name}{', skip' * skip}, {b} images, {rule}, {short(dtype)}"
+            yield title, partial(run, *sizes[name], skip, dtype, b, rule)
+
+
+def training_steps() -> Launches:
+    """The models that `bench.training` times on a GPU, one layer of each: forward and backward."""
+
+    def run(name: str, side: int, channels: int, levels: int, hidden: int, head: int) -> None:
+        model = build(name, side, channels, levels, hidden, 1, "cpu", head)
+        with kernels.use("triton"), torch.autocast("cpu", torch.bfloat16):
+            nats = model(torch.zeros(1, *model.shape, dtype=torch.long))
+        nats.sum().backward()
+
+    for name, side, channels, levels, hidden, _, head, _ in ON_A_GPU:
+        title = f"training {name}, h = {hidden}, {side}×{side}×{channels}"
+        yield title, partial(run, name, side, channels, levels, hidden, head)
+
+
+def short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def variants(only: str = "") -> list[Variant]:
+    """Every kernel in every configuration that is used, or those whose `title` holds a text."""
+    with StandIn() as gpu:
+        for launches in (scans, convolutions, elementwise, training_steps, rows):
+            for gpu.name, run in launches():
+                if only.split(": ")[0] in gpu.name:
+                    run()
+    return [variant for variant in gpu.variants if only in title(variant)]
+
+
+def title(variant: Variant) -> str:
+    return f"{variant.name}: {variant.kernel}"
+
+
+# ----------------------------------------------------------------------------------------------------------- compiling
+
+
+class Line(NamedTuple):
+    """An operation in the compiler's text, with the loops that it stands in, outermost first."""
+
+    at: int
+    name: str  # what it defines
+    operation: str
+    rest: str
+    loops: tuple[int, ...]
+
+    @property
+    def operand(self) -> str:
+        """The first one."""
+        found = re.match(r"(?:\{\}, )?(%[\w#]+)", self.rest)
+        return found[1] if found else ""
+
+
+def lines_of(text: str) -> list[Line]:
+    """The operations of a kernel in the compiler's text (ttir or ttgir)."""
+    out, opened = [], []
+    for at, line in enumerate(text.splitlines()):
+        line = line.strip()
+        if line.startswith("}") and opened:
+            opened.pop()
+        found = re.match(r"(?:(%[\w]+)(?::\d+)? = )?([a-z_]+\.[\w.]+) ?(.*)", line)
+        loops = tuple(loop for loop in opened if loop is not None)
+        out.append(Line(at, *(x or "" for x in found.groups()), loops) if found else Line(at, "", "", line, loops))
+        if line.split(" loc(")[0].endswith("{"):
+            opened.append(at if "scf.for" in line or "scf.while" in line else None)
+    return out
+
+
+def definition_of(lines: list[Line], value: str, before: int) -> Line | None:
+    """Where a value that is used in a line is defined: names come again in regions that do not see each other."""
+    return next((line for line in reversed(lines[:before]) if line.name == value), None)
+
+
+def source_of(lines: list[Line], value: str, before: int) -> str | None:
+    """The function's argument that a pointer comes from, as seen from a line; None if it cannot be told."""
+    definition = definition_of(lines, value, before)
+    if definition is None:
+        argument = any(f"{value}: !tt.ptr" in line.rest for line in lines if line.operation == "tt.func")
+        return value if argument else None
+    if definition.operation not in ("tt.addptr", "tt.splat", "tt.broadcast", "ttg.convert_layout", "tt.expand_dims"):
+        return None
+    return source_of(lines, definition.operand, definition.at)
+
+
+def accesses(lines: list[Line], operation: str) -> list[tuple[Line, str | None]]:
+    """The lines of an operation, each with the argument whose memory it is about."""
+    found = [line for line in lines if line.operation == operation]
+    return [(line, source_of(lines, line.operand, line.at)) for line in found]
+
+
+def barriers(lines: list[Line]) -> list[int]:
+    return [line.at for line in lines if line.operation in ("ttg.barrier", "gpu.barrier")]
+
+
+def hasty_copies(text: str, same: dict[str, str] | None = None) -> list[str]:
+    """Arguments (in ttgir) of which a copy begins before the kernel has stored what it is to find.
+
+    Args:
+        same: arguments that are views of others' memory.
+
+    A pipelined loop copies ahead what its next turns load, its first turns' before it begins. That is right where the
+    loop stores nothing there, and a barrier stands between the last store and the loop.
+    """
+    lines, same = lines_of(text), same or {}
+    walls, out = barriers(lines), []
+    stores, copies = (
+        [(line, same.get(name, name)) for line, name in accesses(lines, operation)]
+        for operation in ("tt.store", "ttg.async_copy_global_to_local")
+    )
+    ends = {loop: max(line.at for line in lines if loop in line.loops) for line in lines for loop in line.loops}
+    for copy, source in copies:
+        stored = [line for line, name in stores if name == source or name is None]
+        if source is None:
+            out.append(copy.operand)
+        if source is None or not stored:
+            continue
+        # the loops around the copy that store, and the one that loads what is copied
+        storing = [loop for loop in copy.loops if any(loop in line.loops for line in stored)]
+        own = copy.loops[len(storing) :] or [loop for loop in sorted(ends) if loop > copy.at][:1]
+        outer = storing[-1] if storing else -1
+        last_before = max((line.at for line in stored if line.at < copy.at), default=-1)
+        guarded = last_before < 0 or any(last_before < wall < copy.at for wall in walls)
+        if storing and last_before < outer:  # the last store is that of the loop's turn before
+            last = max(line.at for line in stored if outer in line.loops)
+            guarded = any(last < wall <= ends[outer] or outer < wall < copy.at for wall in walls)
+        meanwhile = not own or any(copy.at < line.at <= ends[own[0]] for line in stored)
+        if not guarded or meanwhile:
+            out.append(source)
+    if "async_tma_copy" in text:
+        out.append("tma")
+    return out
+
+
+def unguarded(text: str) -> list[str]:
+    """Arguments (in ttir) that a kernel both stores to and loads from, if no barrier follows its last store to them."""
+    lines = lines_of(text)
+    stores = {source: line.at for line, source in accesses(lines, "tt.store")}
+    loaded = {source for _, source in accesses(lines, "tt.load")}
+    after = max(barriers(lines), default=-1)
+    return [str(name) for name, at in stores.items() if name in loaded and after < at]
+
+
+def narrow_addresses(text: str, small: tuple[str, ...]) -> list[str]:
+    """What (in ttir) overflows at 2³¹ elements: 32-bit offsets of loads and stores, 32-bit products of program ids.
+
+    Args:
+        small: how arguments end that do not grow with the batch.
+    """
+    lines, out, from_program = lines_of(text), [], set()
+    for line in lines:
+        operands, _, type = line.rest.rpartition(" : ")
+        if line.operation == "tt.get_program_id" and operands.strip() == "x":
+            from_program.add(line.name)
+        elif from_program.intersection(re.findall(r"%\w+", operands)) and re.search(r"i32>?\S*\s*(loc.*)?$", type):
+            if line.operation == "arith.muli":
+                out.append(f"the product {line.name}")
+            if line.operation != "arith.remsi":  # a remainder stays small
+                from_program.add(line.name)
+    for access, source in accesses(lines, "tt.load") + accesses(lines, "tt.store"):
+        value, before, wide = access.operand, access.at, False
+        while not wide and (definition := definition_of(lines, value, before)):
+            wide = definition.operation == "tt.addptr" and "i64" in definition.rest
+            value, before = definition.operand, definition.at
+        if not wide and not (source or "").endswith(small):
+            out.append(f"the offset into {source}")
+    return out
+
+
+def changed(variant: Variant, other: dict[str, int]) -> Variant:
+    """With other constants or options, where it has such; `maxnreg` fits every kernel."""
+    names = list(variant.signature)
+    constants = {(names.index(n),): x for n, x in other.items() if variant.signature.get(n) == "constexpr"}
+    options = {n: x for n, x in other.items() if n in variant.options or n == "maxnreg"}
+    return replace(variant, constants=variant.constants | constants, options=variant.options | options)
+
+
+def judged(variant: Variant, target: str, out: Compiled) -> dict:
+    """A row of the report: what a kernel takes, and which rules it breaks."""
+    row = {"kernel": title(variant), "target": target, "warps": variant.options["num_warps"]}
+    if out.error:
+        return {**row, "broken": [f"does not compile: {out.error}"]}
+    limit, texts = TARGETS[target][3], out.texts
+    matrix = sorted(set(re.findall(r"(wgmma\.mma_async|mma\.sync|tcgen05\.mma)", texts["ptx"])))
+    wants_matrix = variant.kernel in PRODUCTS and "*bf16" in variant.signature.values()
+    same = {f"%{name}": f"%{other}" for name, other in variant.same.items()}
+    copies, narrow = hasty_copies(texts["ttgir"], same), narrow_addresses(texts["ttir"], SMALL)
+    bare = unguarded(texts["ttir"])
+    rules = {
+        f"{out.stack} bytes of stack": out.stack > 0,
+        f"{out.shared} bytes of shared memory, {limit} at most": out.shared > limit,
+        "no matrix instruction": wants_matrix and not matrix,
+        f"asynchronous copies of what it writes ({', '.join(copies)})": bool(copies),
+        f"no barrier after its stores to what it reads ({', '.join(bare)})": bool(bare),
+        f"32-bit addresses ({', '.join(narrow)})": bool(narrow),
+    }
+    taken = {"registers": out.registers, "stack": out.stack, "shared": out.shared, "matrix": matrix}
+    taken["seconds"] = round(out.seconds, 2)
+    return {**row, **taken, "broken": [rule for rule, broken in rules.items() if broken]}
+
+
+def judge(variants: list[Variant], targets: list[str]) -> list[dict]:
+    """Compile each variant for each target: rows of the report."""
+    return [judged(*of) for of in compile_all(variants, targets)]
+
+
+def main(argv: list[str] | None = None) -> int:
+    options = argparse.ArgumentParser(prog="python -m bench.compile", description=__doc__.split("\n")[0])
+    options.add_argument("--target", choices=NVIDIA, action="append", help="(all)")
+    options.add_argument("--only", default="", metavar="TEXT", help="kernels whose name holds this text")
+    options.add_argument("--set", nargs="+", default=[], metavar="NAME=N", help="another constant or option")
+    options.add_argument("--json", type=Path, metavar="FILE", help="also write the rows there")
+    args = options.parse_args(argv)
+    if triton is None or os.environ.get("TRITON_INTERPRET") == "1":
+        options.error("Triton must be installed, and TRITON_INTERPRET not be 1: nothing is compiled there")
+    for text in args.set:
+        if not re.fullmatch(r"\w+=\d+", text):
+            options.error(f"--set: {text!r} is not allowed: NAME=N is, N an integer")
+    other = {name: int(value) for name, value in (text.split("=") for text in args.set)}
+    chosen = [changed(variant, other) for variant in variants(args.only)]
+    if not chosen:
+        options.error(f"--only: no kernel's name holds {args.only!r}")
+    rows = judge(chosen, args.target or NVIDIA)
+    widest = max(len(row["kernel"]) for row in rows)
+    print(f"{'kernel':{widest}}  target  warps  registers  stack  shared  matrix instructions")
+    for row in rows:
+        numbers = (str(row.get(name, "")).rjust(len(name)) for name in ("warps", "registers", "stack", "shared"))
+        print(f"{row['kernel']:{widest}}  {row['target']}   {'  '.join(numbers)}  {' '.join(row.get('matrix', []))}")
+        for rule in row["broken"]:
+            print(f"    broken: {rule}")
+    broken = sum(bool(row["broken"]) for row in rows)
+    print(f"Triton {triton.__version__}: {len(rows)} kernels compiled, {broken} break a rule")
+    if args.json:
+        command = shlex.join(["python", "-m", "bench.compile", *(f"--set={text}" for text in args.set)])
+        head = {"command": command, "date": datetime.now(UTC).isoformat(timespec="seconds")}
+        head |= {"python": platform.python_version(), "torch": torch.__version__, "triton": triton.__version__}
+        lines = ",\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
+        args.json.write_text(json.dumps(head, indent=1)[:-2] + f',\n "rows": [\n{lines}\n]}}\n')
+    return 1 if broken else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,116 @@
+"""What holds of launches and captures, checked on the fake GPU: see `tests/test_launches.py`, which runs this file."""
+
+import pytest
+import torch
+
+import kernels
+import models
+from bench.stand_in import StandIn
+from kernels.gate import gate_fwd_kernel
+from kernels.jit import tl
+from kernels.lstm_scan import lstm_scan
+from models.rules import Draw
+from models.sampling import PixelLoop, noise, sample
+from tests.fake_gpu import fake_cuda
+from tests.fake_gpu.fake_cuda import INDEX, state
+
+
+def small(name="PixelCNN", **others):
+    sizes = {"channels": 1, "levels": 4, "height": 4, "width": 3, "hidden": 16, "layers": 2}
+    return models.build({"_target_": f"models.{name}", **sizes, **others}).cuda().eval()
+
+
+def test_a_launch_is_on_the_device_of_its_tensors():
+    u = torch.randn(3, 8)
+    assert u.device == torch.device("cuda", INDEX) and state["device"] == 0
+    kernels.gate(u)
+    arguments = u, torch.empty(3, 4), 12, 4
+    if INDEX:
+        with pytest.raises(AssertionError, match=f"a launch on cuda:{INDEX} while cuda:0 is the current device"):
+            gate_fwd_kernel[(1,)](*arguments, BLOCK=1024, SUM=tl.float32)
+    assert state["device"] == 0
+
+
+@pytest.mark.parametrize("method", ["cached", "cached-triton"])
+def test_rows_are_captured_on_the_device_of_the_model(method):
+    before = dict(state)
+    sample(small(), 6, method=method, batch_size=3)
+    assert state["graphs"] == before["graphs"] + 2 and state["replays"] > before["replays"] and state["device"] == 0
+
+
+def test_a_row_is_captured_once_its_kind_has_run():
+    """The first row of an image in the second batch, any other at the second of them; each runs as it is before."""
+    model, done = small(), []
+    loop = PixelLoop(model, "cached", Draw(noise(0, range(2), model.shape)), 2)
+    row = loop.evaluator.row
+
+    def watched(rule, values, first):
+        done.append(("captured" if state["capturing"] else "run", "first" if first else "other"))
+        row(rule, values, first)
+
+    loop.evaluator.row = watched
+    loop.run()
+    assert done == [("run", "first"), ("run", "other"), ("captured", "other")]
+    loop.again(Draw(noise(1, range(2), model.shape)), None)
+    assert done[3:] == [("captured", "first")]
+    loop.again(Draw(noise(2, range(2), model.shape)), None)
+    assert len(done) == 4
+
+
+def test_what_a_capture_may_not_do_is_refused():
+    said = "a synchronisation while a CUDA graph is captured"
+    with pytest.raises(AssertionError, match=said), torch.cuda.device(INDEX), torch.cuda.graph(fake_cuda.Graph()):
+        torch.cuda.synchronize()
+    state["capturing"] = False
+    if INDEX:
+        with pytest.raises(AssertionError, match="a capture on cuda"), torch.cuda.graph(fake_cuda.Graph()):
+            pass
+
+
+def test_what_differs_from_launch_to_launch_compiles_nothing_anew():
+    """Images, rows, columns and steps: one variant of each kernel serves them all, also where they are 1 or 16."""
+    with StandIn() as gpu:
+        for b, h, w in ((1, 9, 1), (2, 16, 32), (16, 12, 17), (5, 11, 16)):
+            pre = torch.randn(b, h, w, 2, 64, requires_grad=True)
+            lstm_scan(pre, torch.randn(2, 64, 32), True, "launches").sum().backward()
+            u = torch.randn(b, h, w, 16, requires_grad=True)
+            weight = torch.randn(16, 16, 2, 3, requires_grad=True)
+            kernels.masked_conv(u, weight, torch.randn(16), live=5).sum().backward()
+            logits = torch.randn(b, h, w, 4, requires_grad=True)
+            kernels.cross_entropy(logits, torch.zeros(b, h, w, dtype=torch.long)).sum().backward()
+        assert sorted(variant.kernel for variant in gpu.variants) == [
+            "cross_entropy_bwd_kernel",
+            "cross_entropy_fwd_kernel",
+            "lstm_scan_bwd_kernel",
+            "lstm_scan_fwd_kernel",
+            "masked_conv_kernel",  # the product,
+            "masked_conv_kernel",  # and the gradient of the map
+            "masked_conv_weight_kernel",
+        ]
+        assert sum(variant.launches for variant in gpu.variants) > 100
+
+
+def test_a_last_batch_compiles_no_row_anew():
+    with StandIn() as gpu:
+        for n in (1, 2, 16, 18):
+            sample(small(), n, method="cached-triton")
+        assert [variant.kernel for variant in gpu.variants] == ["row_scan_kernel"]
+
+
+def test_amd_gpus_are_not_asked_for_what_their_compiler_has_not(monkeypatch):
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    u = torch.randn(1, 3, 4, 2, 64)
+    assert kernels.backend_for(u) == "torch"
+    with StandIn("gfx942") as gpu:
+        lstm_scan(u, torch.randn(2, 64, 32), True)
+        sample(small(), 1, method="cached-triton")
+        assert {"lstm_scan_fwd_kernel", "row_scan_kernel"} == {variant.kernel for variant in gpu.variants}
+        assert not any("maxnreg" in variant.options for variant in gpu.variants)
+        monkeypatch.setattr(torch.version, "hip", None)
+        with pytest.raises(KeyError, match="maxnreg was specified but unrecognised"):
+            lstm_scan(u, torch.randn(2, 64, 32), True)
+
+
+def test_the_fake_counts_its_devices():
+    assert torch.cuda.device_count() == INDEX + 1
+    assert fake_cuda.on_cpu("cuda:1") == "cpu" and fake_cuda.on_cpu("cudnn") == "cudnn"
