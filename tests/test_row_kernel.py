@@ -1,6 +1,7 @@
 """What the row kernel promises: the row scan's pixels and conditionals, in one launch a row.
 
-On a machine without a GPU it runs in Triton's interpreter; `bench.compile` compiles it.
+On a machine without a GPU it runs in Triton's interpreter, watched for races (`tests.races`); `bench.compile` compiles
+it.
 
 Legend: b batch · n images · c channel (colour) · h w rows, columns · v levels.
 """
@@ -26,6 +27,7 @@ from tests.cases import (
 
 triton = pytest.importorskip("triton", reason="Triton is for Linux")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+pytestmark = pytest.mark.usefixtures("no_hazards")
 
 
 @pytest.fixture(autouse=True)

@@ -1,7 +1,7 @@
 """What the Triton kernels promise: output and every gradient are those of the references, in float64.
 
-On a machine without a GPU they run in Triton's interpreter, which knows neither races nor layouts; `bench.compile`
-compiles them. With a GPU the same tests run on it.
+On a machine without a GPU they run in Triton's interpreter, watched for races (`tests.races`); of layouts the compiler
+alone knows, which `bench.compile` runs. With a GPU the same tests run on it.
 """
 
 import pytest
@@ -19,6 +19,7 @@ from kernels.row_lstm import row_lstm_op, row_lstm_reference
 
 triton = pytest.importorskip("triton", reason="Triton is for Linux")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+pytestmark = pytest.mark.usefixtures("no_hazards")
 
 
 @pytest.fixture(autouse=True)
