@@ -312,10 +312,13 @@ class Results:
         return int(any("error" in row for row in self.rows))
 
 
+NAMED = ("error", "no_room", "model", "bf16")
+
+
 def labelled(key: str, value) -> str:
     """A value of a row as one line of text has it: numbers with their name."""
     is_number = isinstance(value, int | float) or (isinstance(value, dict) and "median" in value)
-    return f"{key} {cell(value)}" if is_number or key == "error" else cell(value)
+    return f"{key} {cell(value)}" if is_number or key in NAMED else cell(value)
 
 
 def text_of(error: Exception) -> str:
@@ -334,10 +337,15 @@ def answers(device: torch.device) -> bool:
         return False
 
 
+WIDE = 160  # characters of a text in a line: the file has all
+
+
 def cell(value) -> str:
     """A value as the table shows it: of a spread the median and quartiles, of a number three digits."""
     if value is None:
         return ""
+    if isinstance(value, str) and len(value) > WIDE:
+        return value[:WIDE] + "…"
     if isinstance(value, dict) and "median" not in value:
         return " ".join(f"{name}={size}" for name, size in value.items())
     if isinstance(value, dict):
