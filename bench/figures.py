@@ -46,10 +46,14 @@ def cut(module, choice: str, **changes) -> Iterator[None]:
 
 
 class Launches:
-    """Within, what a module launches is kept: `again()` does it once more, in the same memory, without the rest."""
+    """Within, what a module launches is kept: `again()` does it once more, in the same memory, without the rest.
 
-    def __init__(self, module):
-        self.module, self.calls = module, []
+    Args:
+        options: of the compiler, above those that the module names.
+    """
+
+    def __init__(self, module, **options: int):
+        self.module, self.calls, self.options = module, [], options
 
     def __enter__(self) -> "Launches":
         self.launch = self.module.launch
@@ -60,6 +64,7 @@ class Launches:
         self.module.launch = self.launch
 
     def keep(self, kernel, grid: tuple, *arguments, **named) -> None:
+        named |= self.options
         self.launch(kernel, grid, *arguments, **named)
         self.calls.append((kernel, grid, arguments, named))
 
@@ -82,13 +87,15 @@ def scan_launches(size: tuple, backward: bool, form: str = "auto", **changes) ->
     new = partial(torch.randn, device="cuda", dtype=torch.bfloat16)
     pre = new(b, h, w, 2, 4 * f).requires_grad_(backward)
     weight = (new(2, 4 * f, 2 * f) * f**-0.5 / 2).requires_grad_(backward)
+    # Registers are 65,536: all threads of a program share them.
+    options = {"maxnreg": min(255, 2048 // changes["warps"])} if "warps" in changes else {}
     with cut(kernels.lstm_scan, "form_of", **changes):
         if not backward:
-            with Launches(kernels.lstm_scan) as launches:
+            with Launches(kernels.lstm_scan, **options) as launches:
                 lstm_scan(pre, weight, True, form)
         else:
             hidden = lstm_scan(pre, weight, True, form)
-            with Launches(kernels.lstm_scan) as launches:
+            with Launches(kernels.lstm_scan, **options) as launches:
                 torch.autograd.grad(hidden, [pre, weight], torch.randn_like(hidden))
     return launches, h + w - 1
 

@@ -7,6 +7,7 @@ are those of medians. And they fail: what was measured is on the disk at once (`
 import argparse
 import gc
 import json
+import math
 import os
 import shlex
 import sys
@@ -245,7 +246,7 @@ class Results:
         self.number = self.done = 0  # of cases: met, measured
         if args.resume and self.path.exists():
             before = json.loads(self.path.read_text())
-            self.rows, self.done = before["rows"], before.get("unfinished", 0)
+            self.rows, self.done = before["rows"], before.get("unfinished", math.inf)
 
     def save(self, **more) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,9 +1,9 @@
 """How the kernels are cut, compared: `python -m bench.sweep`.
 
-    scan    the Diagonal BiLSTM's scan, forward and backward, by features of a block and warps: at the paper's CIFAR-10
-            size, and at its MNIST size in the form that keeps all weights, by warps
+    scan    the Diagonal BiLSTM's scan at the paper's CIFAR-10 size, forward and backward, by features of a block
     rows    the row kernel of a PixelCNN of 15 blocks, h = 128, on 32×32×3, by images of a program, outputs and features
             of a block, at several batch sizes
+    warps   the scan again, with 16 warps for 8; and at the MNIST size, in the form that keeps all weights, by warps
 
 A row says how long one launch takes, and what the compiler made: registers, spills, shared memory. What does not fit in
 a GPU is a row that says `no_room`, which is no failure. Numbers are bfloat16.
@@ -20,8 +20,7 @@ from bench.figures import QUICK_SCAN, ROUNDS, SCAN, on_a_gpu, pixel_cnn, scan_la
 from bench.measure import Results, parser, spread, table, text_of
 
 SMALL_SCAN = (16, 28, 29, 16)
-# Where the first rows are what a change of the forms waits for.
-BLOCKS = [(64, 8), (32, 8), (128, 8), (64, 16), (128, 16), (32, 16)]  # features of a block, warps
+BLOCKS = (64, 32, 128)  # features
 WARPS = (4, 8, 16)
 FORMS = [  # images of a program, outputs and features of a block, warps
     {"images": 16, "block_n": 64, "block_k": 64, "warps": 4},
@@ -61,18 +60,28 @@ def rows(b: int, changes: dict, about: dict, args: argparse.Namespace) -> list[d
     return [{**about, "ms": ms, "pixel_ms": ms["median"] / model.width, "images_per_second": b / seconds, **out}]
 
 
-def scan_cases(args: argparse.Namespace) -> Iterator[tuple[dict, partial]]:
-    for size, form, cuts in ((SCAN, "streamed", BLOCKS), (SMALL_SCAN, "resident", [(None, n) for n in WARPS])):
-        size = QUICK_SCAN if args.quick else size
+Cases = Iterator[tuple[dict, partial]]  # what a case is about, and what measures it
+
+
+def scan_cases(size: tuple, form: str, cuts: list[dict], args: argparse.Namespace) -> Cases:
+    size = QUICK_SCAN if args.quick else size
+    for changes in cuts[:2] if args.quick else cuts:
         for backward in (False, True):
-            for block_n, warps in cuts[:2] if args.quick else cuts:
-                changes = {"warps": warps} | ({"block_n": block_n} if block_n else {})
-                kernel = f"lstm_scan_{'bwd' if backward else 'fwd'}"
-                about = {"kernel": kernel, "shape": list(size), "form": {"resident": form == "resident", **changes}}
-                yield about, partial(scan, size, form, backward, changes, about, args)
+            kernel = f"lstm_scan_{'bwd' if backward else 'fwd'}"
+            about = {"kernel": kernel, "shape": list(size), "form": {"form": form, **changes}}
+            yield about, partial(scan, size, form, backward, changes, about, args)
 
 
-def row_cases(args: argparse.Namespace) -> Iterator[tuple[dict, partial]]:
+def by_block(args: argparse.Namespace, warps: int = 8) -> Cases:
+    yield from scan_cases(SCAN, "streamed", [{"block_n": n, "warps": warps} for n in BLOCKS], args)
+
+
+def by_warps(args: argparse.Namespace) -> Cases:
+    yield from by_block(args, warps=16)
+    yield from scan_cases(SMALL_SCAN, "resident", [{"warps": warps} for warps in WARPS], args)
+
+
+def row_cases(args: argparse.Namespace) -> Cases:
     """The large batches first: which form is best there is open."""
     for b in (2, 1) if args.quick else BATCHES:
         for changes in FORMS[:2] if args.quick else FORMS:
@@ -80,7 +89,7 @@ def row_cases(args: argparse.Namespace) -> Iterator[tuple[dict, partial]]:
             yield about, partial(rows, b, changes, about, args)
 
 
-SWEEPS = {"scan": scan_cases, "rows": row_cases}
+SWEEPS = {"scan": by_block, "rows": row_cases, "warps": by_warps}
 
 
 def main(argv: list[str] | None = None) -> int:
