@@ -98,7 +98,7 @@ def steps(names: list[str], out: Path, quick: bool = False, compiled: bool = Fal
     if quick:
         chosen, training = (
             "two_runs and gate or pixels_of_the_naive and 3-gated_pixel_cnn-skip",
-            "learns and False-RowLSTM",
+            "learns and RowLSTM-False",
         )
     files = ["tests/test_gpu.py", "tests/test_row_kernel.py", "tests/test_triton.py"]
     # Memory that torch keeps for itself would hide what is read beyond a tensor's end.
