@@ -17,19 +17,16 @@ def pytest_configure(config) -> None:
 class AtOnce:
     def __init__(self, config):
         self.config, self.failed = config, False
-
-    @property
-    def reporter(self):
-        """What prints; None in a worker of pytest-xdist."""
-        return self.config.pluginmanager.get_plugin("terminalreporter")
+        self.is_worker = hasattr(config, "workerinput")  # of pytest-xdist: it runs tests, and prints nothing
 
     def say(self, report, name: str) -> None:
         self.failed = True
-        if self.reporter is not None:
-            self.reporter.ensure_newline()
-            self.reporter.section(f"{name} failed", "_")
-            report.toterminal(self.reporter._tw)
-            self.reporter._tw.flush()
+        if not self.is_worker:
+            reporter = self.config.pluginmanager.get_plugin("terminalreporter")
+            reporter.ensure_newline()
+            reporter.section(f"{name} failed", "_")
+            report.toterminal(reporter._tw)
+            reporter.flush()
 
     def pytest_runtest_logreport(self, report) -> None:
         if report.failed:
@@ -45,7 +42,7 @@ class AtOnce:
             return  # workers of pytest-xdist run the tests, not this process
         failed, self.failed = self.failed, False
         if failed and not answers():
-            if self.reporter is None:
+            if self.is_worker:
                 os._exit(3)  # before this test counts as done: it is the one that is said to have crashed
             pytest.exit("the GPU answers no more", 3)
 
