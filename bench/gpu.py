@@ -62,7 +62,7 @@ LIMITS = {  # seconds; those of a part are 285 together
 }
 CASES = {"figures": 20, "sweep": 20, "sampling": 30, "training": 30, "kernels": 30}  # seconds for one case of each
 COMPILE = 240  # seconds more for the kernels, where loops are compiled too
-LOG = 3 << 20  # bytes that a step may print
+LOG = 15 << 17  # bytes that a step may print: those of eight steps are less than 16 MiB
 
 
 class Step(NamedTuple):
@@ -229,6 +229,8 @@ class Run:
                     os.killpg(process.pid, signal.SIGKILL)  # what it started, too
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     process.wait(5)  # a driver may hold it longer
+                if into.seek(0, os.SEEK_END) > begin + LOG:
+                    into.truncate(begin + LOG)
                 echo(back.read())
 
 

@@ -286,7 +286,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.quick:
         args.batch, args.hidden, args.layers, args.sides, args.batches = 2, 4, 2, (3, 4), (1, 2)
         args.side, args.colour = 4, (3, 8, 6, 2)
-    results = Results(args, ("part", "model", "shape", "method", "bf16", "ms", "images_per_second", "ratio"))
+    results = Results(args, ("part", "model", "shape", "method", "bf16", "batch", "ms", "images_per_second", "ratio"))
     for part in parts:
         title, columns, cases = PARTS[part]
         for about, measure in cases(args, results):

@@ -32,8 +32,8 @@ BATCHES = (8448, 4224, 2048, 16)
 
 
 def no_room(error: Exception) -> bool:
-    """Whether a kernel takes more shared memory, registers or threads than there are."""
-    return type(error).__name__ == "OutOfResources"
+    """Whether a kernel takes more shared memory, registers or threads than there are, or can be given."""
+    return type(error).__name__ in ("OutOfResources", "PTXASError")
 
 
 def scan(size: tuple, form: str, backward: bool, changes: dict, about: dict, args: argparse.Namespace) -> list[dict]:

@@ -51,14 +51,17 @@ def test_sampling_writes_what_it_measured(tmp_path, capsys):
     assert [r["shape"][1] for r in parts["colour"]] == [3] * 2 * (len(MODELS) + 1)
     assert [r["model"] for r in parts["products"]] == [*MODELS, "pixel_cnn"]
     for row in parts.pop("products"):
-        assert 0 < row["share"] < 2 and 0 < row["share_of_calls"] < 2 and row["gflop"] > 0
+        for share, part in (("share", "products_ms"), ("share_of_calls", "calls_ms")):
+            assert row[share] == pytest.approx(row[part]["median"] / row["ms"]["median"])
+        assert row["gflop"] > 0
     (ceiling,) = parts.pop("ceilings")
     assert [(r["model"], r["shape"][0]) for r in parts["throughput"]] == [(m, b) for m in MODELS for b in (1, 2)]
     for row in parts.pop("throughput"):
         assert row["floor_seconds"] == pytest.approx(row["gflop"] / ceiling["gflops"]) and row["memory_mb"] > 0
-        assert row["share"] < 1 and row["images_per_second"] == pytest.approx(
-            row["shape"][0] / row["ms"]["median"] * 1e3
-        )
+        assert row["share"] == pytest.approx(row["floor_seconds"] / row["ms"]["median"] * 1e3)
+        assert row["images_per_second"] == pytest.approx(row["shape"][0] / row["ms"]["median"] * 1e3)
+    (made,) = (r for r in result["rows"] if r["part"] == "noise")
+    assert made["shape"] == [2, 1, 4, 4] and made["images_per_second"] == pytest.approx(2e3 / made["ms"]["median"])
     for row in (row for part in parts.values() for row in part):
         assert row["ratio"] > 0 and row["images_per_second"] == pytest.approx(2 / row["seconds"])
     assert "pixel_cnn" in capsys.readouterr().out
