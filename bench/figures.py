@@ -89,14 +89,12 @@ def scan_launches(size: tuple, backward: bool, form: str = "auto", **changes) ->
     weight = (new(2, 4 * f, 2 * f) * f**-0.5 / 2).requires_grad_(backward)
     # Registers are 65,536: all threads of a program share them.
     options = {"maxnreg": min(255, 2048 // changes["warps"])} if "warps" in changes else {}
-    with cut(kernels.lstm_scan, "form_of", **changes):
-        if not backward:
-            with Launches(kernels.lstm_scan, **options) as launches:
-                lstm_scan(pre, weight, True, form)
+    hidden = lstm_scan(pre, weight, True, form) if backward else None  # as it is usually cut
+    with cut(kernels.lstm_scan, "form_of", **changes), Launches(kernels.lstm_scan, **options) as launches:
+        if backward:
+            torch.autograd.grad(hidden, [pre, weight], torch.randn_like(hidden))
         else:
-            hidden = lstm_scan(pre, weight, True, form)
-            with Launches(kernels.lstm_scan, **options) as launches:
-                torch.autograd.grad(hidden, [pre, weight], torch.randn_like(hidden))
+            lstm_scan(pre, weight, True, form)
     return launches, h + w - 1
 
 

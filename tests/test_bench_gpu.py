@@ -6,6 +6,7 @@ The fake GPU (tests/fake_gpu) runs no kernel, so numbers mean nothing there.
 import argparse
 import json
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -76,10 +77,15 @@ def is_gone(pid: int) -> bool:
 
 @linux
 @pytest.mark.parametrize("part", gpu.PARTS)
-def test_a_part_runs_to_its_end(part, tmp_path):
-    process = start("-m", "bench.gpu", "--part", part, "--quick", "--out", str(tmp_path), **PASSING)
+def test_a_part_runs_to_its_end(part, tmp_path, tmp_path_factory):
+    launched = tmp_path_factory.mktemp("launched")
+    more = {**PASSING, "FAKE_GPU_OUT": str(launched)}
+    process = start("-m", "bench.gpu", "--part", part, "--quick", "--out", str(tmp_path), **more)
     out, _ = process.communicate(timeout=4 * PATIENCE)
     assert process.returncode == 0, out
+    options = [variant.options for path in launched.iterdir() for variant in pickle.loads(path.read_bytes())]
+    assert len(options) > 10
+    assert all(32 * x["num_warps"] * x.get("maxnreg", 1) <= 65536 for x in options)  # the registers there are
     files = {path.name for path in tmp_path.iterdir()}
     benchmarks = [step for step in gpu.PARTS[part] if step in gpu.CASES]
     assert files == {f"gpu-{part}.json", f"gpu-{part}.log", *(f"{step}-cuda-quick.json" for step in benchmarks)}
