@@ -130,6 +130,15 @@ def end_with_parent() -> None:
 LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 
 
+# Signals that came. An exception of their handler could be lost, or leave a process that nobody knows.
+asked_to_end: list[int] = []
+
+
+def end_if_asked() -> None:
+    if asked_to_end:
+        sys.exit(128 + asked_to_end[0])
+
+
 class Run:
     """Steps in turn, and the two files that say what became of them.
 
@@ -163,6 +172,7 @@ class Run:
         self.save()
         until = self.start
         for step, row in zip(self.steps, self.rows, strict=True):
+            end_if_asked()
             until += step.limit
             if not shutil.which(program_of(step.command)):
                 row |= {"status": "not installed", "seconds": 0.0}
@@ -214,6 +224,7 @@ class Run:
             )
             try:
                 while True:
+                    end_if_asked()
                     over = time.monotonic() >= until
                     with contextlib.suppress(subprocess.TimeoutExpired):
                         process.wait(0 if over else min(0.1, max(0.0, until - time.monotonic())))
@@ -289,8 +300,8 @@ def main(argv: list[str] | None = None) -> int:
     out.mkdir(parents=True, exist_ok=True)
     typed = shlex.join(["python", "-m", "bench.gpu", *(sys.argv[1:] if argv is None else argv)])
     about = {"command": typed.replace(str(args.out), "DIR"), **environment(torch.device("cuda")), "gpu": driver()}
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, lambda number, _: sys.exit(128 + number))
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda number, _: asked_to_end.append(number))
     name = f"gpu-{args.part}" if args.part else "gpu"
     return Run(steps(names, out, args.quick, args.compile), out, name, about, START).all()
 

@@ -136,7 +136,7 @@ def status_of(folder: Path) -> str | int | None:
 
 @linux
 @pytest.mark.parametrize("rows", [0, 2])
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)
 def test_ended_in_the_middle_it_leaves_what_was_measured(number, rows, tmp_path):
     """Of the command's group alone: a step has one of its own."""
     process = start("-m", "bench.gpu", "--only", "sampling,figures", "--quick", "--out", str(tmp_path))
