@@ -20,7 +20,9 @@ Legend: b batch · h w rows, columns · k input features · f features · v leve
 """
 
 import argparse
+import sys
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -28,7 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import kernels
-from bench.measure import Clock, ceilings, interleave, parse, parser, spread, table, write
+from bench.measure import Clock, Results, ceilings, interleave, parse, parser, spread, table
 from bench.training import DenseConv, DenseRowLSTM, SkewedLSTM
 from models.diag_bilstm import DiagonalLSTMLayer
 from models.layers import MaskedConv
@@ -149,12 +151,14 @@ QUICK = {
 
 def both_passes(forward: Callable[[], Tensor], wanted: list[Tensor]) -> Callable[[Clock], None]:
     """What takes a clock and ends two laps."""
-    with torch.no_grad():
-        d_out = torch.randn_like(forward())
+    d_out = None
 
     def run(clock: Clock) -> None:
+        nonlocal d_out
         out = forward()
         clock.lap("forward")
+        if d_out is None:  # in the first round, which is not counted
+            d_out = torch.randn_like(out)
         torch.autograd.grad(out, wanted, d_out, allow_unused=True)  # a baseline may have empty parameters
         clock.lap("backward")
 
@@ -163,22 +167,25 @@ def both_passes(forward: Callable[[], Tensor], wanted: list[Tensor]) -> Callable
 
 def compare(name: str, work: Work, reached: dict[str, float], args: argparse.Namespace) -> list[dict]:
     """A row for each thing, beside the floor of all of them."""
+    errors: dict[str, str] = {}
     things = {thing: both_passes(*how) for thing, how in work.things.items()}
-    times = interleave(things, args.device, args.repeats, warmup=3)
+    times = interleave(things, args.device, args.repeats, warmup=3, errors=errors)
     gflops, gigabytes = 6 * work.multiply_adds / 1e9, 2 * work.numbers * args.dtype.itemsize / 1e9
     floor = 1e3 * max(gflops / reached["gflops"], gigabytes / reached["gigabytes_per_second"])
-    ours = spread(times["ours"]["total"])["median"]
-    rows = []
+    ours = spread(times["ours"]["total"])["median"] if "ours" in times else None
+    about = {"operation": name, "shape": work.shape, "dtype": str(args.dtype).removeprefix("torch.")}
+    rows = [{**about, "implementation": thing, "error": text} for thing, text in errors.items()]
     for thing, laps in times.items():
         ms = spread(laps["total"])
-        row = {"operation": name, "shape": work.shape, "dtype": str(args.dtype).removeprefix("torch.")}
-        row |= {"implementation": thing, "ms": ms} | {f"{lap}_ms": spread(laps[lap]) for lap in ("forward", "backward")}
+        row = {**about, "implementation": thing, "ms": ms} | {
+            f"{lap}_ms": spread(laps[lap]) for lap in ("forward", "backward")
+        }
         row |= {"gflop": gflops, "gigabytes": gigabytes, "floor_ms": floor, "share": floor / ms["median"]}
-        rows.append(row | {"ratio": ms["median"] / ours, "ratio_to": "ours"})
+        rows.append(row | {"ratio": ours and ms["median"] / ours, "ratio_to": "ours"})
     return rows
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(argv: list[str] | None = None) -> int:
     options = parser(
         "kernels", "Time each operation and its gradients against how it is usually written.", 20, OPERATIONS
     )
@@ -187,23 +194,30 @@ def main(argv: list[str] | None = None) -> None:
     cuda = args.device.type == "cuda"
     args.dtype = torch.bfloat16 if cuda else torch.float32
     n, megabytes = (64, 1) if args.quick else (8192, 1024) if cuda else (1024, 64)
-    reached = ceilings(args.device, args.dtype, n, megabytes, args.repeats)
-    rows: list[dict] = [{"implementation": "ceilings", **reached}]
-    for name in args.names:
-        function, on_gpu, on_cpu = OPERATIONS[name]
-        for sizes in [QUICK[name]] if args.quick else on_gpu if cuda else on_cpu:
-            torch.manual_seed(0)
-            rows += compare(name, function(args, *sizes), reached, args)
     times = ("ms", "forward_ms", "backward_ms", "floor_ms", "share", "ratio")
+    results = Results(args, ("operation", "shape", "implementation", *times[:3], "ratio"))
+    if not results.rows:
+        most = ceilings(args.device, args.dtype, n, megabytes, args.repeats)
+        results.add({"implementation": "ceilings", **most})
+    reached = {key: results.rows[0][key] for key in ("gflops", "gigabytes_per_second")}
+
+    def measure(name: str, sizes: tuple) -> list[dict]:
+        torch.manual_seed(0)
+        return compare(name, OPERATIONS[name][0](args, *sizes), reached, args)
+
+    for name in args.names:
+        _, on_gpu, on_cpu = OPERATIONS[name]
+        for sizes in [QUICK[name]] if args.quick else on_gpu if cuda else on_cpu:
+            results.case({"operation": name, "sizes": list(sizes)}, partial(measure, name, sizes))
     table(
         "An operation and its gradients; ratio: time over ours",
-        rows[1:],
+        results.rows[1:],
         ("operation", "shape", "implementation", *times),
     )
     rates = f"{reached['gflops']:.0f} GFLOP/s by a matrix product, {reached['gigabytes_per_second']:.0f} GB/s by a copy"
     print(f"\n{rates}: what the floors are computed with")
-    write(args, rows)
+    return results.finish()
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,22 +1,30 @@
 """What the benchmarks share: options, models, interleaved timing, what they ran on, a table and a JSON file.
 
 Machines are shared and noisy. What is compared is therefore timed in turn, A B A B …, in one run, and ratios
-are those of medians.
+are those of medians. And they fail: what was measured is on the disk at once (`Results`).
 """
 
 import argparse
+import gc
 import json
+import math
+import os
 import shlex
 import sys
+import threading
 import time
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
 import torch
 
 import models
+from models.checkpoint import write_atomically
 from report import environment, keep_freed_memory
+
+LOST = 3  # exit status: the GPU answers this process no more; another goes on with --resume
 
 MODELS = {  # class, hidden, layers
     "pixel_cnn": ("models.PixelCNN", 16, 15),
@@ -80,6 +88,12 @@ def parser(command: str, description: str, repeats: int, names: dict = MODELS) -
     )
     out.add_argument("--repeats", type=positive, metavar="N", help=f"how often all is timed ({repeats})")
     out.add_argument("--quick", action="store_true", help="tiny sizes, two repeats: does it run at all?")
+    out.add_argument(
+        "--case-limit", type=positive, metavar="SECONDS", help=f"end with status {LOST} where a case takes longer"
+    )
+    out.add_argument(
+        "--resume", action="store_true", help="go on after the last case of DIR/NAME.json, which an earlier run left"
+    )
     out.set_defaults(command=command, usual_repeats=repeats, what=what, allowed=tuple(names))
     return out
 
@@ -143,12 +157,16 @@ class Clock:
         return {**laps, "total": 1e3 * seconds[-1]}
 
 
-def interleave(things: dict, device: torch.device, repeats: int, warmup: int) -> dict[str, dict[str, list]]:
+def interleave(
+    things: dict, device: torch.device, repeats: int, warmup: int, errors: dict[str, str] | None = None
+) -> dict[str, dict[str, list]]:
     """Time things in turn, A B A B …
 
     Args:
         things: name → what to call with a `Clock`; it ends laps as it likes, and one at its end.
         warmup: how many rounds are thrown away first.
+        errors: where it is given, a thing that raises an exception is left out from then on, and its error goes there,
+            by name; unless all do, or the device answers no more.
 
     Returns:
         name → lap → its milliseconds in each round.
@@ -156,9 +174,18 @@ def interleave(things: dict, device: torch.device, repeats: int, warmup: int) ->
     rounds: dict[str, list[dict]] = {name: [] for name in things}
     for _ in range(warmup + repeats):
         for name, thing in things.items():
-            clock = Clock(device)
-            thing(clock)
-            rounds[name].append(clock.read())
+            if errors and name in errors:
+                continue
+            try:
+                clock = Clock(device)
+                thing(clock)
+                rounds[name].append(clock.read())
+            except Exception as error:
+                if errors is None or len(errors) == len(things) - 1 or not answers(device):
+                    raise
+                traceback.print_exc()
+                errors[name] = text_of(error)
+                del rounds[name]
     return {name: {lap: [r[lap] for r in kept[warmup:]] for lap in kept[0]} for name, kept in rounds.items()}
 
 
@@ -201,22 +228,125 @@ def ceilings(device: torch.device, dtype: torch.dtype, n: int, megabytes: int, r
     return {"gflops": 2 * n**3 / (product * 1e6), "gigabytes_per_second": 2 * (megabytes << 20) / (copy * 1e6)}
 
 
-def write(args: argparse.Namespace, rows: list[dict], say: bool = True) -> Path:
-    """Write the rows, and what they were measured on, to DIR/NAME.json, and say so."""
-    result = {"command": args.command_line, **environment(args.device), "rows": rows}
-    path = Path(args.out) / f"{args.name}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n")
-    if say:
-        print(f"\n{result['device']}, {result['cores']} cores, {result['threads']} threads, torch {torch.__version__}")
-        print(path)
-    return path
+class Results:
+    """The rows of a benchmark: DIR/NAME.json has each as soon as it is added, and is whole at any moment.
+
+    Until `finish` the file says `unfinished`: how many cases are done. A case is what is measured together; one that
+    fails is a row that says so, and the next one comes.
+
+    Args:
+        columns: what of a row is printed when it is added.
+    """
+
+    def __init__(self, args: argparse.Namespace, columns: tuple[str, ...]):
+        self.args, self.columns, self.lock = args, columns, threading.Lock()
+        self.path = Path(args.out) / f"{args.name}.json"
+        self.about = {"command": args.command_line, **environment(args.device)}
+        self.rows: list[dict] = []
+        self.number = self.done = 0  # of cases: met, measured
+        if args.resume and self.path.exists():
+            before = json.loads(self.path.read_text())
+            self.rows, self.done = before["rows"], before.get("unfinished", math.inf)
+
+    def save(self, **more) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        text = json.dumps({**self.about, **more, "rows": self.rows}, indent=2, ensure_ascii=False) + "\n"
+        write_atomically(self.path, lambda file: file.write(text.encode()))
+
+    def add(self, row: dict) -> None:
+        """Write a row, then print it."""
+        with self.lock:
+            self.rows.append(row)
+            self.save(unfinished=self.done)
+        said = [labelled(key, row[key]) for key in (*self.columns, "error") if row.get(key) is not None]
+        print("  ".join([f"{self.args.command}:", *said]), flush=True)
+
+    def case(self, about: dict, measure: Callable[[], Iterable[dict]]) -> None:
+        """Add the rows of `measure()`, each when it is known; an exception is one more row, `about` and "error".
+
+        Ends the process with status `LOST` where the GPU answers no more, or after --case-limit seconds.
+        """
+        self.number += 1
+        if self.number <= self.done:
+            return  # by the run that this one resumes
+        failed, watch = False, threading.Timer(self.args.case_limit or 0, self.give_up, (about, self.number))
+        watch.daemon = True
+        if self.args.case_limit:
+            watch.start()
+        try:
+            for row in measure():
+                self.add(row)
+        except Exception as error:
+            traceback.print_exc()
+            self.fail(about, text_of(error), self.number)
+            failed = True
+        watch.cancel()
+        with self.lock:
+            self.done = self.number
+            if self.rows:
+                self.save(unfinished=self.done)
+        if failed and not answers(self.args.device):
+            print(f"{self.args.command}: the GPU answers no more", flush=True)
+            sys.stdout.flush()
+            os._exit(LOST)  # without destructors, which would ask the GPU
+        gc.collect()
+        if self.args.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def fail(self, about: dict, text: str, number: int) -> None:
+        """A row that says what became of case `number`, which is done."""
+        self.done = number
+        self.add({**about, "error": text})
+
+    def give_up(self, about: dict, number: int) -> None:
+        if self.done < number:
+            self.fail(about, f"no end after {self.args.case_limit} s", number)
+            sys.stdout.flush()
+            os._exit(LOST)
+
+    def finish(self) -> int:
+        """Write the file for the last time and say where it is; the exit status: 1 where a case failed."""
+        self.save()
+        at = self.about
+        print(f"\n{at['device']}, {at['cores']} cores, {at['threads']} threads, torch {torch.__version__}")
+        print(self.path)
+        return int(any("error" in row for row in self.rows))
+
+
+NAMED = ("error", "no_room", "model", "bf16")
+
+
+def labelled(key: str, value) -> str:
+    """A value of a row as one line of text has it: numbers with their name."""
+    is_number = isinstance(value, int | float) or (isinstance(value, dict) and "median" in value)
+    return f"{key} {cell(value)}" if is_number or key in NAMED else cell(value)
+
+
+def text_of(error: Exception) -> str:
+    """An exception in one line, a long one cut: Triton's hold whole programs."""
+    return " ".join(f"{type(error).__name__}: {error}".split())[:400]
+
+
+def answers(device: torch.device) -> bool:
+    """Whether the device still computes for this process: after some errors a GPU does not."""
+    if device.type != "cuda":
+        return True
+    try:
+        torch.cuda.synchronize()
+        return bool((torch.ones(2, device=device) == 1).all())
+    except RuntimeError:
+        return False
+
+
+WIDE = 160  # characters of a text in a line: the file has all
 
 
 def cell(value) -> str:
     """A value as the table shows it: of a spread the median and quartiles, of a number three digits."""
     if value is None:
         return ""
+    if isinstance(value, str) and len(value) > WIDE:
+        return value[:WIDE] + "…"
     if isinstance(value, dict) and "median" not in value:
         return " ".join(f"{name}={size}" for name, size in value.items())
     if isinstance(value, dict):
@@ -229,7 +359,9 @@ def cell(value) -> str:
 
 
 def table(title: str, rows: list[dict], columns: tuple[str, ...]) -> None:
-    """Print some of the rows' keys."""
+    """Print some of the rows' keys, and what went wrong."""
+    if any("error" in row for row in rows):
+        columns = (*columns, "error")
     lines = [columns, *([cell(row.get(key)) for key in columns] for row in rows)]
     widths = [max(len(line[k]) for line in lines) for k in range(len(columns))]
     print(f"\n{title}")

@@ -4,7 +4,8 @@ Five tables. The first is of batches that follow each other, the others of one b
 preparation of its buffers included:
 
     throughput  images/s by batch size, and on a GPU by method and precision (there for two models of the papers' size),
-                beside the floor: arithmetic and weights over what this machine was just measured to reach
+                beside the floor: arithmetic and weights over what this machine was just measured to reach. Noise is
+                made before; how long that takes is a row of its own
     methods     28×28 binary images: the cached sampler, and the naive one that re-runs the network a sub-pixel
     growth      the cached sampler at 16², 32² and 64²: the time a pixel should not depend on the size, and what it
                 keeps should grow with the width alone
@@ -19,14 +20,15 @@ is multiplied; such a row says `extrapolated: true` and how many were timed. --f
 
 import argparse
 import math
-from copy import deepcopy
+import sys
+from collections.abc import Iterator
 from functools import partial
 from itertools import product
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bench.measure import build, ceilings, describe, interleave, parse, parser, spread, table, whole, write
+from bench.measure import Clock, Results, build, ceilings, describe, interleave, parse, parser, spread, table, whole
 from bench.training import live_multiply_adds
 from models.rules import Draw
 from models.sampling import FullForward, PixelLoop, RowScan, noise, sample, threads_for
@@ -180,40 +182,79 @@ def products_alone(name: str, model, args: argparse.Namespace) -> dict:
 LONG = 4.0  # seconds: what takes longer is timed once
 
 
-def throughput(name: str, model, args: argparse.Namespace, most: dict) -> list[dict]:
-    """A row a method and batch size: time of a batch where one follows another, with noise made and images fetched.
+def warm(loop: PixelLoop) -> None:
+    """Each kind of row twice: as it is and, on a GPU, captured."""
+    with loop.drawing():
+        for i in (0, 0, 1, 1):
+            loop.evaluator.load(i)
+            loop.rule.load(i)
+            loop.row(first=i == 0)
+
+
+class Noise:
+    """Uniform numbers made before they are needed, as many sets as there are repeats, on the device.
+
+    A set's numbers are those of its first images, too: a batch takes as many as it has.
+    """
+
+    def __init__(self, args: argparse.Namespace):
+        self.args, self.sets, self.making, self.moving = args, [], [], []
+
+    def of(self, shape: tuple[int, int, int], b: int) -> list[torch.Tensor]:
+        """For b images of `shape` (c h w), b at most the largest batch: a set a repeat, (b c h w) each."""
+        if not self.sets or self.sets[0].shape[1:] != shape:
+            self.sets, self.making, self.moving = [], [], []
+            for seed in range(self.args.repeats):
+                times = interleave({"": partial(self.make, seed, shape)}, self.args.device, 1, warmup=0)[""]
+                self.making += times["made"]
+                self.moving += times["moved"]
+        return [x[:b] for x in self.sets]
+
+    def make(self, seed: int, shape: tuple[int, int, int], clock: Clock) -> None:
+        x = noise(seed, range(max(self.args.batches)), shape)
+        clock.lap("made")
+        self.sets.append(x.to(self.args.device))
+        clock.lap("moved")
+
+    def row(self, shape: tuple[int, int, int]) -> dict:
+        """How long one set takes."""
+        b = len(self.of(shape, max(self.args.batches))[0])
+        ms = spread(self.making)
+        row = {"part": "noise", "shape": [b, *shape], "ms": ms, "images_per_second": b / ms["median"] * 1e3}
+        return row | {"to_device_ms": spread(self.moving)}
+
+
+def throughput(name: str, make, method: str, bf16: bool, b: int, noises: Noise, most: dict, args) -> list[dict]:
+    """A row: the time of a batch where one follows another. Noise is there already; images are fetched.
 
     `floor_seconds` is what the arithmetic of live weights takes at the rate of a large product, `share` its part of the
     time; `weights_seconds` is what reading all weights at each pixel takes at the rate of a copy, were there no caches.
     """
-    cuda, rows, model = args.device.type == "cuda", [], model.eval()
-    weight_bytes = products_of_a_row(model, 1).weight_bytes * model.height
-    variants = [("cached", False)]
+    cuda, model = args.device.type == "cuda", make(name, args).eval()
+    if name not in args.weight_bytes:
+        args.weight_bytes[name] = products_of_a_row(model, 1).weight_bytes * model.height
+    if bf16:
+        model = model.bfloat16()
     if cuda:
-        variants = [(method, bf16) for bf16 in (False, True) for method in ("cached-graph", "cached-triton")]
-    for (method, bf16), b in product(variants, args.batches):
-        net, c = deepcopy(model).bfloat16() if bf16 else model, most[bf16]
-        if cuda:
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
-        loop, seeds = PixelLoop(net, method, draw_rule(net, b), b), iter(range(1000))
-
-        def batch(loop: PixelLoop = loop, b: int = b, seeds=seeds) -> None:
-            loop.again(draw_rule(loop.model, b, next(seeds)), None).to("cpu", torch.uint8)
-
-        first = interleave({"": whole(batch)}, args.device, 1, warmup=1)[""]["total"][0]
-        repeats = 1 if first > LONG * 1e3 else args.repeats
-        ms = spread(interleave({"": whole(batch)}, args.device, repeats, warmup=0)[""]["total"])
-        gflop = 2 * live_multiply_adds(net) * b / 1e9
-        read = weight_bytes / (2 if bf16 else 1) / 1e9
-        floor = gflop / c["gflops"]
-        row = {"part": "throughput", **describe(name, net, b), "method": method, "bf16": bf16, "ms": ms}
-        row |= {"images_per_second": b / ms["median"] * 1e3, "gflop": gflop, "weight_gigabytes": read}
-        row |= {"floor_seconds": floor, "share": floor / ms["median"] * 1e3}
-        row |= {"weights_seconds": read / c["gigabytes_per_second"]}
-        memory = torch.cuda.max_memory_allocated() if cuda else kept_bytes(loop.evaluator)
-        rows.append(row | {"memory_mb": memory / 1e6})
-    return rows
+        torch.cuda.reset_peak_memory_stats()
+    uniforms, times = noises.of(model.shape, b), []
+    loop = PixelLoop(model, method, Draw(uniforms[0]), b)
+    warm(loop)
+    for x in uniforms:
+        draw = whole(lambda x=x: loop.again(Draw(x), None).to("cpu", torch.uint8))
+        times += interleave({"": draw}, args.device, 1, warmup=0)[""]["total"]
+        if times[0] > LONG * 1e3 or (cuda and method == "cached-triton" and not bf16):
+            break  # once is enough
+    ms, c = spread(times), most[bf16]
+    gflop = 2 * live_multiply_adds(model) * b / 1e9
+    read = args.weight_bytes[name] / (2 if bf16 else 1) / 1e9
+    floor = gflop / c["gflops"]
+    row = {"part": "throughput", **describe(name, model, b), "method": method, "bf16": bf16, "ms": ms}
+    row |= {"images_per_second": b / ms["median"] * 1e3, "gflop": gflop, "weight_gigabytes": read}
+    row |= {"floor_seconds": floor, "share": floor / ms["median"] * 1e3}
+    row |= {"weights_seconds": read / c["gigabytes_per_second"]}
+    memory = torch.cuda.max_memory_allocated() if cuda else kept_bytes(loop.evaluator)
+    return [row | {"memory_mb": memory / 1e6}]
 
 
 def large(name: str, args: argparse.Namespace):
@@ -224,7 +265,7 @@ def large(name: str, args: argparse.Namespace):
     return build(name, side, 3, levels, hidden, layers, args.device, head)
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(argv: list[str] | None = None) -> int:
     description = "Time the samplers: cached against naive, growth with the size of the image, colour images, batches."
     options = parser("sampling", description, repeats=5)
     options.add_argument(
@@ -234,60 +275,96 @@ def main(argv: list[str] | None = None) -> None:
         "--parts", default=",".join(PARTS), help="which tables, with commas between, in this order (%(default)s)"
     )
     args = parse(options, argv)
-    for part in args.parts.split(","):
+    parts = args.parts.split(",")
+    for part in parts:
         if part not in PARTS:
             options.error(f"--parts: {part!r} is not allowed: {', '.join(PARTS)} are")
     args.batch, args.hidden, args.layers, args.sides, args.batches = BATCH, None, None, (16, 32, 64), (1, 16, 64, 256)
-    args.side, args.colour = 28, (32, 256, 32, 5)
+    args.side, args.colour, args.weight_bytes = 28, (32, 256, 32, 5), {}
     if args.device.type == "cuda":
-        args.batches = 16, 512, 2048
+        args.batches = 16, 2048, 4224, 8448  # a batch and what keeps 128 programs busy; 264 and 528 of 16, 132 of 64
     if args.quick:
         args.batch, args.hidden, args.layers, args.sides, args.batches = 2, 4, 2, (3, 4), (1, 2)
         args.side, args.colour = 4, (3, 8, 6, 2)
-    rows, parts = [], args.parts.split(",")
+    results = Results(args, ("part", "model", "shape", "method", "bf16", "batch", "ms", "images_per_second", "ratio"))
     for part in parts:
-        title, columns, measure = PARTS[part]
-        more = measure(args)
-        table(title, more, columns)
-        rows += more
-        write(args, rows, say=part == parts[-1])  # now: a later part may be cut short
+        title, columns, cases = PARTS[part]
+        for about, measure in cases(args, results):
+            results.case({"part": part} | about, measure)
+        of_part = (part, "ceilings", "noise") if part == "throughput" else (part,)
+        table(title, [row for row in results.rows if row["part"] in of_part], columns)
+    return results.finish()
+
+
+Cases = Iterator[tuple[dict, partial]]  # what a case is about, and what measures it: () → rows
 
 
 def binary(name: str, args: argparse.Namespace):
     return build(name, args.side, 1, 2, args.hidden, args.layers, args.device)
 
 
-def methods_part(args: argparse.Namespace) -> list[dict]:
-    return [row for name in args.names for row in compare_methods("methods", name, binary(name, args), args)]
-
-
-def growth_part(args: argparse.Namespace) -> list[dict]:
-    return [row for name in args.names for row in growth(name, args)]
-
-
-def colour_part(args: argparse.Namespace) -> list[dict]:
+def colour(name: str, args: argparse.Namespace):
     side, levels, hidden, layers = args.colour
-    built = [(name, build(name, side, 3, levels, hidden, layers, args.device)) for name in args.names]
-    built += [(name, large(name, args)) for name in args.names if name == "pixel_cnn"]
-    return [row for name, model in built for row in compare_methods("colour", name, model, args)]
+    return build(name, side, 3, levels, hidden, layers, args.device)
 
 
-def products_part(args: argparse.Namespace) -> list[dict]:
-    built = [(name, binary(name, args)) for name in args.names]
-    built += [(name, large(name, args)) for name in args.names if name == "pixel_cnn"]
-    return [products_alone(name, model, args) for name, model in built]
+def made(measure, name: str, make, args: argparse.Namespace):
+    """`measure` of a model that is made when it is its turn."""
+    return partial(lambda: measure(name, make(name, args), args))
 
 
-def throughput_part(args: argparse.Namespace) -> list[dict]:
-    """On a CPU of the small models; on a GPU of two of the papers' size, those with least and most to do."""
-    size, megabytes = (64, 1) if args.quick else (4096, 1024) if args.device.type == "cuda" else (1024, 64)
-    dtypes = {False: torch.float32} | ({True: torch.bfloat16} if args.device.type == "cuda" else {})
-    most = {bf16: ceilings(args.device, dtype, size, megabytes, args.repeats) for bf16, dtype in dtypes.items()}
-    rows = [{"part": "ceilings", "bf16": bf16, "product": size, **most[bf16]} for bf16 in most]
+def and_a_large_one(make, args: argparse.Namespace) -> list[tuple]:
+    """(name, what makes it) of each model, and of a PixelCNN of the papers' size."""
+    return [(name, make) for name in args.names] + [(name, large) for name in args.names if name == "pixel_cnn"]
+
+
+def methods_part(args: argparse.Namespace, _) -> Cases:
+    for name in args.names:
+        yield {"model": name}, made(partial(compare_methods, "methods"), name, binary, args)
+
+
+def growth_part(args: argparse.Namespace, _) -> Cases:
+    for name in args.names:
+        yield {"model": name}, partial(growth, name, args)
+
+
+def colour_part(args: argparse.Namespace, _) -> Cases:
+    for name, make in and_a_large_one(colour, args):
+        yield {"model": name}, made(partial(compare_methods, "colour"), name, make, args)
+
+
+def products_part(args: argparse.Namespace, _) -> Cases:
+    for name, make in and_a_large_one(binary, args):
+        yield {"model": name}, made(lambda *of: [products_alone(*of)], name, make, args)
+
+
+def throughput_part(args: argparse.Namespace, results: Results) -> Cases:
+    """On a CPU of the small models; on a GPU of two of the papers' size, those with least and most to do.
+
+    There what matters most comes first: the row kernel before graphs, bfloat16 before float32.
+    """
+    cuda = args.device.type == "cuda"
+    size, megabytes = (64, 1) if args.quick else (4096, 1024) if cuda else (1024, 64)
+    dtypes = ({True: torch.bfloat16} if cuda else {}) | {False: torch.float32}
     names, make = args.names, binary
-    if args.device.type == "cuda":
+    variants = [("cached", False)]
+    if cuda:
         names, make = [name for name in args.names if name in ("pixel_cnn", "diag_bilstm")], large
-    return rows + [row for name in names for row in throughput(name, make(name, args), args, most)]
+        variants = [("cached-triton", True), ("cached-graph", True), ("cached-graph", False), ("cached-triton", False)]
+    for bf16, dtype in dtypes.items():
+        about = {"part": "ceilings", "bf16": bf16, "product": size}
+        yield (
+            about,
+            lambda about=about, dtype=dtype: [about | ceilings(args.device, dtype, size, megabytes, args.repeats)],
+        )
+    most = {row["bf16"]: row for row in results.rows if row["part"] == "ceilings"}
+    noises = Noise(args)
+    if names:
+        shape = make(names[0], args).shape
+        yield {"part": "noise"}, lambda: [noises.row(shape)]
+    for (method, bf16), name, b in product(variants, names, args.batches):
+        about = {"model": name, "method": method, "bf16": bf16, "batch": b}
+        yield about, partial(throughput, name, make, method, bf16, b, noises, most, args)
 
 
 OF_METHODS = "model", "shape", "hidden", "method", "seconds", "images_per_second", "ratio", "extrapolated", "ms"
@@ -295,7 +372,7 @@ OF_GROWTH = "model", "shape", "seconds", "images_per_second", "ms_per_pixel", "r
 OF_PRODUCTS = "model", "shape", "hidden", "ms", "products_ms", "share", "calls_ms", "share_of_calls", "gflop", "gflops"
 OF_THROUGHPUT = (
     *("model", "shape", "method", "bf16", "ms", "images_per_second", "floor_seconds", "share", "memory_mb"),
-    *("weights_seconds", "gflop", "weight_gigabytes", "gflops", "gigabytes_per_second"),
+    *("weights_seconds", "gflop", "weight_gigabytes", "gflops", "gigabytes_per_second", "to_device_ms"),
 )
 PARTS = {
     "throughput": ("One batch after another; share: of the time, what the floor is", OF_THROUGHPUT, throughput_part),
@@ -307,4 +384,4 @@ PARTS = {
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -20,12 +20,14 @@ Legend: b batch · c channel · h w rows, columns · f features · v levels · i
 
 import copy
 import math
+import sys
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bench.measure import Clock, build, describe, interleave, parse, parser, spread, table, whole, write
+from bench.measure import Clock, Results, build, describe, interleave, parse, parser, spread, table, whole
 from models import DiagBiLSTM, GatedPixelCNN, PixelCNN, RowLSTM
 from models.diag_bilstm import DiagonalLSTMLayer
 from models.gated_pixel_cnn import VerticalConv
@@ -311,14 +313,18 @@ def compare(name: str, model: nn.Module, b: int, n: int, args) -> list[dict]:
         "baseline": step_of(plain, x),
         "matmul": whole(matmul),
     }
-    times = interleave(things, args.device, args.repeats, warmup=3)
+    errors: dict[str, str] = {}
+    times = interleave(things, args.device, args.repeats, warmup=3, errors=errors)
     multiply_adds = live_multiply_adds(model)
     operations = {"ours": 6 * multiply_adds * b, "baseline": 6 * multiply_adds * b, "matmul": 2 * n**3}
     times["matmul"]["total"] = [t / products for t in times["matmul"]["total"]]
     ms = {thing: spread(laps["total"]) for thing, laps in times.items()}
-    gflops = {thing: operations[thing] / (ms[thing]["median"] * 1e6) for thing in things}
-    rows = []
+    gflops = {thing: operations[thing] / (ms[thing]["median"] * 1e6) for thing in times}
+    ours = ms["ours"]["median"] if "ours" in ms else None
+    rows = [{**describe(name, model, b), "implementation": thing, "error": text} for thing, text in errors.items()]
     for thing in ("ours", "baseline"):
+        if thing in errors:
+            continue
         row = {**describe(name, model, b), "implementation": thing, "step_ms": ms[thing]}
         row |= {f"{lap}_ms": spread(times[thing][lap]) for lap in ("forward", "backward", "optimizer")}
         row |= {"images_per_second": b / ms[thing]["median"] * 1e3, "multiply_adds": multiply_adds}
@@ -327,13 +333,13 @@ def compare(name: str, model: nn.Module, b: int, n: int, args) -> list[dict]:
             torch.cuda.reset_peak_memory_stats()
             things[thing](Clock(args.device))
             row["peak_megabytes"] = torch.cuda.max_memory_allocated() / 2**20
-        rows.append(row | {"ratio": ms[thing]["median"] / ms["ours"]["median"], "ratio_to": "ours"})
+        rows.append(row | {"ratio": ours and ms[thing]["median"] / ours, "ratio_to": "ours"})
     measured = {"step_ms": ms["matmul"], "gflops": gflops["matmul"], "share_of_matmul": 1.0}
     rows.append({"model": name, "implementation": "matmul", "shape": [n, n, n], **measured})
     return rows
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(argv: list[str] | None = None) -> int:
     description = "Time a training step of each model against the same network plainly written."
     args = parse(parser("training", description, repeats=20), argv)
     cuda = args.device.type == "cuda"
@@ -343,20 +349,26 @@ def main(argv: list[str] | None = None) -> None:
         cases, n = [case for case in ON_A_GPU if case[0] in args.names], 8192
     else:
         cases, n = [(name, 28, 1, 2, None, None, 32, 16) for name in args.names], 1024
-    rows = []
-    for name, side, channels, levels, hidden, layers, head, b in cases:
-        model = build(name, side, channels, levels, hidden, layers, args.device, head)
-        rows += compare(name, model, b, n, args)
     times = ("step_ms", "forward_ms", "backward_ms", "optimizer_ms")
     rates = ("images_per_second", "gflops", "share_of_matmul", "ratio")
-    table("A training step; ratio: time over that of the model here", rows, ("model", "implementation", *times))
+    results = Results(args, ("model", "implementation", "shape", "step_ms", *rates))
+
+    def measure(name: str, side: int, channels: int, levels: int, hidden, layers, head: int, b: int) -> list[dict]:
+        model = build(name, side, channels, levels, hidden, layers, args.device, head)
+        return compare(name, model, b, n, args)
+
+    for case in cases:
+        name, side, channels, levels, hidden, layers, _, b = case
+        about = {"model": name, "shape": [b, channels, side, side], "levels": levels}
+        results.case({**about, "hidden": hidden, "layers": layers}, partial(measure, *case))
+    table("A training step; ratio: time over that of the model here", results.rows, ("model", "implementation", *times))
     table(
         "The same as rates; share of what the matrix product reaches",
-        rows,
+        results.rows,
         ("model", "implementation", "shape", "parameters", "multiply_adds", *rates),
     )
-    write(args, rows)
+    return results.finish()
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

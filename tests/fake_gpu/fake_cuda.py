@@ -100,6 +100,12 @@ class Event:
 
 
 class Graph:
+    def __init__(self, keep_graph: bool = False):
+        pass
+
+    def instantiate(self) -> None:
+        pass
+
     def replay(self) -> None:
         check_current("a replay")
         state["replays"] += 1

@@ -1,0 +1,109 @@
+"""How the kernels are cut, compared: `python -m bench.sweep`.
+
+    scan    the Diagonal BiLSTM's scan at the paper's CIFAR-10 size, forward and backward, by features of a block
+    rows    the row kernel of a PixelCNN of 15 blocks, h = 128, on 32×32×3, by images of a program, outputs and features
+            of a block, at several batch sizes
+    warps   the scan again, with 16 warps for 8; and at the MNIST size, in the form that keeps all weights, by warps
+
+A row says how long one launch takes, and what the compiler made: registers, spills, shared memory. What does not fit in
+a GPU is a row that says `no_room`, which is no failure. Numbers are bfloat16.
+
+Legend: b batch · h w rows, columns · f features.
+"""
+
+import argparse
+import sys
+from collections.abc import Iterator
+from functools import partial
+
+from bench.figures import QUICK_SCAN, ROUNDS, SCAN, on_a_gpu, pixel_cnn, scan_launches, timed_row_kernel, times_of
+from bench.measure import Results, parser, spread, table, text_of
+
+SMALL_SCAN = (16, 28, 29, 16)
+BLOCKS = (64, 32, 128)  # features
+WARPS = (4, 8, 16)
+FORMS = [  # images of a program, outputs and features of a block, warps
+    {"images": 16, "block_n": 64, "block_k": 64, "warps": 4},
+    {"images": 64, "block_n": 32, "block_k": 32, "warps": 8},
+    {"images": 64, "block_n": 64, "block_k": 32, "warps": 8},
+    {"images": 64, "block_n": 64, "block_k": 64, "warps": 8},
+]
+BATCHES = (8448, 4224, 2048, 16)
+
+
+def no_room(error: Exception) -> bool:
+    """Whether a kernel takes more shared memory, registers or threads than there are, or can be given."""
+    return type(error).__name__ in ("OutOfResources", "PTXASError")
+
+
+def scan(size: tuple, form: str, backward: bool, changes: dict, about: dict, args: argparse.Namespace) -> list[dict]:
+    try:
+        launches, steps = scan_launches(size, backward, form, **changes)
+        ms = times_of(launches.again, args, ROUNDS)
+    except Exception as error:
+        if no_room(error):
+            return [{**about, "no_room": text_of(error)}]
+        raise
+    return [{**about, "ms": spread(ms), "step_us": spread(ms, 1e3 / steps)["median"], **launches.compiled()}]
+
+
+def rows(b: int, changes: dict, about: dict, args: argparse.Namespace) -> list[dict]:
+    model = pixel_cnn(args)
+    try:
+        out = timed_row_kernel(model, b, args, changes)
+    except Exception as error:
+        if no_room(error):
+            return [{**about, "no_room": text_of(error)}]
+        raise
+    ms = {key: value * model.width if key != "repeats" else value for key, value in out.pop("measured").items()}
+    seconds = ms["median"] * model.height / 1e3
+    return [{**about, "ms": ms, "pixel_ms": ms["median"] / model.width, "images_per_second": b / seconds, **out}]
+
+
+Cases = Iterator[tuple[dict, partial]]  # what a case is about, and what measures it
+
+
+def scan_cases(size: tuple, form: str, cuts: list[dict], args: argparse.Namespace) -> Cases:
+    size = QUICK_SCAN if args.quick else size
+    for changes in cuts[:2] if args.quick else cuts:
+        for backward in (False, True):
+            kernel = f"lstm_scan_{'bwd' if backward else 'fwd'}"
+            about = {"kernel": kernel, "shape": list(size), "form": {"form": form, **changes}}
+            yield about, partial(scan, size, form, backward, changes, about, args)
+
+
+def by_block(args: argparse.Namespace, warps: int = 8) -> Cases:
+    yield from scan_cases(SCAN, "streamed", [{"block_n": n, "warps": warps} for n in BLOCKS], args)
+
+
+def by_warps(args: argparse.Namespace) -> Cases:
+    yield from by_block(args, warps=16)
+    yield from scan_cases(SMALL_SCAN, "resident", [{"warps": warps} for warps in WARPS], args)
+
+
+def row_cases(args: argparse.Namespace) -> Cases:
+    """The large batches first: which form is best there is open."""
+    for b in (2, 1) if args.quick else BATCHES:
+        for changes in FORMS[:2] if args.quick else FORMS:
+            about = {"kernel": "row_scan", "shape": [b], "form": changes}
+            yield about, partial(rows, b, changes, about, args)
+
+
+SWEEPS = {"scan": by_block, "rows": row_cases, "warps": by_warps}
+
+
+def main(argv: list[str] | None = None) -> int:
+    description = "Compare how the kernels are cut: features of a block, images of a program, warps."
+    args = on_a_gpu(parser("sweep", description, repeats=5, names=SWEEPS), argv)
+    columns = ("kernel", "shape", "form", "ms", "step_us", "pixel_ms", "images_per_second")
+    columns += ("registers", "spills", "shared_bytes", "no_room")
+    results = Results(args, columns)
+    for name in args.names:
+        for about, measure in SWEEPS[name](args):
+            results.case(about, measure)
+    table("One launch of a kernel, by how it is cut", results.rows, columns)
+    return results.finish()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
