@@ -71,7 +71,7 @@ class RowScan:
         return self.head.logits(c)
 
     def put(self, j: int, c: int, values: Tensor) -> None:
-        self.stem.put(j, c, self.scaled[values])
+        torch.index_select(self.scaled, 0, values, out=self.stem.slots[j][c])
         self.head.put(c, values)
 
 
