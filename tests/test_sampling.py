@@ -513,8 +513,10 @@ def test_all_rows_but_the_first_do_the_same_to_the_same_memory(case):
     for net in build(case, channels=3, levels=4, height=4, width=3).nets:
         condition = any_condition(net, 2)
         rules, trace = [Mark(noise(seed, range(2), net.shape)) for seed in (0, 1)], Trace()
+        loop = PixelLoop(net, "cached", rules[0], 2, condition)
+        loop.run()  # a rule makes its memory at its first call
+        trace.rows.clear()
         with trace:
-            loop = PixelLoop(net, "cached", rules[0], 2, condition)
             first = loop.run()
             second = loop.again(rules[1], None if condition is None else condition + 1)
         assert not torch.equal(first, second)
