@@ -167,11 +167,10 @@ class LogisticMixtureHeadScan(HeadScan):
     def __init__(self, head: LogisticMixtureHead, buffers: Buffers):
         m, channels, sizes = head.mixtures, head.channels, head.sizes
         weight, bias = (x.to(buffers.state) for x in head.last.steps()[0])
-        factors = [bias.new_full((n,), factor) for n, factor in zip(sizes, (1, head.highest, -1, 1), strict=True)]
-        factors = torch.cat(factors)
-        bias = bias * factors
-        bias.split(sizes)[2].sub_(math.log(head.highest))
-        super().__init__(head, buffers, [((weight.T * factors[:, None]).T, bias)])
+        repeats = torch.tensor(sizes, device=bias.device)
+        factor = bias.new_tensor([1, head.highest, -1, 1]).repeat_interleave(repeats)
+        offset = bias.new_tensor([0, 0, -math.log(head.highest), 0]).repeat_interleave(repeats)
+        super().__init__(head, buffers, [((weight.T * factor[:, None]).T, bias * factor + offset)])
 
         new, colours = partial(buffers.new, dtype=buffers.state), (channels, m)
         self.weights, means, self.sharpness, self.slopes = self.out.split(sizes, 1)
