@@ -87,17 +87,16 @@ class GatedLayersScan:
         above_bias = torch.stack([m.bias for m in body.horizontal])[:, None, sort]
         self.condition = ConditionScan(condition, weight[:, :, 3 * f :] if body.given else None, width)
         self.above = AboveScan(buffers, width, above_weight, above_bias, self.condition)  # from the vertical stack
-        # The vertical stack: what a layer reads of each pixel, the same memory for all: 1, both rows' taps, condition.
-        inputs = buffers.new(b, width, 1 + 6 * f + body.given)
-        inputs[..., 0] = 1
-        self.taps, self.given = inputs[..., 1 : 1 + 6 * f].unflatten(2, (2, 3, f)), inputs[..., 1 + 6 * f :]
+        # What a layer of the vertical stack reads of each pixel, the same memory for all: both rows' taps, condition.
+        inputs, self.vertical_gates = buffers.new(b, width, 6 * f + body.given), buffers.new(b * width, 2 * f)
         self.windows = windows(self.v, 3).transpose(2, 3)  # (layers+1 b w 2 3 f)
-        weights = [torch.stack([m.weight.permute(2, 3, 1, 0).flatten(0, 2) for m in body.vertical_conv])]
-        weights.insert(0, torch.stack([m.bias for m in body.vertical_conv])[:, None])
+        self.taps, self.given = inputs[..., : 6 * f].unflatten(2, (2, 3, f)), inputs[..., 6 * f :]
+        self.vertical_inputs, weights = inputs.flatten(0, 1), [m.weight for m in body.vertical_conv]
+        weights = [torch.stack(weights).permute(0, 3, 4, 2, 1).flatten(1, 3)]  # (layers row·column·f 2f)
         weights += [body.condition_weights().mT] if body.given else []
-        self.vertical_weight, self.vertical_inputs = torch.cat(weights, dim=1), inputs.flatten(0, 1)
-        self.vertical_gates = buffers.new(b * width, 2 * f)
-        self.vertical_halves = self.vertical_gates.unflatten(0, (b, width)).chunk(2, dim=2)
+        self.vertical_weight = torch.cat(weights, dim=1)
+        self.vertical_bias = torch.stack([m.bias for m in body.vertical_conv])
+        self.halves = self.vertical_gates.unflatten(0, (b, width)).chunk(2, dim=2)
 
         self.join = JoinScan(body, buffers)
         narrow = [s for (s,) in group_slices(f, groups)]
@@ -141,10 +140,10 @@ class GatedLayersScan:
             self.v[:, :, 0].zero_()
         if self.condition.given:
             self.given.copy_(self.condition.row)
-        a, b = self.vertical_halves
-        for layer, weight in enumerate(self.vertical_weight):
+        a, b = self.halves
+        for layer, (weight, bias) in enumerate(zip(self.vertical_weight, self.vertical_bias, strict=True)):
             self.taps.copy_(self.windows[layer])
-            torch.mm(self.vertical_inputs, weight, out=self.vertical_gates)
+            torch.addmm(bias, self.vertical_inputs, weight, out=self.vertical_gates)
             torch.mul(a.tanh_(), b.sigmoid_(), out=self.v[layer + 1, :, 1, 1:-1])
         self.above.inputs.copy_(self.v[1:, :, 1, 1:-1])
         self.above()

@@ -156,12 +156,12 @@ class LogisticMixtureHead(nn.Module):
 class LogisticMixtureHeadScan(HeadScan):
     """The head at one pixel: `step(u)` once, then for each colour in order `logits(c)` (b v) and `put(c, values)`.
 
-    All in static memory. What is linear in the second product is in its weights: means come out in levels, scales as
-    log(1 / scale). A value's bin reaches from `lower` to `upper`; with softplus(z) = −log σ(−z), its mass is, as above,
+    It says the same as the head in static memory. Factors of what leaves the second product are in its weights: means
+    come in levels, scales as log(1 / scale). With softplus(z) = −log σ(−z), the mass of a bin is
 
         log(σ(β) − σ(α)) = −softplus(−β) − softplus(α) + log(1 − exp(−(β − α)))
 
-    where the last term is one number a component, `within`, but for the two bins that are unbounded: 0 for them.
+    where the last term is one number a component, `within`, but in the lowest and the highest bin: 0 there.
     """
 
     def __init__(self, head: LogisticMixtureHead, buffers: Buffers):
@@ -174,14 +174,11 @@ class LogisticMixtureHeadScan(HeadScan):
 
         new, colours = partial(buffers.new, dtype=buffers.state), (channels, m)
         self.weights, means, self.sharpness, self.slopes = self.out.split(sizes, 1)
-        self.log_weights, self.x = new(buffers.b, m), new(buffers.b, channels)
-        self.within, self.signed = (
-            new(buffers.b, channels * m),
-            new(2, buffers.b, channels * m),
-        )  # −1 / scale, 1 / scale
+        self.unnormalized, self.log_weights, self.x = new(buffers.b, m), new(buffers.b, m), new(buffers.b, channels)
+        # for all colours; −1 / scale and 1 / scale
+        self.within, self.signed = new(buffers.b, channels * m), new(2, buffers.b, channels * m)
         self.masses, self.terms = new(buffers.b, m, head.levels), new(2, buffers.b, m, head.levels)
         self.likeliest, self.log_probs = new(buffers.b, 1, head.levels), new(buffers.b, head.levels)
-        self.posterior = new(buffers.b, m, 1)
 
         self.values = head.centred(head.values[:, 0]).to(buffers.state)
         self.ends = torch.stack([self.values + 0.5, self.values - 0.5])[:, None, None]  # (2 1 1 v): upper and lower
@@ -197,7 +194,8 @@ class LogisticMixtureHeadScan(HeadScan):
 
     def step(self, u: Tensor, g: int = 0) -> None:
         super().step(u, g)
-        torch.log_softmax(self.weights, 1, out=self.log_weights)
+        self.unnormalized.copy_(self.weights)
+        torch.log_softmax(self.unnormalized, 1, out=self.log_weights)
         minus, plus = self.signed
         torch.exp(self.sharpness.clamp_(*SHARPNESS), out=plus)
         torch.neg(plus, out=minus)
@@ -205,7 +203,7 @@ class LogisticMixtureHeadScan(HeadScan):
         self.slopes.tanh_()
 
     def logits(self, c: int) -> Tensor:
-        mean, within, signed, _ = self.colours[c]  # (b m 1), (2 b m 1)
+        mean, within, signed, _ = self.colours[c]  # (b m 1), signed (2 b m 1)
         torch.addcmul(self.log_weights[..., None], within, self.bounded, out=self.masses)
         torch.sub(self.ends, mean, out=self.terms).mul_(signed)
         F.softplus(self.terms, 1, SOFTPLUS_IS_LINEAR, out=self.terms)
@@ -218,9 +216,9 @@ class LogisticMixtureHeadScan(HeadScan):
     def put(self, c: int, values: Tensor) -> None:
         """Make known the values (b,) of colour c: they move the weights and the means of the colours after it."""
         if c + 1 < len(self.colours):
-            index = values[:, None, None].expand(self.posterior.shape)
-            torch.gather(self.masses, 2, index, out=self.posterior)  # what `logits` left, with the weights
-            torch.log_softmax(self.posterior[..., 0], 1, out=self.log_weights)
+            weights = self.unnormalized[..., None]
+            torch.gather(self.masses, 2, values[:, None, None].expand(weights.shape), out=weights)  # `logits` left them
+            torch.log_softmax(self.unnormalized, 1, out=self.log_weights)
             torch.index_select(self.values, 0, values, out=self.x[:, c])
             mean, *_, slopes = self.colours[c + 1]
             mean.baddbmm_(slopes, self.x[:, : c + 1, None])

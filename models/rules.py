@@ -58,11 +58,12 @@ class Draw(Rule):
         self.value, self.made = torch.zeros(len(uniforms), dtype=torch.long, device=uniforms.device), None
 
     def scratch(self, logits: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Memory for (b v) probabilities, sums of them, a number to reach (b 1), what has not reached it (b v-1)."""
+        """Memory for (b v) probabilities, sums of them, a number to reach (b 1), which have not reached it (b v-1)."""
         if self.made is None:
             p, cdf = logits.new_empty(logits.shape), logits.new_empty(logits.shape)
             number = logits.new_empty(len(logits), 1, dtype=torch.promote_types(logits.dtype, self.row.dtype))
-            self.made = p, cdf, number, torch.empty_like(cdf[:, 1:], dtype=torch.bool)
+            below = logits.new_empty(len(logits), logits.shape[1] - 1, dtype=torch.long)  # as what sums them adds
+            self.made = p, cdf, number, below
         return self.made
 
     def load(self, i: int) -> None:
