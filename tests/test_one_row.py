@@ -61,7 +61,8 @@ class OneRow(TorchDispatchMode):
         devices = {x.device for x in tensors}
         out = operation(*arguments, **keywords)
         made = [x for x in tree_leaves(out) if isinstance(x, torch.Tensor)]
-        if name in SYNCHRONISE or (name in INDEX and any(x.dtype in (torch.bool, torch.uint8) for x in tensors[1:])):
+        indices = [x for x in tree_leaves(arguments[1]) if x is not None] if name in INDEX else []
+        if name in SYNCHRONISE or any(x.dtype in (torch.bool, torch.uint8) for x in indices):
             self.tell("synchronises", operation)
         if name in HOST_DATA:
             self.tell("brings Python's numbers", operation)
@@ -116,9 +117,13 @@ def every_rule(model, b: int) -> dict:
 
 
 @pytest.mark.parametrize("case", list(every_network()))
-@pytest.mark.parametrize("images_last", [False, True], ids=["as_on_a_gpu", "as_on_a_cpu"])
-def test_a_row_neither_allocates_nor_speaks_with_the_host(case, images_last):
-    b, model = 2, build(case, height=2, width=2, hidden=6, head_features=6)
+@pytest.mark.parametrize(
+    "images_last, dtype",
+    [(False, torch.float32), (False, torch.bfloat16), (True, torch.float32)],
+    ids=["gpu", "gpu_bf16", "cpu"],
+)
+def test_a_row_neither_allocates_nor_speaks_with_the_host(case, images_last, dtype):
+    b, model = 2, build(case, height=2, width=2, hidden=6, head_features=6).to(dtype)
     condition, rules = model.condition(**given(model, b)), every_rule(model, b)
     loop = PixelLoop(model, "cached-eager", rules["draw"], b, condition)
     evaluator = RowScan(model, b, condition, images_last=images_last)
