@@ -108,7 +108,7 @@ def kept_bytes(scan: RowScan) -> int:
     return sum(storages.values())
 
 
-PRODUCTS = ("addmm", "addmm_", "baddbmm", "baddbmm_", "bmm", "mm", "conv2d")
+PRODUCTS = ("addmm", "addmm_", "baddbmm", "baddbmm_", "mm")
 
 
 class Products(TorchDispatchMode):
@@ -124,9 +124,8 @@ class Products(TorchDispatchMode):
         name = operation.overloadpacket.__name__
         if name in PRODUCTS:
             weight = arguments[2 if "add" in name else 1]
-            inner = weight[0].numel() if name == "conv2d" else weight.shape[-2]
             self.again.append(partial(operation, *arguments, **keywords))
-            self.operations += 2 * out.numel() * inner
+            self.operations += 2 * out.numel() * weight.shape[-2]
             self.weight_bytes += weight.numel() * weight.element_size()
         return out
 

@@ -104,13 +104,12 @@ class DiagonalLSTMsScan:
         self.row = buffers(width + 1, 3 * f, layers=layers)
         self.cell = buffers(f, layers=layers, dtype=buffers.state)
         given = torch.stack([lstm.condition_weight for lstm in body.lstm]) if body.given else None
-        self.condition = ConditionScan(condition, None if given is None else given[:, 0, sort])
-        self.mirrored_condition = ConditionScan(condition, None if given is None else given[:, 1])
+        self.condition = ConditionScan(condition, None if given is None else given[:, 0, sort], width)
+        self.mirrored_condition = ConditionScan(condition, None if given is None else given[:, 1], width)
         above_weight = state_weight[:, 0, sort, f:].mT.contiguous()
         self.above = AboveScan(buffers, width, above_weight, bias[:, 0, None, sort], self.condition)  # of direction 0
         # The mirrored direction: gates o f i g of a whole row, one matrix for [hidden_1(i−1, j), u(i, j)].
         self.mirrored = buffers(width, f, layers=layers)  # hidden_1 of the row above
-        self.mirrored_inputs = buffers.new(layers, buffers.b, width, 3 * f)
         weight = torch.cat([state_weight[:, 1, :, f:], input_weight[:, 1]], dim=2).mT.contiguous()
         self.mirrored_gates = AboveScan(buffers, width, weight, bias[:, 1, None], self.mirrored_condition)
         self.mirrored_left = state_weight[:, 1, :, :f].mT.contiguous()
@@ -125,26 +124,25 @@ class DiagonalLSTMsScan:
         self.plan = [[[] for _ in range(groups)] for _ in range(width)]
         for g, ((w,), (n,)) in enumerate(zip(wide, narrow, strict=True)):
             size = n.stop - n.start
-            gate, tanh = buffers(4 * size), buffers(size)
-            o, forget, i, candidate = gate.split(size, dim=1)
+            tanh = buffers(size)
             columns = slice(4 * n.start, 4 * n.stop)
             for layer in range(layers):
                 weight = torch.cat([state_weight[layer, 0, :, :f], input_weight[layer, 0, :, : w.stop]], dim=1)
                 weight = weight[sort[columns]].T  # (left and known input, gates of group g)
                 weights = self.join.weights(layer, g)
                 for j in range(width):
+                    gate = above[layer, :, j, columns]
                     u = self.row[layer, :, j, f + w.start : f + w.stop]
                     following = (
                         self.row[layer + 1, :, j, f + w.start : f + w.stop] if layer + 1 < layers else self.join.out[g]
                     )
                     self.plan[j][g].append(
                         (
-                            above[layer, :, j, columns],
+                            gate,
                             self.row[layer, :, j, : f + w.stop],
                             weight,
-                            gate,
                             gate[:, : 3 * size],
-                            (o, forget, i, candidate),
+                            gate.split(size, dim=1),
                             self.cell[layer, :, n],
                             tanh,
                             self.row[layer, :, j + 1, n],
@@ -167,15 +165,17 @@ class DiagonalLSTMsScan:
             self.row.zero_(), self.mirrored.zero_()
         else:
             self.finish_row()
-        self.above(self.row[:, :, 1:, : self.f])
+        self.above.inputs.copy_(self.row[:, :, 1:, : self.f])
+        self.above()
         self.cell.zero_()
 
     def finish_row(self) -> None:
         """Run the mirrored direction over the row just finished, all layers side by side."""
         f = self.f
-        self.mirrored_inputs[..., :f] = self.mirrored
-        self.mirrored_inputs[..., f:] = self.row[:, :, : self.width, f:]
-        self.mirrored_gates(self.mirrored_inputs)
+        inputs = self.mirrored_gates.inputs
+        inputs[..., :f] = self.mirrored
+        inputs[..., f:] = self.row[:, :, : self.width, f:]
+        self.mirrored_gates()
         cell, tanh = self.mirrored_cell.zero_(), self.mirrored_tanh
         for j in range(self.width - 1, -1, -1):
             gates = self.mirrored_gates.out[:, :, j]
@@ -202,10 +202,10 @@ class DiagonalLSTMsScan:
         """From group g of the stem at column j, in `inputs[j][g]`, to group g of the head's input (b 2f_g)."""
         self.join.begin(g)
         for (
-            above, known, weight, gate, sigmoids, (o, forget, i, candidate), cell, tanh, hidden, mirrored,
+            gate, known, weight, sigmoids, (o, forget, i, candidate), cell, tanh, hidden, mirrored,
             summed_out, summed, u, following, weights,
         ) in self.plan[j][g]:  # fmt: skip
-            torch.addmm(above, known, weight, out=gate)
+            gate.addmm_(known, weight)
             sigmoids.sigmoid_()
             candidate.tanh_()
             cell.mul_(forget).addcmul_(i, candidate)

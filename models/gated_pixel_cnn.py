@@ -12,14 +12,13 @@ The stem's first f features, which see rows above alone, are v; its others are u
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 import kernels
 from kernels.row_scan import Layers, pack
 from models.base import AutoregressiveModel
 from models.body import Body, JoinScan
-from models.layers import AboveScan, Buffers, ConditionScan, MaskedRowConv, group_slices, initialise
+from models.layers import AboveScan, Buffers, ConditionScan, MaskedRowConv, group_slices, initialise, windows
 
 
 class VerticalConv(nn.Module):
@@ -76,7 +75,7 @@ class GatedLayersScan:
 
     def __init__(self, body: GatedLayers, buffers: Buffers, width: int, condition: Tensor | None):
         layers, f, groups, b = body.layers, body.hidden, body.groups, buffers.b
-        self.body, self.f, self.vertical_conv = body, f, body.vertical_conv
+        self.body, self.f = body, f
         gates = group_slices(2 * f, groups, parts=2)
         sort = torch.cat([torch.arange(2 * f)[s] for slices in gates for s in slices])
         weight = torch.stack([m.masked_weight() for m in body.horizontal])[:, sort]  # (layers 2f 3f+d)
@@ -86,10 +85,18 @@ class GatedLayersScan:
         self.row = buffers((width + 1) * f, layers=layers)  # u of the row in hand, after a column of zeros
         above_weight = weight[:, :, 2 * f : 3 * f].mT.contiguous()
         above_bias = torch.stack([m.bias for m in body.horizontal])[:, None, sort]
-        self.condition = ConditionScan(condition, weight[:, :, 3 * f :] if body.given else None)
+        self.condition = ConditionScan(condition, weight[:, :, 3 * f :] if body.given else None, width)
         self.above = AboveScan(buffers, width, above_weight, above_bias, self.condition)  # from the vertical stack
-        self.vertical_condition = ConditionScan(condition, body.condition_weights())
-        self.vertical_gates = buffers.new(layers, b, width, 2 * f)
+        # What a layer of the vertical stack reads of each pixel, the same memory for all: both rows' taps, condition.
+        inputs, self.vertical_gates = buffers.new(b, width, 6 * f + body.given), buffers.new(b * width, 2 * f)
+        self.windows = windows(self.v, 3).transpose(2, 3)  # (layers+1 b w 2 3 f)
+        self.taps, self.given = inputs[..., : 6 * f].unflatten(2, (2, 3, f)), inputs[..., 6 * f :]
+        self.vertical_inputs, weights = inputs.flatten(0, 1), [m.weight for m in body.vertical_conv]
+        weights = [torch.stack(weights).permute(0, 3, 4, 2, 1).flatten(1, 3)]  # (layers row·column·f 2f)
+        weights += [body.condition_weights().mT] if body.given else []
+        self.vertical_weight = torch.cat(weights, dim=1)
+        self.vertical_bias = torch.stack([m.bias for m in body.vertical_conv])
+        self.halves = self.vertical_gates.unflatten(0, (b, width)).chunk(2, dim=2)
 
         self.join = JoinScan(body, buffers)
         narrow = [s for (s,) in group_slices(f, groups)]
@@ -103,18 +110,17 @@ class GatedLayersScan:
         self.inputs = [[slots(0, j, n) for n in narrow] for j in range(width)]
         self.plan = [[[] for _ in range(groups)] for _ in range(width)]
         for g, n in enumerate(narrow):
-            both = buffers(2 * (n.stop - n.start))
             columns = slice(2 * n.start, 2 * n.stop)
             for layer in range(layers):
                 left_centre = weight[layer, columns, : f + n.stop].contiguous().T
                 weights = self.join.weights(layer, g)
                 for j in range(width):
+                    both = above[layer, :, j, columns]
                     self.plan[j][g].append(
                         (
-                            above[layer, :, j, columns],
+                            both,
                             self.row[layer, :, j * f : (j + 1) * f + n.stop],
                             left_centre,
-                            both,
                             *both.chunk(2, dim=1),
                             hidden[layer, :, n],
                             known_hidden[layer, :, : 1 + n.stop],
@@ -127,18 +133,20 @@ class GatedLayersScan:
     def load(self, i: int, condition: Tensor | None) -> None:
         """What depends on the number of the row in hand goes to where `begin_row` reads it."""
         self.condition.load(i, condition)
-        self.vertical_condition.load(i, condition)
 
     def begin_row(self, first: bool) -> None:
         """Called after the stem wrote `vertical` of the row in hand."""
         if first:
             self.v[:, :, 0].zero_()
-        self.vertical_gates.zero_()
-        self.vertical_condition.add_to(self.vertical_gates)
-        for layer, conv in enumerate(self.vertical_conv):
-            gates = F.conv2d(self.v[layer].permute(0, 3, 1, 2), conv.weight, conv.bias)[:, :, 0].mT
-            self.v[layer + 1, :, 1, 1:-1] = kernels.gate(self.vertical_gates[layer].add_(gates))
-        self.above(self.v[1:, :, 1, 1:-1])
+        if self.condition.given:
+            self.given.copy_(self.condition.row)
+        a, b = self.halves
+        for layer, (weight, bias) in enumerate(zip(self.vertical_weight, self.vertical_bias, strict=True)):
+            self.taps.copy_(self.windows[layer])
+            torch.addmm(bias, self.vertical_inputs, weight, out=self.vertical_gates)
+            torch.mul(a.tanh_(), b.sigmoid_(), out=self.v[layer + 1, :, 1, 1:-1])
+        self.above.inputs.copy_(self.v[1:, :, 1, 1:-1])
+        self.above()
         self.v[:, :, 0] = self.v[:, :, 1]  # the next row's row above
 
     def packed(self) -> Layers:
@@ -153,9 +161,9 @@ class GatedLayersScan:
         """From group g of the stem at column j, in `inputs[j][g]`, to group g of the head's input (b f_g)."""
         self.join.begin(g)
         for (
-            above, known, weight, both, a, b, hidden_out, hidden, u, following, weights,
+            both, known, weight, a, b, hidden_out, hidden, u, following, weights,
         ) in self.plan[j][g]:  # fmt: skip
-            torch.addmm(above, known, weight, out=both)
+            both.addmm_(known, weight)
             torch.mul(a.tanh_(), b.sigmoid_(), out=hidden_out)
             self.join(g, u, hidden, following, *weights)
         return self.join.end(g)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 import kernels
 from kernels.row_scan import Head
-from models.layers import Buffers, MaskedLinear, group_slices, packed
+from models.layers import Buffers, MaskedLinear, group_slices, packed, with_bias
 
 
 class SoftmaxHead(nn.Module):
@@ -45,25 +45,51 @@ class SoftmaxHead(nn.Module):
         return SoftmaxHeadScan(self, buffers)
 
 
-class SoftmaxHeadScan:
+class HeadScan:
+    """What all heads do at one pixel, group by group: `step(u_g, g)` takes the features to `out` (b outputs).
+
+    Features stand behind a column of ones: biases are a row of the weights.
+
+    Args:
+        last: for each group, the weight (prefix outputs) and the bias (outputs) of the second product.
+    """
+
+    def __init__(self, head: nn.Module, buffers: Buffers, last: list[tuple[Tensor, Tensor]]):
+        known_u, relu_u = buffers.after_ones(head.first.inputs)
+        known, features = buffers.after_ones(head.first.outputs, dtype=buffers.state)
+        first = features if features.dtype == relu_u.dtype else buffers(head.first.outputs)
+        # whoever chooses reads all levels of an image
+        self.out = buffers.new(buffers.b, len(last[0][1]), dtype=buffers.state)
+        self.plan = []
+        for g, (of_first, of_last) in enumerate(zip(head.first.steps(), last, strict=True)):
+            (into,), (out,) = (group_slices(m.inputs, m.groups)[g] for m in (head.first, head.last))
+            weights = with_bias(*of_first), with_bias(*(x.to(buffers.state) for x in of_last))
+            self.plan.append(
+                (
+                    relu_u[:, into],
+                    known_u[:, : 1 + into.stop],
+                    first[:, out],
+                    features[:, out],
+                    known[:, : 1 + out.stop],
+                    *weights,
+                )
+            )
+        self.rounded = first is not features
+
+    def step(self, u_g: Tensor, g: int) -> None:
+        relu_u, known_u, first, features, known, first_weight, last_weight = self.plan[g]
+        torch.clamp_min(u_g, 0, out=relu_u)
+        torch.mm(known_u, first_weight, out=first).relu_()
+        if self.rounded:
+            features.copy_(first)
+        torch.mm(known, last_weight, out=self.out)
+
+
+class SoftmaxHeadScan(HeadScan):
     """The head at one pixel, group by group: `step(u_g, g)`, then `logits(c)` (b v), then `put(c, values)`."""
 
     def __init__(self, head: SoftmaxHead, buffers: Buffers):
-        self.u, self.hidden = buffers(head.first.inputs), buffers(head.first.outputs)
-        # whoever chooses reads all levels of an image
-        self.out = buffers.new(buffers.b, head.levels, dtype=buffers.state)
-        self.plan = []
-        for g in range(head.channels):
-            (u_g,), (hidden_g,) = (group_slices(m.inputs, m.groups)[g] for m in (head.first, head.last))
-            first, logits = head.first.steps()[g], [x.to(buffers.state) for x in head.last.steps()[g]]
-            u, hidden = self.u[:, : u_g.stop], self.hidden[:, : hidden_g.stop]
-            self.plan.append((self.u[:, u_g], u, *first, self.hidden[:, hidden_g], hidden, *logits))
-
-    def step(self, u_g: Tensor, g: int) -> None:
-        u_out, u, w1, b1, hidden_out, hidden, w2, b2 = self.plan[g]
-        torch.clamp_min(u_g, 0, out=u_out)
-        torch.addmm(b1, u, w1, out=hidden_out).relu_()
-        torch.addmm(b2, hidden.to(b2.dtype), w2, out=self.out)
+        super().__init__(head, buffers, head.last.steps())
 
     def logits(self, c: int) -> Tensor:
         return self.out

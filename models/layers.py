@@ -180,9 +180,11 @@ class Buffers:
             return self.new((*before, *shape, self.b), dtype=dtype).movedim(-1, len(before))
         return self.new((*before, self.b, *shape), dtype=dtype)
 
-    def after_ones(self, *shape: int, layers: int) -> tuple[Tensor, Tensor]:
-        """Features (layers b … f) behind a column of ones (layers b … 1+f), and the features alone."""
-        known = self(*shape[:-1], 1 + shape[-1], layers=layers)
+    def after_ones(
+        self, *shape: int, layers: int | None = None, dtype: torch.dtype | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Features ([layers] b … f) behind a column of ones ([layers] b … 1+f), and the features alone."""
+        known = self(*shape[:-1], 1 + shape[-1], layers=layers, dtype=dtype)
         known[..., 0] = 1
         return known, known[..., 1:]
 
@@ -190,6 +192,65 @@ class Buffers:
 def with_bias(weight: Tensor, bias: Tensor) -> Tensor:
     """Weights (k n) for what stands behind a column of ones: (1+k n)."""
     return torch.cat([bias[:, None], weight.T], dim=1).T
+
+
+def windows(rows: Tensor, k: int) -> Tensor:
+    """Of each of w columns, k side by side from the one of its number on: (… w+k-1 f) → (… w k f), a view."""
+    return rows.unfold(-2, k, 1).mT
+
+
+class ConditionScan:
+    """What a condition adds to every layer's pre-activations, a row at a time.
+
+    Args:
+        condition: one like those to come: (b h w d), or (b 1 1 d) where it is the same everywhere, or None.
+        weight: (layers outputs d), None without a condition.
+        width: w, the columns of a row.
+
+    `row` (b w d) is the condition's row in hand.
+    """
+
+    def __init__(self, condition: Tensor | None, weight: Tensor | None, width: int):
+        self.given = condition is not None
+        if self.given:
+            self.weight, self.row = weight.mT.contiguous(), condition[:, 0].expand(-1, width, -1).clone()
+
+    def load(self, i: int, condition: Tensor | None) -> None:
+        """Row i of the condition is the one that `add_to` adds from now on."""
+        if self.given:
+            self.row.copy_(condition[:, min(i, condition.shape[1] - 1)])
+
+    def add_to(self, above: Tensor) -> None:
+        """Add the row's part to pre-activations (layers b·w outputs)."""
+        if self.given:
+            above.baddbmm_(self.row.flatten(0, 1).expand(len(above), -1, -1), self.weight)
+
+
+class AboveScan:
+    """What the rows above and the condition give to every layer's pre-activations: once a row, for all columns.
+
+    Args:
+        weight, bias: (layers k outputs) and (layers 1 outputs).
+        condition: what it adds.
+
+    From `inputs` (layers b w k), which whoever calls it has filled, to `out` (layers b w outputs). What a step adds to
+    them it may add in place: each row has its own.
+    """
+
+    def __init__(self, buffers: Buffers, width: int, weight: Tensor, bias: Tensor, condition: ConditionScan):
+        self.weight, self.bias, self.condition, (layers, k, outputs) = weight, bias, condition, weight.shape
+        self.inputs = buffers.new(layers, buffers.b, width, k)
+        self.flat_inputs = self.inputs.flatten(1, 2)
+        self.product = buffers.new(layers, buffers.b * width, outputs)
+        self.out = self.rows = self.product.view(layers, buffers.b, width, outputs)
+        if buffers.images_last:
+            self.out = buffers(width, outputs, layers=layers)
+
+    def __call__(self) -> None:
+        torch.baddbmm(self.bias, self.flat_inputs, self.weight, out=self.product)
+        self.condition.add_to(self.product)
+        if self.out is not self.rows:
+            self.out.copy_(self.rows)
 
 
 class MaskedConvScan:
@@ -203,6 +264,8 @@ class MaskedConvScan:
         buffers, width: how many images of which width, with the extra columns.
         outputs: where to write, a view (b f_g) for each column and group.
         vertical: where to write what sees the rows above alone (b w vertical), once a row.
+
+    `slots[j][c]` (b,) is where colour c of column j goes, scaled, once it is known.
     """
 
     def __init__(
@@ -214,11 +277,15 @@ class MaskedConvScan:
         vertical: Tensor | None = None,
     ):
         weight, reach = conv.masked_weight(), conv.reach
-        features, colours = weight.shape[:2]
+        features, colours, _, kernel = weight.shape
         self.groups = conv.groups
         self.rows = buffers(reach + 1, width + 2 * reach, colours)  # those above, the row in hand; zeros outside
-        self.above_weight, self.above_bias = weight[:, :, :reach].contiguous(), conv.bias
-        self.above = buffers(width, features)
+        above_weight = weight[:, :, :reach].permute(2, 3, 1, 0).flatten(0, 2)[None]  # (1 row·column·colour f)
+        nothing = ConditionScan(None, None, width)
+        self.of_above = AboveScan(buffers, width, above_weight, conv.bias[None, None], nothing)
+        self.above = self.of_above.out[0]  # (b w f)
+        self.above_taps = self.of_above.inputs[0].view(buffers.b, width, reach, kernel, colours)
+        self.above_windows = windows(self.rows[:, :-1], kernel).transpose(1, 2)
         self.vertical = vertical
         self.taps = weight[conv.vertical :, :, reach, : reach + 1].permute(0, 2, 1).flatten(1)  # (f column·colour)
         groups = [s for (s,) in group_slices(features - conv.vertical, conv.groups)]
@@ -237,13 +304,13 @@ class MaskedConvScan:
     def begin_row(self, first: bool) -> None:
         if first:
             self.rows.zero_()
-        for k in range(self.rows.shape[1] - 1):
+        for k in range(self.reach):
             self.rows[:, k] = self.rows[:, k + 1]
         self.rows[:, -1].zero_()
-        rows = self.rows[:, :-1].permute(0, 3, 1, 2)
-        self.above.copy_(F.conv2d(rows, self.above_weight, self.above_bias)[:, :, 0].mT)
+        self.above_taps.copy_(self.above_windows)
+        self.of_above()
         if self.vertical is not None:
-            self.vertical.copy_(self.above[:, :, : self.vertical.shape[2]])
+            self.vertical.copy_(self.above[:, :, : self.skipped])
 
     def step(self, j: int, g: int) -> None:
         above, known, weight, out = self.plan[j][g]
@@ -253,61 +320,6 @@ class MaskedConvScan:
         """What the row kernel needs to know."""
         product = pack(self.taps[None], None, group_slices(len(self.taps), self.groups))
         return Stem(product, self.rows[:, self.reach].flatten(1), self.above[:, :, self.skipped :], self.reach)
-
-    def put(self, j: int, c: int, values: Tensor) -> None:
-        """Make known the scaled values (b,) of colour c at column j."""
-        self.slots[j][c].copy_(values)
-
-
-class ConditionScan:
-    """What a condition adds to every layer's pre-activations, a row at a time.
-
-    Args:
-        condition: one like those to come: (b h w d), or (b 1 1 d) where it is the same everywhere, or None.
-        weight: (layers outputs d), None without a condition.
-    """
-
-    def __init__(self, condition: Tensor | None, weight: Tensor | None):
-        self.given = condition is not None
-        if self.given:
-            self.weight, self.row = weight.mT.contiguous(), condition[:, 0].clone()
-
-    def load(self, i: int, condition: Tensor | None) -> None:
-        """Row i of the condition is the one that `add_to` adds from now on."""
-        if self.given:
-            self.row.copy_(condition[:, min(i, condition.shape[1] - 1)])
-
-    def add_to(self, above: Tensor) -> None:
-        """Add the row's part to pre-activations (layers b w outputs)."""
-        if self.given:
-            layers, d, outputs = self.weight.shape
-            row = self.row.reshape(1, -1, d).expand(layers, -1, -1)
-            above += torch.bmm(row, self.weight).view(layers, len(self.row), -1, outputs)
-
-
-class AboveScan:
-    """What the rows above and the condition give to every layer's pre-activations: once a row, for all columns.
-
-    Args:
-        weight, bias: (layers k outputs) and (layers 1 outputs).
-        condition: what it adds.
-
-    `out` (layers b w outputs) is where it stands.
-    """
-
-    def __init__(self, buffers: Buffers, width: int, weight: Tensor, bias: Tensor, condition: ConditionScan):
-        self.weight, self.bias, self.condition, (layers, _, outputs) = weight, bias, condition, weight.shape
-        self.product = buffers.new(layers, buffers.b * width, outputs)
-        self.out = self.rows = self.product.view(layers, buffers.b, width, outputs)
-        if buffers.images_last:
-            self.out = buffers(width, outputs, layers=layers)
-
-    def __call__(self, inputs: Tensor) -> None:
-        """Of inputs (layers b w k)."""
-        torch.baddbmm(self.bias, inputs.reshape(len(inputs), -1, inputs.shape[-1]), self.weight, out=self.product)
-        self.condition.add_to(self.rows)
-        if self.out is not self.rows:
-            self.out.copy_(self.rows)
 
 
 def check(name: str, value, kind: type, low, high=math.inf) -> None:

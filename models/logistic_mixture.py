@@ -23,6 +23,7 @@ small that the last term's gradient is rounded to 0, another has one of about ex
 """
 
 import math
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -30,6 +31,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from kernels.row_scan import Head
+from models.head import HeadScan
 from models.layers import Buffers, MaskedLinear, packed
 
 # The range of log(1 / scale), with the scale in levels, whatever their number. At the upper end a level at the mean has
@@ -37,6 +39,7 @@ from models.layers import Buffers, MaskedLinear, packed
 # flat over a million levels, and 1 − exp(−1 / scale) is far from float32's smallest number still.
 SHARPNESS = (-14.0, 3.5)
 FAR = 1e30  # levels from a value to its bin's edge where the bin is unbounded: finite, so that 0 · FAR is 0
+SOFTPLUS_IS_LINEAR = 40.0  # from here on, even in float64: log(1 + exp(40)) − 40 is 4e-18
 SCALE = 0.25  # of an untrained head, in the network's units: broad, as colours given a component are independent
 
 
@@ -150,29 +153,72 @@ class LogisticMixtureHead(nn.Module):
         return LogisticMixtureHeadScan(self, buffers)
 
 
-class LogisticMixtureHeadScan:
-    """The head at one pixel: `step(u)` once, then for each colour in order `logits(c)` (b v) and `put(c, values)`."""
+class LogisticMixtureHeadScan(HeadScan):
+    """The head at one pixel: `step(u)` once, then for each colour in order `logits(c)` (b v) and `put(c, values)`.
+
+    It says the same as the head in static memory. Factors of what leaves the second product are in its weights: means
+    come in levels, scales as log(1 / scale). With softplus(z) = −log σ(−z), the mass of a bin is
+
+        log(σ(β) − σ(α)) = −softplus(−β) − softplus(α) + log(1 − exp(−(β − α)))
+
+    where the last term is one number a component, `within`, but in the lowest and the highest bin: 0 there.
+    """
 
     def __init__(self, head: LogisticMixtureHead, buffers: Buffers):
-        self.head, b = head, buffers.b
-        self.u, self.hidden = buffers(head.first.inputs), buffers(head.first.outputs)
-        self.out, self.x = (buffers.new(b, n, dtype=buffers.state) for n in (head.last.outputs, head.channels))
-        (self.first,), (last,) = head.first.steps(), head.last.steps()
-        self.last = [x.to(buffers.state) for x in last]
+        m, channels, sizes = head.mixtures, head.channels, head.sizes
+        weight, bias = (x.to(buffers.state) for x in head.last.steps()[0])
+        repeats = torch.tensor(sizes, device=bias.device)
+        factor = bias.new_tensor([1, head.highest, -1, 1]).repeat_interleave(repeats)
+        offset = bias.new_tensor([0, 0, -math.log(head.highest), 0]).repeat_interleave(repeats)
+        super().__init__(head, buffers, [((weight.T * factor[:, None]).T, bias * factor + offset)])
+
+        new, colours = partial(buffers.new, dtype=buffers.state), (channels, m)
+        self.weights, means, self.sharpness, self.slopes = self.out.split(sizes, 1)
+        self.unnormalized, self.log_weights, self.x = new(buffers.b, m), new(buffers.b, m), new(buffers.b, channels)
+        # for all colours; −1 / scale and 1 / scale
+        self.within, self.signed = new(buffers.b, channels * m), new(2, buffers.b, channels * m)
+        self.masses, self.terms = new(buffers.b, m, head.levels), new(2, buffers.b, m, head.levels)
+        self.likeliest, self.log_probs = new(buffers.b, 1, head.levels), new(buffers.b, head.levels)
+
+        self.values = head.centred(head.values[:, 0]).to(buffers.state)
+        self.ends = torch.stack([self.values + 0.5, self.values - 0.5])[:, None, None]  # (2 1 1 v): upper and lower
+        self.ends[0, ..., -1], self.ends[1, ..., 0] = FAR, -FAR
+        self.bounded = torch.ones_like(self.values)
+        self.bounded[0] = self.bounded[-1] = 0
+
+        means, within, signed = (x.unflatten(-1, colours)[..., None] for x in (means, self.within, self.signed))
+        slopes = self.slopes.split([k * m for k in range(channels)], 1)
+        self.colours = [
+            (means[:, k], within[:, k], signed[:, :, k], slopes[k].unflatten(1, (k, m)).mT) for k in range(channels)
+        ]
 
     def step(self, u: Tensor, g: int = 0) -> None:
-        torch.clamp_min(u, 0, out=self.u)
-        torch.addmm(self.first[1], self.u, self.first[0], out=self.hidden).relu_()
-        torch.addmm(self.last[1], self.hidden.to(self.out.dtype), self.last[0], out=self.out)
-        self.log_weights, self.colours = self.head.unpack(self.out)
-        self.logistics = self.head.logistics(self.colours[0], self.x)
+        super().step(u, g)
+        self.unnormalized.copy_(self.weights)
+        torch.log_softmax(self.unnormalized, 1, out=self.log_weights)
+        minus, plus = self.signed
+        torch.exp(self.sharpness.clamp_(*SHARPNESS), out=plus)
+        torch.neg(plus, out=minus)
+        torch.expm1(minus, out=self.within).neg_().log_()
+        self.slopes.tanh_()
 
     def logits(self, c: int) -> Tensor:
-        return self.head.table(self.log_weights, *self.logistics)
+        mean, within, signed, _ = self.colours[c]  # (b m 1), signed (2 b m 1)
+        torch.addcmul(self.log_weights[..., None], within, self.bounded, out=self.masses)
+        torch.sub(self.ends, mean, out=self.terms).mul_(signed)
+        F.softplus(self.terms, 1, SOFTPLUS_IS_LINEAR, out=self.terms)
+        term, other = self.terms
+        self.masses.sub_(term).sub_(other)
+        torch.amax(self.masses, 1, keepdim=True, out=self.likeliest)
+        torch.sub(self.masses, self.likeliest, out=term).exp_()
+        return torch.sum(term, 1, out=self.log_probs).log_().add_(self.likeliest[:, 0])
 
     def put(self, c: int, values: Tensor) -> None:
         """Make known the values (b,) of colour c: they move the weights and the means of the colours after it."""
-        if c + 1 < self.head.channels:
-            self.x[:, c] = self.head.centred(values)
-            self.log_weights = self.head.posterior(self.log_weights, self.x[:, c], *self.logistics)
-            self.logistics = self.head.logistics(self.colours[c + 1], self.x)
+        if c + 1 < len(self.colours):
+            weights = self.unnormalized[..., None]
+            torch.gather(self.masses, 2, values[:, None, None].expand(weights.shape), out=weights)  # `logits` left them
+            torch.log_softmax(self.unnormalized, 1, out=self.log_weights)
+            torch.index_select(self.values, 0, values, out=self.x[:, c])
+            mean, *_, slopes = self.colours[c + 1]
+            mean.baddbmm_(slopes, self.x[:, : c + 1, None])

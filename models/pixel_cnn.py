@@ -15,7 +15,17 @@ from torch import Tensor, nn
 from kernels.row_scan import Layers, pack
 from models.base import AutoregressiveModel
 from models.body import Body, JoinScan
-from models.layers import AboveScan, Buffers, ConditionScan, MaskedConv, MaskedLinear, group_slices, packed, with_bias
+from models.layers import (
+    AboveScan,
+    Buffers,
+    ConditionScan,
+    MaskedConv,
+    MaskedLinear,
+    group_slices,
+    packed,
+    windows,
+    with_bias,
+)
 
 
 class ResidualBlocks(Body):
@@ -53,15 +63,15 @@ class ResidualBlocksScan:
 
     def __init__(self, body: ResidualBlocks, buffers: Buffers, width: int, condition: Tensor | None):
         layers, f, groups = body.layers, body.hidden, body.groups
-        self.vertical, self.body, self.width = None, body, width
+        self.vertical, self.body = None, body
         self.row = buffers(width + 2, f, layers=layers)
-        self.taps = buffers.new(layers, buffers.b, width, 3 * f)
         conv_weight = torch.stack([conv.masked_weight() for conv in body.conv])  # (layers out in 2 3)
         self.conv_weight = conv_weight
         above_weight = conv_weight[:, :, :, 0].permute(0, 3, 2, 1).flatten(1, 2).contiguous()
         above_bias = torch.stack([conv.bias for conv in body.conv])[:, None]
-        self.condition = ConditionScan(condition, body.condition_weights())
+        self.condition = ConditionScan(condition, body.condition_weights(), width)
         self.above = AboveScan(buffers, width, above_weight, above_bias, self.condition)
+        self.taps, self.windows = self.above.inputs.unflatten(3, (3, f)), windows(self.row, 3)
 
         down, self.join = [m.steps() for m in body.down], JoinScan(body, buffers, in_place=True)
         (known_u, relu_u), (known_mid, mid) = (buffers.after_ones(n, layers=layers) for n in (2 * f, f))
@@ -97,8 +107,8 @@ class ResidualBlocksScan:
     def begin_row(self, first: bool) -> None:
         if first:
             self.row.zero_()
-        torch.cat([self.row[:, :, k : k + self.width] for k in range(3)], dim=3, out=self.taps)
-        self.above(self.taps)
+        self.taps.copy_(self.windows)
+        self.above()
 
     def packed(self) -> Layers:
         """What the row kernel needs to know."""
@@ -122,7 +132,7 @@ class ResidualBlocksScan:
         ) in self.plan[j][g]:  # fmt: skip
             torch.clamp_min(u, 0, out=relu_out)
             torch.mm(relu_u, down_w, out=row_out).relu_()
-            torch.addmm(above, row, conv_w, out=mid_out).relu_()
+            torch.clamp_min(above.addmm_(row, conv_w), 0, out=mid_out)
             self.join(g, stream, mid, stream, *weights)
         return self.join.end(g)
 

@@ -17,7 +17,7 @@ import kernels
 from kernels.row_scan import Layers, pack
 from models.base import AutoregressiveModel
 from models.body import Body, JoinScan
-from models.layers import AboveScan, Buffers, ConditionScan, MaskedRowConv, group_slices, initialise
+from models.layers import AboveScan, Buffers, ConditionScan, MaskedRowConv, group_slices, initialise, windows
 
 
 class RowLSTMLayer(nn.Module):
@@ -71,7 +71,7 @@ class RowLSTMsScan:
 
     def __init__(self, body: RowLSTMs, buffers: Buffers, width: int, condition: Tensor | None):
         layers, f, groups = body.layers, body.hidden, body.groups
-        self.body, self.width, self.f = body, width, f
+        self.body, self.f = body, f
         gates = group_slices(4 * f, groups, parts=4)
         sort = torch.cat([torch.arange(4 * f)[s] for slices in gates for s in slices])
         input_weight = torch.stack([lstm.input.masked_weight() for lstm in body.lstm])[:, sort]  # (layers 4f 4f+d)
@@ -81,11 +81,11 @@ class RowLSTMsScan:
         self.row = buffers((width + 1) * 2 * f, layers=layers)  # u of the row in hand, after a column of zeros
         known_hidden, self.hidden = buffers.after_ones(width + 2, f, layers=layers)
         self.cell = buffers(width, f, layers=layers, dtype=buffers.state)
-        self.taps = buffers.new(layers, buffers.b, width, 3 * f)
         above_weight = state_weight.permute(0, 3, 2, 1).flatten(1, 2).contiguous()
         above_bias = torch.stack([lstm.input.bias for lstm in body.lstm])[:, None, sort]
-        self.condition = ConditionScan(condition, input_weight[:, :, 4 * f :] if body.given else None)
+        self.condition = ConditionScan(condition, input_weight[:, :, 4 * f :] if body.given else None, width)
         self.above = AboveScan(buffers, width, above_weight, above_bias, self.condition)  # from the row above
+        self.taps, self.windows = self.above.inputs.unflatten(3, (3, f)), windows(self.hidden, 3)
 
         self.join = JoinScan(body, buffers)
         wide, narrow = (group_slices(n, groups) for n in (2 * f, f))
@@ -99,18 +99,18 @@ class RowLSTMsScan:
         self.plan = [[[] for _ in range(groups)] for _ in range(width)]
         for g, ((w,), (n,)) in enumerate(zip(wide, narrow, strict=True)):
             size = n.stop - n.start
-            gate, tanh = buffers(4 * size), buffers(size)
+            tanh = buffers(size)
             columns = slice(4 * n.start, 4 * n.stop)
             for layer in range(layers):
                 weight = input_weight[layer, columns, : 2 * f + w.stop].contiguous().T  # left and known inputs
                 weights = self.join.weights(layer, g)
                 for j in range(width):
+                    gate = above[layer, :, j, columns]
                     self.plan[j][g].append(
                         (
-                            above[layer, :, j, columns],
+                            gate,
                             self.row[layer, :, j * 2 * f : (j + 1) * 2 * f + w.stop],
                             weight,
-                            gate,
                             gate[:, : 3 * size],
                             gate.split(size, dim=1),
                             self.cell[layer, :, j, n],
@@ -130,8 +130,8 @@ class RowLSTMsScan:
     def begin_row(self, first: bool) -> None:
         if first:
             self.hidden.zero_(), self.cell.zero_()
-        torch.cat([self.hidden[:, :, k : k + self.width] for k in range(3)], dim=3, out=self.taps)
-        self.above(self.taps)
+        self.taps.copy_(self.windows)
+        self.above()
 
     def packed(self) -> Layers:
         """What the row kernel needs to know."""
@@ -146,10 +146,10 @@ class RowLSTMsScan:
         """From group g of the stem at column j, in `inputs[j][g]`, to group g of the head's input (b 2f_g)."""
         self.join.begin(g)
         for (
-            above, known, weight, gate, sigmoids, (o, forget, i, candidate), cell, tanh, hidden_out, hidden,
+            gate, known, weight, sigmoids, (o, forget, i, candidate), cell, tanh, hidden_out, hidden,
             u, following, weights,
         ) in self.plan[j][g]:  # fmt: skip
-            torch.addmm(above, known, weight, out=gate)
+            gate.addmm_(known, weight)
             sigmoids.sigmoid_()
             candidate.tanh_()
             cell.mul_(forget).addcmul_(i, candidate)

@@ -15,7 +15,10 @@ from models.layers import state_dtype
 
 
 class Rule:
-    """What chooses values: `load(i)` before a row, then a call for each of its sub-pixels, then `store(i)`."""
+    """What chooses values: `load(i)` before a row, then a call for each of its sub-pixels, then `store(i)`.
+
+    What a call answers holds until the next call: it may be the same memory each time.
+    """
 
     def load(self, i: int) -> None:
         """Row i comes next: what the calls read of it goes to static memory."""
@@ -52,6 +55,16 @@ class Draw(Rule):
 
     def __init__(self, uniforms: Tensor, temperature: float = 1.0):
         self.uniforms, self.temperature, self.row = uniforms, temperature, uniforms[:, :, 0].clone()
+        self.value, self.made = torch.zeros(len(uniforms), dtype=torch.long, device=uniforms.device), None
+
+    def scratch(self, logits: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Memory for (b v) probabilities, sums of them, a number to reach (b 1), which have not reached it (b v-1)."""
+        if self.made is None:
+            p, cdf = logits.new_empty(logits.shape), logits.new_empty(logits.shape)
+            number = logits.new_empty(len(logits), 1, dtype=torch.promote_types(logits.dtype, self.row.dtype))
+            below = logits.new_empty(len(logits), logits.shape[1] - 1, dtype=torch.long)  # as what sums them adds
+            self.made = p, cdf, number, below
+        return self.made
 
     def load(self, i: int) -> None:
         self.row.copy_(self.uniforms[:, :, i])
@@ -65,12 +78,15 @@ class Draw(Rule):
 
     def __call__(self, j: int, g: int, logits: Tensor) -> Tensor:
         if self.temperature == 0:
-            return logits.argmax(1)
+            return torch.argmax(logits, 1, out=self.value)
+        p, cdf, number, below = self.scratch(logits)
         if self.temperature != 1:
-            likeliest = logits.amax(1, keepdim=True)  # subtracted before the division, which may overflow
-            logits = (logits - likeliest) / self.temperature
-        cdf = logits.softmax(1).cumsum(1)
-        return (cdf[:, :-1] <= self.row[:, g, j, None] * cdf[:, -1:]).sum(1)
+            likeliest = torch.amax(logits, 1, keepdim=True, out=p[:, :1])  # before the division, which may overflow
+            logits = torch.sub(logits, likeliest, out=cdf).div_(self.temperature)
+        torch.cumsum(torch.softmax(logits, 1, out=p), 1, out=cdf)
+        torch.mul(self.row[:, g, j, None], cdf[:, -1:], out=number)
+        torch.le(cdf[:, :-1], number, out=below)
+        return torch.sum(below, 1, out=self.value)
 
 
 class Given(Rule):
@@ -105,7 +121,7 @@ class Keep(Rule):
             x = torch.where(known, x.long(), otherwise.given.x)
             known, otherwise = known | otherwise.known, otherwise.otherwise
         self.given, self.known, self.otherwise = Given(x), known, otherwise
-        self.known_row = self.known[:, :, 0].clone()
+        self.known_row, self.value = self.known[:, :, 0].clone(), self.given.x.new_zeros(len(x))
 
     def load(self, i: int) -> None:
         self.given.load(i)
@@ -113,7 +129,8 @@ class Keep(Rule):
         self.otherwise.load(i)
 
     def __call__(self, j: int, g: int, logits: Tensor) -> Tensor:
-        return torch.where(self.known_row[:, g, j], self.given(j, g, logits), self.otherwise(j, g, logits))
+        given, other = self.given(j, g, logits), self.otherwise(j, g, logits)
+        return torch.where(self.known_row[:, g, j], given, other, out=self.value)
 
     def store(self, i: int) -> None:
         self.otherwise.store(i)
@@ -142,14 +159,15 @@ class Record(Rule):
         self.log_prob = new(b)
         self.conditionals = new(b, *model.shape, model.levels) if conditionals else None
         self.row = new(b, model.channels, model.width, model.levels) if conditionals else None
+        self.log_probs, self.of_values = new(b, model.levels), new(b, 1)
 
     def load(self, i: int) -> None:
         self.rule.load(i)
 
     def __call__(self, j: int, g: int, logits: Tensor) -> Tensor:
         values = self.rule(j, g, logits)
-        log_probs = logits.log_softmax(1)
-        self.log_prob += log_probs.gather(1, values[:, None])[:, 0]
+        log_probs = torch.log_softmax(logits, 1, out=self.log_probs)
+        self.log_prob += torch.gather(log_probs, 1, values[:, None], out=self.of_values)[:, 0]
         if self.row is not None:
             self.row[:, g, j] = log_probs
         return values

@@ -8,8 +8,8 @@ every activation once, `FullForward` re-runs the network for each sub-pixel. Noi
 sub-pixel, so that both draw the same images from the same numbers.
 
 What depends on the number of the row is loaded before it and stored after it. In between, rule and row scan read and
-write static memory alone, and do the same in every row but the first: on a GPU one row is captured as a CUDA graph, and
-replayed for the others.
+write static memory alone (`tests/test_one_row.py`), and do the same in every row but the first: on a GPU one row is
+captured as a CUDA graph, and replayed for the others.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -71,7 +71,7 @@ class RowScan:
         return self.head.logits(c)
 
     def put(self, j: int, c: int, values: Tensor) -> None:
-        self.stem.put(j, c, self.scaled[values])
+        torch.index_select(self.scaled, 0, values, out=self.stem.slots[j][c])
         self.head.put(c, values)
 
 

@@ -183,10 +183,11 @@ def test_what_a_row_scan_keeps_does_not_grow_with_the_height(name):
     assert kept(2, 8, 8) == kept(2, 64, 8)
     one, two, three = (kept(2, 8, width) for width in (8, 16, 24))
     f, n = sizes["hidden"], sizes["layers"]
-    a_layer = {"PixelCNN": 6 * f, "GatedPixelCNN": 9 * f, "RowLSTM": 15 * f + 1, "DiagBiLSTM": 23 * f}[name]
-    stem = (4 if name == "GatedPixelCNN" else 2) * f + 4  # the vertical stack begins with it
-    assert two - one == three - two == 2 * 8 * 4 * (n * a_layer + stem)
+    a_layer = {"PixelCNN": 6 * f, "GatedPixelCNN": 8 * f, "RowLSTM": 15 * f + 1, "DiagBiLSTM": 24 * f}[name]
+    stem = 4 * f + 4 + 21  # the rows, and the taps above of each column
+    stack = 10 * f if name == "GatedPixelCNN" else 0  # where it begins; the taps and gates of one layer
+    assert two - one == three - two == 2 * 8 * 4 * (n * a_layer + stem + stack)
     one, two = (kept(2, 8, width, images_last=False) for width in (8, 16))  # as on a GPU
     copied = {"PixelCNN": f, "GatedPixelCNN": 2 * f, "RowLSTM": 4 * f, "DiagBiLSTM": 8 * f}[name]
-    assert two - one == 2 * 8 * 4 * (n * (a_layer - copied) + stem)
+    assert two - one == 2 * 8 * 4 * (n * (a_layer - copied) + stem - 2 * f + stack)
     assert kept(4, 8, 16) - kept(3, 8, 16) == kept(3, 8, 16) - kept(2, 8, 16) > 0

@@ -513,8 +513,10 @@ def test_all_rows_but_the_first_do_the_same_to_the_same_memory(case):
     for net in build(case, channels=3, levels=4, height=4, width=3).nets:
         condition = any_condition(net, 2)
         rules, trace = [Mark(noise(seed, range(2), net.shape)) for seed in (0, 1)], Trace()
+        loop = PixelLoop(net, "cached", rules[0], 2, condition)
+        loop.run()  # a rule makes its memory at its first call
+        trace.rows.clear()
         with trace:
-            loop = PixelLoop(net, "cached", rules[0], 2, condition)
             first = loop.run()
             second = loop.again(rules[1], None if condition is None else condition + 1)
         assert not torch.equal(first, second)
@@ -530,7 +532,7 @@ def test_all_rows_but_the_first_do_the_same_to_the_same_memory(case):
 def test_two_rows_are_captured_in_all_once_something_ran(monkeypatch):
     """Any but the first in the first batch, the first in the second; those after it capture nothing."""
     model, captured = build(CASES["row_lstm"], channels=2, levels=5, height=4), []
-    monkeypatch.setattr(models.sampling, "captured", lambda run: captured.append(run.args[-1]) or run)
+    monkeypatch.setattr(models.sampling, "captured", lambda run, stream: captured.append(run.args[-1]) or run.__call__)
     rules = [Draw(noise(seed, range(2), model.shape)) for seed in range(3)]
     expected = [PixelLoop(model, "cached", rule, 2).run() for rule in rules]
     loop = PixelLoop(model, "cached", Draw(noise(0, range(2), model.shape)), 2)
