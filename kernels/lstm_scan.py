@@ -146,7 +146,7 @@ def lstm_scan_fwd_kernel(
     RESIDENT: tl.constexpr,
     IMAGES: tl.constexpr,
     POSITIONS: tl.constexpr,
-    SPAN: tl.constexpr,  # features of a program
+    ONE: tl.constexpr,  # a program computes one block of features, else all
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     STATE: tl.constexpr,  # the type of sums and cells
@@ -178,8 +178,8 @@ def lstm_scan_fwd_kernel(
         index, had_before = pixel(step - 1, position, direction, h, w, DIAGONAL)
         had_before = had_before & (base >= 0)
         before = base + index * DIRECTIONS
-        for block in range(0, SPAN // BLOCK_N):
-            n = tl.program_id(2) * SPAN + block * BLOCK_N + tl.arange(0, BLOCK_N)
+        for block in range(0, 1 if ONE else tl.cdiv(f, BLOCK_N)):
+            n = (tl.program_id(2) + block) * BLOCK_N + tl.arange(0, BLOCK_N)
             mask = inside[:, None] & (n < f)[None, :]
             at = row[:, None] * (4 * f) + n[None, :]
             o = tl.load(pre + at, mask=mask, other=0.0).to(STATE)
@@ -249,7 +249,7 @@ def lstm_scan_bwd_kernel(
     RESIDENT: tl.constexpr,
     IMAGES: tl.constexpr,
     POSITIONS: tl.constexpr,
-    SPAN: tl.constexpr,
+    ONE: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     STATE: tl.constexpr,
@@ -284,8 +284,8 @@ def lstm_scan_bwd_kernel(
         index, had_before = pixel(step - 1, position, direction, h, w, DIAGONAL)
         had_before = had_before & (base >= 0)
         before = base + index * DIRECTIONS
-        for block in range(0, SPAN // BLOCK_N):
-            n = tl.program_id(2) * SPAN + block * BLOCK_N + tl.arange(0, BLOCK_N)
+        for block in range(0, 1 if ONE else tl.cdiv(f, BLOCK_N)):
+            n = (tl.program_id(2) + block) * BLOCK_N + tl.arange(0, BLOCK_N)
             mask = inside[:, None] & (n < f)[None, :]
             dh = tl.load(d_hidden + row[:, None] * f + n[None, :], mask=mask, other=0.0).to(STATE)
             if RESIDENT:
@@ -345,7 +345,7 @@ def constants(form: Form, f: int, taps: int, directions: int, diagonal: bool, st
         "RESIDENT": form.resident,
         "IMAGES": form.images,
         "POSITIONS": form.positions,
-        "SPAN": form.block_n if form.launches else cdiv(f, form.block_n) * form.block_n,
+        "ONE": form.launches or f <= form.block_n,
         "BLOCK_N": form.block_n,
         "BLOCK_K": form.block_k,
         "STATE": tl.float64 if state == torch.float64 else tl.float32,

@@ -162,16 +162,20 @@ def block(size: int, most: int) -> int:
 
 
 def product_constants(k: int, f: int, itemsize: int) -> dict:
-    """Blocks of `masked_conv_kernel`. Exact products of float32 have no matrix instruction: smaller ones."""
-    few = k < 16
+    """Blocks of `masked_conv_kernel`. Exact products of float32 have no matrix instruction: smaller ones.
+
+    Where sixteen does not divide k or f, each number has a load and an address of its own: twice the threads, and
+    smaller blocks, hold them in registers.
+    """
+    few, odd = k < 16, k % 16 > 0 or f % 16 > 0
     if itemsize > 2:
         return {"FEW": few, "BLOCK_M": 64, "BLOCK_N": block(f, 32), "BLOCK_K": 16, "num_warps": 4, "num_stages": 2}
     return {
         "FEW": few,
         "BLOCK_M": 128,
-        "BLOCK_N": block(f, 128),
-        "BLOCK_K": 32 if few else block(k, 64),
-        "num_warps": 8 if f > 64 else 4,
+        "BLOCK_N": block(f, 64 if f % 16 else 128),
+        "BLOCK_K": 32 if odd else block(k, 64),
+        "num_warps": 8 if f > 64 or odd else 4,
         "num_stages": 3,
     }
 
@@ -182,7 +186,7 @@ def weight_constants(taps: int, k: int, f: int, itemsize: int) -> dict:
     if itemsize > 2:
         sizes = {"BLOCK_M": block(rows, 32), "BLOCK_N": block(f, 32), "BLOCK_P": 16}
         return {**sizes, "num_warps": 4, "num_stages": 2}
-    if k < 16:  # each number of the map is a load of its own
+    if k % 16 or f % 16:  # as above
         return {"BLOCK_M": block(rows, 64), "BLOCK_N": block(f, 64), "BLOCK_P": 32, "num_warps": 8, "num_stages": 3}
     sizes = {"BLOCK_M": block(rows, 64), "BLOCK_N": block(f, 128), "BLOCK_P": 64}
     return {**sizes, "num_warps": 4, "num_stages": 3}
