@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from itertools import product
 from unittest import mock
 
 import torch
@@ -24,7 +25,7 @@ import models
 from kernels.cross_entropy import cross_entropy_backward_op, cross_entropy_op
 from kernels.gate import gate_backward_op, gate_op
 from kernels.jit import triton
-from kernels.lstm_scan import FORMS, lstm_scan_backward_op, lstm_scan_op
+from kernels.lstm_scan import lstm_scan_backward_op, lstm_scan_op
 from kernels.masked_conv import input_gradient_op, masked_conv_op, weight_gradient_op
 from models.rules import Draw, Keep, Record
 from models.sampling import RowKernel
@@ -41,6 +42,10 @@ CONVOLUTIONS = {  # name → rows, columns, live taps, inputs and outputs in wid
 }
 MODELS = ("PixelCNN", "GatedPixelCNN", "RowLSTM", "DiagBiLSTM")
 ROW_FORMS = (16, 16384)  # images: few, and more than the multiprocessors have programs for
+
+
+def short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def run(operation, *arguments):
@@ -104,7 +109,7 @@ def launch_every_width(widths: Iterable[int], gpu=None, dtypes=DTYPES) -> None:
 
     def name(text: str, dtype: torch.dtype) -> None:
         if gpu is not None:
-            gpu.name = f"{text}, {str(dtype).removeprefix('torch.')}"
+            gpu.name = f"{text}, {short(dtype)}"
 
     with each_once():
         for dtype in dtypes:
@@ -128,7 +133,32 @@ def launch_every_width(widths: Iterable[int], gpu=None, dtypes=DTYPES) -> None:
                         kind = "diagonal" if diagonal else "row"
                         name(f"{kind} scan, {extent} positions, {f} features", dtype)
                         launch_scan(empty, f, diagonal, extent)
-                        for form in FORMS:  # of small scans: as the tests ask for them
+                        for form in ("streamed", "launches"):  # of small scans: as the tests ask for them
                             if f <= 20 and extent <= 32:
                                 name(f"{kind} scan, {extent} positions, {f} features, {form}", dtype)
                                 launch_scan(empty, f, diagonal, extent, form)
+
+
+def launch_row_kernels(widths: Iterable[int], gpu=None, dtypes=DTYPES, images=ROW_FORMS, names=MODELS) -> None:
+    """Launch the row kernel as models of these widths do when they sample.
+
+    Of each: few images and many, with a layer's skip and without; drawing alone, and all that a rule can ask for.
+
+    Args:
+        widths, gpu: as above. A width that is no multiple of 16 a group is launched as the next that is.
+    """
+    with each_once(), torch.device("meta"), torch.no_grad():
+        for name, skip, f, mixtures, dtype in product(names, (False, True), widths, (0, 10), dtypes):
+            sizes = {"channels": 3, "levels": 256, "height": 2, "width": 8, "hidden": f, "layers": 2, "skip": skip}
+            head = {"head": "logistic_mixture", "mixtures": mixtures} if mixtures else {}
+            model = models.build({"_target_": f"models.{name}", **sizes, "head_features": 1024, **head}).to(dtype)
+            for b, everything in product(images, (False, True)):
+                x, values = torch.empty(b, *model.shape), torch.empty(b, 3, 8, dtype=torch.long)
+                rule = Draw(x)
+                if everything:
+                    rule = Record(model, Keep(x, x > 0, rule), b, conditionals=True)
+                if gpu is not None:
+                    what = f"{'all rules' if everything else 'draw'}{', skip' if skip else ''}"
+                    head_name = "mixture" if mixtures else "softmax"
+                    gpu.name = f"row kernel {name}, {f} features, {head_name}, {b} images, {what}, {short(dtype)}"
+                RowKernel(model, b, None, rule, values).program.run()

@@ -37,7 +37,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kernels.jit import cdiv, jit, launch, next_power_of_2, tl
+from kernels.jit import cdiv, jit, launch, next_power_of_2, tl, triton
 
 FORMS = ("resident", "streamed", "launches")
 
@@ -57,26 +57,35 @@ class Form(NamedTuple):
 def form_of(f: int, taps: int, extent: int, itemsize: int, backward: bool, name: str = "auto") -> Form:
     """The form for f features, so many taps and positions, and numbers of `itemsize` bytes.
 
-    The blocks are the largest that leave no register on the stack: `python -m kernels.report` compiles them.
+    The blocks are the largest that leave no register on the stack: `python -m kernels.report` compiles them. Where
+    sixteen does not divide f, each number has a load and an address of its own, and registers hold smaller ones.
 
     Raises:
-        ValueError: there is no such form, or a program that walks all steps cannot hold so many positions.
+        ValueError: there is no such form, or it is not for this size.
     """
     padded, all_taps = max(16, next_power_of_2(f)), next_power_of_2(taps)
     positions = min(64, next_power_of_2(extent))
     images = max(1, 16 // positions)  # a matrix product has at least 16 rows
-    half = itemsize == 2
+    half, even = itemsize == 2, f % 16 == 0
+    # Without matrix instructions all operands are in registers: not all weights at once.
+    fits = half and even and 4 * all_taps * padded**2 * itemsize <= 65536 and images * positions * padded <= 2048
     if name == "auto":
-        fits = half and 4 * all_taps * padded**2 * itemsize <= 65536 and images * positions * padded <= 2048
         name = "launches" if extent > 64 or f > 256 else "resident" if fits else "streamed"
     if name not in FORMS or (name != "launches" and extent > positions):
         raise ValueError(
             f"form={name!r} is not allowed for {extent} positions: launches is, up to 64 also resident and streamed"
         )
     if name == "resident":
+        if not fits and not triton.knobs.runtime.interpret:
+            raise ValueError(
+                f"form={name!r} is not allowed for {f} features of {itemsize} bytes at {extent} positions: "
+                "their weights do not fit in a program"
+            )
         return Form(True, False, images, positions, padded, all_taps * padded, 8 if positions * padded >= 2048 else 4)
     if not half:
-        block_n, block_k, warps = 16, 16, 4  # without matrix instructions, all operands are in registers
+        block_n, block_k, warps = 16, 16, 4
+    elif not even:
+        block_n, block_k, warps = 32, 64, 8
     elif name == "launches" or not backward:
         block_n, block_k, warps = 32, 128, 8
     else:

@@ -182,11 +182,11 @@ def product_constants(k: int, f: int, itemsize: int) -> dict:
 
 def weight_constants(taps: int, k: int, f: int, itemsize: int) -> dict:
     """Blocks of `masked_conv_weight_kernel`."""
-    rows = taps * k
+    rows, odd = taps * k, k % 16 > 0 or f % 16 > 0
     if itemsize > 2:
         sizes = {"BLOCK_M": block(rows, 32), "BLOCK_N": block(f, 32), "BLOCK_P": 16}
-        return {**sizes, "num_warps": 4, "num_stages": 2}
-    if k % 16 or f % 16:  # as above
+        return {**sizes, "num_warps": 8 if odd else 4, "num_stages": 2}
+    if odd:  # as above
         return {"BLOCK_M": block(rows, 64), "BLOCK_N": block(f, 64), "BLOCK_P": 32, "num_warps": 8, "num_stages": 3}
     sizes = {"BLOCK_M": block(rows, 64), "BLOCK_N": block(f, 128), "BLOCK_P": 64}
     return {**sizes, "num_warps": 4, "num_stages": 3}
