@@ -184,7 +184,7 @@ def product_constants(k: int, f: int, itemsize: int) -> dict:
         "BLOCK_M": 128,
         "BLOCK_N": block(f, 64 if f % 16 else 128),
         "BLOCK_K": 32 if odd else block(k, 64),
-        "num_warps": 8 if f > 64 or odd else 4,
+        "num_warps": 8 if f % 16 or f > (32 if odd else 64) else 4,
         "num_stages": 3,
     }
 

@@ -83,7 +83,7 @@ SIZES = [  # b h w k f
 every_size = pytest.mark.parametrize("size", SIZES, ids=lambda s: "b{}-h{}-w{}-k{}-f{}".format(*s))
 
 
-# A GPU's programs cannot hold all weights in float32.
+# On a GPU, no program holds all weights in float32.
 forms = [form for form in FORMS if form != "resident" or DEVICE.type == "cpu"]
 every_form = pytest.mark.parametrize("form", forms)
 
@@ -144,6 +144,15 @@ def test_more_positions_than_one_program_has():
     for form in ("resident", "streamed", "nonsense"):  # programs that walk all steps do not wait for each other
         with pytest.raises(ValueError, match=f"form='{form}' is not allowed for 66 positions"):
             form_of(2, 3, 66, 4, False, form)
+
+
+def test_weights_that_fill_a_program_are_not_resident(monkeypatch):
+    monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
+    assert form_of(32, 2, 28, 2, False).resident
+    for f, itemsize in ((32, 4), (40, 2), (512, 2)):
+        assert not form_of(f, 2, 28, itemsize, False).resident
+        with pytest.raises(ValueError, match=f"form='resident' is not allowed for {f} features of {itemsize} bytes"):
+            form_of(f, 2, 28, itemsize, False, "resident")
 
 
 @pytest.mark.skipif(DEVICE.type == "cuda", reason="a float64 product is the interpreter's affair")
