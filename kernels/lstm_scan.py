@@ -85,7 +85,7 @@ def form_of(f: int, taps: int, extent: int, itemsize: int, backward: bool, name:
     if not half:
         block_n, block_k, warps = 16, 16, 4
     elif not even:
-        block_n, block_k, warps = 32, 64, 8
+        block_n, block_k, warps = 32 if backward else 16, 64, 8
     elif name == "launches" or not backward:
         block_n, block_k, warps = 32, 128, 8
     else:

@@ -183,7 +183,7 @@ def product_constants(k: int, f: int, itemsize: int) -> dict:
         "FEW": few,
         "BLOCK_M": 128,
         "BLOCK_N": block(f, 64 if f % 16 else 128),
-        "BLOCK_K": 32 if odd else block(k, 64),
+        "BLOCK_K": 32 if few else block(k, 32 if odd or f <= 32 else 64),
         "num_warps": 8 if f % 16 or f > (32 if odd else 64) else 4,
         "num_stages": 3,
     }
