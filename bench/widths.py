@@ -135,9 +135,6 @@ def launch_every_width(
             for c in (1, 3):
                 name(f"convolution 7×7 mask A, {c} → {2 * f}", dtype)
                 launch_convolution(empty, 4, 7, 24 + (c > 1), c, 2 * f, False, of_image=True)
-            for features in (32, 1024):
-                name(f"convolution 1×1 head, {2 * f} → {features}", dtype)
-                launch_convolution(empty, 1, 1, 1, 2 * f, features, True)
             for pixels in (1, 3, 16):
                 name(f"gate, {f} features", dtype)
                 u = empty(pixels, 2 * f)

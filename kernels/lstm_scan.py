@@ -86,10 +86,10 @@ def form_of(f: int, taps: int, extent: int, itemsize: int, backward: bool, name:
         block_n, block_k, warps = 16, 16, 4
     elif not even:
         block_n, block_k, warps = 32 if backward else 16, 64, 8
-    elif name == "launches" or not backward:
-        block_n, block_k, warps = 32, 128, 8
+    elif backward:
+        block_n, block_k, warps = 32 if name == "launches" else 128 if images * positions <= 32 else 64, 128, 8
     else:
-        block_n, block_k, warps = 128 if images * positions <= 32 else 64, 128, 8
+        block_n, block_k, warps = 64 if images * positions <= 32 else 32, 128, 8
     return Form(False, name == "launches", images, positions, min(block_n, padded), min(block_k, padded), warps)
 
 

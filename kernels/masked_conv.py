@@ -170,15 +170,24 @@ def block(size: int, most: int) -> int:
     return max(16, min(most, next_power_of_2(size)))
 
 
+def by_number(k: int, f: int) -> dict:
+    """Options where sixteen does not divide k or f, so that each number has a load and an address of its own.
+
+    They are many. Without being told how many registers there are, the assembler puts some on the stack to make room
+    for another program. A stem, whose k is a few colours, is left to it.
+    """
+    return {"maxnreg": 255} if f % 16 or (k >= 16 and k % 16) else {}
+
+
 def product_constants(k: int, f: int, itemsize: int) -> dict:
     """Blocks of `masked_conv_kernel`. Exact products of float32 have no matrix instruction: smaller ones.
 
-    Where sixteen does not divide k or f, each number has a load and an address of its own: twice the threads, and
-    smaller blocks, hold them in registers.
+    Where each number has an address of its own (`by_number`), more threads and smaller blocks hold them in registers.
     """
     few, odd = k < 16, k % 16 > 0 or f % 16 > 0
     if itemsize > 2:
-        return {"FEW": few, "BLOCK_M": 64, "BLOCK_N": block(f, 32), "BLOCK_K": 16, "num_warps": 4, "num_stages": 2}
+        sizes = {"BLOCK_M": 64, "BLOCK_N": block(f, 32), "BLOCK_K": 16}
+        return {"FEW": few, **sizes, "num_warps": 4, "num_stages": 2, **by_number(k, f)}
     return {
         "FEW": few,
         "BLOCK_M": 128,
@@ -186,17 +195,19 @@ def product_constants(k: int, f: int, itemsize: int) -> dict:
         "BLOCK_K": 32 if few else block(k, 32 if odd or f <= 32 else 64),
         "num_warps": 8 if f % 16 or f > (32 if odd else 64) else 4,
         "num_stages": 3,
+        **by_number(k, f),
     }
 
 
 def weight_constants(taps: int, k: int, f: int, itemsize: int) -> dict:
     """Blocks of `masked_conv_weight_kernel`."""
-    rows, odd = taps * k, k % 16 > 0 or f % 16 > 0
+    rows, options = taps * k, by_number(k, f)
     if itemsize > 2:
         sizes = {"BLOCK_M": block(rows, 32), "BLOCK_N": block(f, 32), "BLOCK_P": 16}
-        return {**sizes, "num_warps": 4, "num_stages": 2}
-    if odd:  # as above
-        return {"BLOCK_M": block(rows, 64), "BLOCK_N": block(f, 64), "BLOCK_P": 32, "num_warps": 8, "num_stages": 3}
+        return {**sizes, "num_warps": 4, "num_stages": 2, **options}
+    if k % 16 or f % 16:
+        sizes = {"BLOCK_M": block(rows, 64), "BLOCK_N": block(f, 64), "BLOCK_P": 32}
+        return {**sizes, "num_warps": 8, "num_stages": 3, **options}
     sizes = {"BLOCK_M": block(rows, 64), "BLOCK_N": block(f, 128), "BLOCK_P": 64}
     return {**sizes, "num_warps": 4, "num_stages": 3}
 
