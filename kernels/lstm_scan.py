@@ -37,7 +37,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kernels.jit import cdiv, jit, launch, next_power_of_2, tl
+from kernels.jit import cdiv, jit, launch, next_power_of_2, tl, triton
 
 FORMS = ("resident", "streamed", "launches")
 
@@ -57,30 +57,39 @@ class Form(NamedTuple):
 def form_of(f: int, taps: int, extent: int, itemsize: int, backward: bool, name: str = "auto") -> Form:
     """The form for f features, so many taps and positions, and numbers of `itemsize` bytes.
 
-    The blocks are the largest that leave no register on the stack: `python -m bench.compile` compiles them.
+    The blocks are the largest that leave no register on the stack: `python -m bench.compile` compiles them. Where
+    sixteen does not divide f, each number has a load and an address of its own, and registers hold smaller ones.
 
     Raises:
-        ValueError: there is no such form, or a program that walks all steps cannot hold so many positions.
+        ValueError: there is no such form, or it is not for this size.
     """
     padded, all_taps = max(16, next_power_of_2(f)), next_power_of_2(taps)
     positions = min(64, next_power_of_2(extent))
     images = max(1, 16 // positions)  # a matrix product has at least 16 rows
-    half = itemsize == 2
+    half, even = itemsize == 2, f % 16 == 0
+    # Without matrix instructions all operands are in registers: not all weights at once.
+    fits = half and even and 4 * all_taps * padded**2 * itemsize <= 65536 and images * positions * padded <= 2048
     if name == "auto":
-        fits = half and 4 * all_taps * padded**2 * itemsize <= 65536 and images * positions * padded <= 2048
         name = "launches" if extent > 64 or f > 256 else "resident" if fits else "streamed"
     if name not in FORMS or (name != "launches" and extent > positions):
         raise ValueError(
             f"form={name!r} is not allowed for {extent} positions: launches is, up to 64 also resident and streamed"
         )
     if name == "resident":
+        if not fits and not triton.knobs.runtime.interpret:
+            raise ValueError(
+                f"form={name!r} is not allowed for {f} features of {itemsize} bytes at {extent} positions: "
+                "their weights do not fit in a program"
+            )
         return Form(True, False, images, positions, padded, all_taps * padded, 8 if positions * padded >= 2048 else 4)
     if not half:
-        block_n, block_k, warps = 16, 16, 4  # without matrix instructions, all operands are in registers
-    elif name == "launches" or not backward:
-        block_n, block_k, warps = 32, 128, 8
+        block_n, block_k, warps = 16, 16, 4
+    elif not even:
+        block_n, block_k, warps = 32 if backward else 16, 64, 8
+    elif backward:
+        block_n, block_k, warps = 32 if name == "launches" else 128 if images * positions <= 32 else 64, 128, 8
     else:
-        block_n, block_k, warps = 128 if images * positions <= 32 else 64, 128, 8
+        block_n, block_k, warps = 64 if images * positions <= 32 else 32, 128, 8
     return Form(False, name == "launches", images, positions, min(block_n, padded), min(block_k, padded), warps)
 
 
@@ -146,7 +155,7 @@ def lstm_scan_fwd_kernel(
     RESIDENT: tl.constexpr,
     IMAGES: tl.constexpr,
     POSITIONS: tl.constexpr,
-    SPAN: tl.constexpr,  # features of a program
+    ONE: tl.constexpr,  # a program computes one block of features, else all
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     STATE: tl.constexpr,  # the type of sums and cells
@@ -178,8 +187,8 @@ def lstm_scan_fwd_kernel(
         index, had_before = pixel(step - 1, position, direction, h, w, DIAGONAL)
         had_before = had_before & (base >= 0)
         before = base + index * DIRECTIONS
-        for block in range(0, SPAN // BLOCK_N):
-            n = tl.program_id(2) * SPAN + block * BLOCK_N + tl.arange(0, BLOCK_N)
+        for block in range(0, 1 if ONE else tl.cdiv(f, BLOCK_N)):
+            n = (tl.program_id(2) + block) * BLOCK_N + tl.arange(0, BLOCK_N)
             mask = inside[:, None] & (n < f)[None, :]
             at = row[:, None] * (4 * f) + n[None, :]
             o = tl.load(pre + at, mask=mask, other=0.0).to(STATE)
@@ -249,7 +258,7 @@ def lstm_scan_bwd_kernel(
     RESIDENT: tl.constexpr,
     IMAGES: tl.constexpr,
     POSITIONS: tl.constexpr,
-    SPAN: tl.constexpr,
+    ONE: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     STATE: tl.constexpr,
@@ -284,8 +293,8 @@ def lstm_scan_bwd_kernel(
         index, had_before = pixel(step - 1, position, direction, h, w, DIAGONAL)
         had_before = had_before & (base >= 0)
         before = base + index * DIRECTIONS
-        for block in range(0, SPAN // BLOCK_N):
-            n = tl.program_id(2) * SPAN + block * BLOCK_N + tl.arange(0, BLOCK_N)
+        for block in range(0, 1 if ONE else tl.cdiv(f, BLOCK_N)):
+            n = (tl.program_id(2) + block) * BLOCK_N + tl.arange(0, BLOCK_N)
             mask = inside[:, None] & (n < f)[None, :]
             dh = tl.load(d_hidden + row[:, None] * f + n[None, :], mask=mask, other=0.0).to(STATE)
             if RESIDENT:
@@ -345,7 +354,7 @@ def constants(form: Form, f: int, taps: int, directions: int, diagonal: bool, st
         "RESIDENT": form.resident,
         "IMAGES": form.images,
         "POSITIONS": form.positions,
-        "SPAN": form.block_n if form.launches else cdiv(f, form.block_n) * form.block_n,
+        "ONE": form.launches or f <= form.block_n,
         "BLOCK_N": form.block_n,
         "BLOCK_K": form.block_k,
         "STATE": tl.float64 if state == torch.float64 else tl.float32,

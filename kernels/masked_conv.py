@@ -53,6 +53,17 @@ def tap_of(k_tap, ROWS: tl.constexpr, COLUMNS: tl.constexpr, TURNED: tl.constexp
         return di, dj
 
 
+@jit
+def place_of(pixel, h, w):
+    """The row of all images, in 64 bits, then the row and the column of pixels.
+
+    There are fewer than 2³¹ pixels, and a division of 64-bit numbers is a call of a function.
+    """
+    pixel = pixel.to(tl.int32)
+    line = pixel // w
+    return line.to(tl.int64), line % h, pixel % w
+
+
 @jit(varying=("pixels", "h", "w_in", "w_out"))
 def masked_conv_kernel(
     u,  # (b h w_in k)
@@ -81,8 +92,7 @@ def masked_conv_kernel(
 ):
     m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    line = m // w_out  # row of all images
-    i, j = (line % h).to(tl.int32), (m % w_out).to(tl.int32)
+    line, i, j = place_of(m, h, w_out)
     centre = (line * w_in + j) * k
     total = tl.zeros((BLOCK_M, BLOCK_N), SUM)
     blocks = tl.cdiv(TAPS * k, BLOCK_K) if FEW else TAPS * tl.cdiv(k, BLOCK_K)
@@ -143,8 +153,7 @@ def masked_conv_weight_kernel(
     total = tl.zeros((BLOCK_M, BLOCK_N), SUM)
     for block in range(0, pixels_of_part // BLOCK_P):
         p = first + block * BLOCK_P + tl.arange(0, BLOCK_P)
-        line = p // w_out
-        i, j = (line % h).to(tl.int32), (p % w_out).to(tl.int32)
+        line, i, j = place_of(p, h, w_out)
         y, x = i[None, :] + di[:, None], j[None, :] + dj[:, None]
         inside = (y >= 0) & (y < h) & (x >= 0) & (x < w_in) & (p < pixels)[None, :] & (m < TAPS * k)[:, None]
         a = tl.load(u + ((line * w_in + j) * k)[None, :] + offset[:, None], mask=inside, other=0.0)  # (m p)
@@ -161,29 +170,44 @@ def block(size: int, most: int) -> int:
     return max(16, min(most, next_power_of_2(size)))
 
 
+def by_number(k: int, f: int) -> dict:
+    """Options where sixteen does not divide k or f, so that each number has a load and an address of its own.
+
+    They are many. Without being told how many registers there are, the assembler puts some on the stack to make room
+    for another program. A stem, whose k is a few colours, is left to it.
+    """
+    return {"maxnreg": 255} if f % 16 or (k >= 16 and k % 16) else {}
+
+
 def product_constants(k: int, f: int, itemsize: int) -> dict:
-    """Blocks of `masked_conv_kernel`. Exact products of float32 have no matrix instruction: smaller ones."""
-    few = k < 16
+    """Blocks of `masked_conv_kernel`. Exact products of float32 have no matrix instruction: smaller ones.
+
+    Where each number has an address of its own (`by_number`), more threads and smaller blocks hold them in registers.
+    """
+    few, odd = k < 16, k % 16 > 0 or f % 16 > 0
     if itemsize > 2:
-        return {"FEW": few, "BLOCK_M": 64, "BLOCK_N": block(f, 32), "BLOCK_K": 16, "num_warps": 4, "num_stages": 2}
+        sizes = {"BLOCK_M": 64, "BLOCK_N": block(f, 32), "BLOCK_K": 16}
+        return {"FEW": few, **sizes, "num_warps": 4, "num_stages": 2, **by_number(k, f)}
     return {
         "FEW": few,
         "BLOCK_M": 128,
-        "BLOCK_N": block(f, 128),
-        "BLOCK_K": 32 if few else block(k, 64),
-        "num_warps": 8 if f > 64 else 4,
+        "BLOCK_N": block(f, 64 if f % 16 else 128),
+        "BLOCK_K": 32 if few else block(k, 32 if odd or f <= 32 else 64),
+        "num_warps": 8 if f % 16 or f > (32 if odd else 64) else 4,
         "num_stages": 3,
+        **by_number(k, f),
     }
 
 
 def weight_constants(taps: int, k: int, f: int, itemsize: int) -> dict:
     """Blocks of `masked_conv_weight_kernel`."""
-    rows = taps * k
+    rows, options = taps * k, by_number(k, f)
     if itemsize > 2:
         sizes = {"BLOCK_M": block(rows, 32), "BLOCK_N": block(f, 32), "BLOCK_P": 16}
-        return {**sizes, "num_warps": 4, "num_stages": 2}
-    if k < 16:  # each number of the map is a load of its own
-        return {"BLOCK_M": block(rows, 64), "BLOCK_N": block(f, 64), "BLOCK_P": 32, "num_warps": 8, "num_stages": 3}
+        return {**sizes, "num_warps": 4, "num_stages": 2, **options}
+    if k % 16 or f % 16:
+        sizes = {"BLOCK_M": block(rows, 64), "BLOCK_N": block(f, 64), "BLOCK_P": 32}
+        return {**sizes, "num_warps": 8, "num_stages": 3, **options}
     sizes = {"BLOCK_M": block(rows, 64), "BLOCK_N": block(f, 128), "BLOCK_P": 64}
     return {**sizes, "num_warps": 4, "num_stages": 3}
 
@@ -197,6 +221,7 @@ def product(u: Tensor, weight: Tensor, bias: Tensor | None, seen: Tensor | None,
     (b, h, w_out, f), (taps, k, _), (rows, columns) = shape, weight.shape, kernel
     out = u.new_empty(shape)
     pixels = b * h * w_out
+    assert pixels < 2**31
     if pixels:
         constants = product_constants(k, f, u.element_size())
         grid = cdiv(pixels, constants["BLOCK_M"]), cdiv(f, constants["BLOCK_N"])
@@ -238,6 +263,7 @@ def _(d_out, u, weight, relu, live):
 def weight_gradient_op(d_out: Tensor, u: Tensor, weight: Tensor, relu: bool, live: int) -> Tensor:
     (b, h, w_out, f), (w_in, k), (rows, columns) = d_out.shape, u.shape[2:], weight.shape[2:]
     u, d_out, pixels = u.contiguous(), d_out.to(u.dtype).contiguous(), b * h * w_out
+    assert pixels < 2**31
     d_weight = weight.new_zeros(weight.shape)
     if pixels:
         constants = weight_constants(live, k, f, u.element_size())

@@ -84,6 +84,11 @@ SIZES = [  # b h w k f
 every_size = pytest.mark.parametrize("size", SIZES, ids=lambda s: "b{}-h{}-w{}-k{}-f{}".format(*s))
 
 
+# On a GPU, no program holds all weights in float32.
+forms = [form for form in FORMS if form != "resident" or DEVICE.type == "cpu"]
+every_form = pytest.mark.parametrize("form", forms)
+
+
 def in_form(form):
     """The scans of kernels.lstm_scan in one form: (diagonal, row)."""
 
@@ -108,13 +113,13 @@ def row_inputs(b, h, w, k, f, n=3):
     return u, input_weight / k**0.5, bias, state_weight / f**0.5
 
 
-@pytest.mark.parametrize("form", FORMS)
+@every_form
 @every_size
 def test_diagonal_scan(size, form):
     check(in_form(form)[0], diagonal_lstm_reference, diagonal_inputs(*size), strange=size[0] == 3)
 
 
-@pytest.mark.parametrize("form", FORMS)
+@every_form
 @every_size
 def test_row_scan(size, form):
     check(in_form(form)[1], row_lstm_reference, row_inputs(*size), strange=size[0] == 3)
@@ -142,8 +147,17 @@ def test_more_positions_than_one_program_has():
             form_of(2, 3, 66, 4, False, form)
 
 
+def test_weights_that_fill_a_program_are_not_resident(monkeypatch):
+    monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
+    assert form_of(32, 2, 28, 2, False).resident
+    for f, itemsize in ((32, 4), (40, 2), (512, 2)):
+        assert not form_of(f, 2, 28, itemsize, False).resident
+        with pytest.raises(ValueError, match=f"form='resident' is not allowed for {f} features of {itemsize} bytes"):
+            form_of(f, 2, 28, itemsize, False, "resident")
+
+
 @pytest.mark.skipif(DEVICE.type == "cuda", reason="a float64 product is the interpreter's affair")
-@pytest.mark.parametrize("form", FORMS)
+@every_form
 def test_scans_equal_finite_differences(form):
     for scan, inputs in zip(in_form(form), (diagonal_inputs(1, 2, 2, 1, 1), row_inputs(1, 2, 2, 1, 1)), strict=True):
         assert torch.autograd.gradcheck(scan, [x.requires_grad_() for x in inputs], fast_mode=True)
