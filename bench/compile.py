@@ -41,6 +41,7 @@ import models
 from bench.measure import build
 from bench.stand_in import TARGETS, Compiled, StandIn, Variant, compile_all
 from bench.training import ON_A_GPU
+from bench.widths import launch_every_level, launch_every_width, launch_row_kernels
 from kernels.jit import triton
 from kernels.lstm_scan import lstm_scan
 from models.rules import Draw, Given, Keep, Record
@@ -161,13 +162,21 @@ def short(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def variants(only: str = "") -> list[Variant]:
-    """Every kernel in every configuration that is used, or those whose `title` holds a text."""
+def variants(only: str = "", widths: range | None = None) -> list[Variant]:
+    """Every kernel in every configuration that is used, or those whose `title` holds a text.
+
+    Args:
+        widths: with models of all these hidden widths, too.
+    """
     with StandIn() as gpu:
         for launches in (scans, convolutions, elementwise, training_steps, rows):
             for gpu.name, run in launches():
                 if only.split(": ")[0] in gpu.name:
                     run()
+        if widths:
+            launch_every_width(gpu, widths)
+            launch_every_level(gpu, range(2, 1025))
+            launch_row_kernels(gpu, [f for f in widths if f in (16, 48, 128, 384, 512)])
     return [variant for variant in gpu.variants if only in title(variant)]
 
 
@@ -351,6 +360,7 @@ def main(argv: list[str] | None = None) -> int:
     options.add_argument("--target", choices=NVIDIA, action="append", help="(all)")
     options.add_argument("--only", default="", metavar="TEXT", help="kernels whose name holds this text")
     options.add_argument("--set", nargs="+", default=[], metavar="NAME=N", help="another constant or option")
+    options.add_argument("--widths", type=int, metavar="N", help="models of every hidden width up to N too: an hour")
     options.add_argument("--json", type=Path, metavar="FILE", help="also write the rows there")
     args = options.parse_args(argv)
     if triton is None or os.environ.get("TRITON_INTERPRET") == "1":
@@ -359,7 +369,7 @@ def main(argv: list[str] | None = None) -> int:
         if not re.fullmatch(r"\w+=\d+", text):
             options.error(f"--set: {text!r} is not allowed: NAME=N is, N an integer")
     other = {name: int(value) for name, value in (text.split("=") for text in args.set)}
-    chosen = [changed(variant, other) for variant in variants(args.only)]
+    chosen = [changed(variant, other) for variant in variants(args.only, args.widths and range(1, args.widths + 1))]
     if not chosen:
         options.error(f"--only: no kernel's name holds {args.only!r}")
     rows = judge(chosen, args.target or NVIDIA)

@@ -168,8 +168,8 @@ class LogisticMixtureHeadScan(HeadScan):
         m, channels, sizes = head.mixtures, head.channels, head.sizes
         weight, bias = (x.to(buffers.state) for x in head.last.steps()[0])
         repeats = torch.tensor(sizes, device=bias.device)
-        factor = bias.new_tensor([1, head.highest, -1, 1]).repeat_interleave(repeats)
-        offset = bias.new_tensor([0, 0, -math.log(head.highest), 0]).repeat_interleave(repeats)
+        factor = bias.new_tensor([1, head.highest, -1, 1]).repeat_interleave(repeats, output_size=sum(sizes))
+        offset = bias.new_tensor([0, 0, -math.log(head.highest), 0]).repeat_interleave(repeats, output_size=sum(sizes))
         super().__init__(head, buffers, [((weight.T * factor[:, None]).T, bias * factor + offset)])
 
         new, colours = partial(buffers.new, dtype=buffers.state), (channels, m)

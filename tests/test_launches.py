@@ -22,8 +22,6 @@ pytestmark = [
     pytest.mark.skipif(torch.cuda.is_available(), reason="the fake is for machines without a GPU"),
 ]
 FAKE = REPOSITORY / "tests/fake_gpu"
-TESTS = {"gpu": ["tests/test_gpu.py"], "interpreter": ["tests/test_triton.py", "tests/test_row_kernel.py"]}
-BENCHMARKS = "kernels", "training", "sampling"
 
 
 def on_the_fake_gpu(out: Path, *command: str, index: int = 0, everywhere: bool = False, **others) -> subprocess.Popen:
@@ -47,40 +45,49 @@ def pytest_on_the_fake_gpu(out: Path, *arguments: str, **others) -> subprocess.P
     return on_the_fake_gpu(out, *plugin, *arguments, **others)
 
 
-@pytest.fixture(scope="module")
-def launched(tmp_path_factory) -> dict:
-    """name → (exit status, text) of each process, and "variants": what they launched, each variant once."""
-    out = tmp_path_factory.mktemp("launched")
-    running = {name: pytest_on_the_fake_gpu(out, *files) for name, files in TESTS.items()}
-    results = {name: (process.communicate()[0], process.returncode) for name, process in running.items()}
-    for name in BENCHMARKS:
-        command = ["-m", f"bench.{name}", "--quick", "--device", "cuda", "--out", str(out / name)]
-        process = on_the_fake_gpu(out, *command, everywhere=True)
-        results[name] = (process.communicate()[0], process.returncode)
-    found = [variant for file in out.glob("*.pickle") for variant in pickle.loads(file.read_bytes())]
-    return {**results, "variants": list({variant.key: variant for variant in found}.values())}
-
-
-@pytest.mark.parametrize("name", [*TESTS, *BENCHMARKS])
-def test_it_runs_to_its_end(launched, name):
-    text, status = launched[name]
-    assert status == 0, text[-5000:]
-    if name == "gpu":  # else: tests that a GPU has no float64 for
-        assert "skipped" not in text
-
-
-def test_all_that_is_launched_compiles_and_keeps_the_rules(launched):
-    """No register on the stack, no more shared memory than there is, …: the rules of `bench.compile`."""
+def compiled(out: Path) -> list[dict]:
+    """What was launched, each variant once, compiled and held against the rules of `bench.compile`."""
     from bench.compile import judge
 
-    assert {variant.kernel for variant in launched["variants"]} == {
-        *(f"{kernel}_{way}_kernel" for kernel in ("lstm_scan", "cross_entropy", "gate") for way in ("fwd", "bwd")),
-        *("masked_conv_kernel", "masked_conv_weight_kernel", "row_scan_kernel"),
-    }
-    rows = judge(launched["variants"], ["sm_90"])
-    assert len(rows) > 250
+    found = [variant for file in out.glob("*.pickle") for variant in pickle.loads(file.read_bytes())]
+    return judge(list({variant.key: variant for variant in found}.values()), ["sm_90"])
+
+
+def assert_unbroken(rows: list[dict]) -> None:
+    """No register on the stack, no more shared memory than there is, …"""
     broken = [f"{row['kernel']}: {', '.join(row['broken'])}" for row in rows if row["broken"]]
     assert not broken, "\n".join(broken)
+
+
+@pytest.mark.parametrize(
+    ("file", "kernels"),
+    [
+        ("test_gpu", "lstm_scan_fwd lstm_scan_bwd masked_conv masked_conv_weight cross_entropy_fwd gate_bwd row_scan"),
+        ("test_triton", "lstm_scan_fwd lstm_scan_bwd masked_conv masked_conv_weight cross_entropy_bwd gate_fwd"),
+        ("test_row_kernel", "row_scan gate_fwd masked_conv lstm_scan_fwd"),
+    ],
+)
+def test_tests_run_to_their_end(tmp_path, file, kernels):
+    """And what they launch, which is at least these kernels, compiles and keeps the rules."""
+    process = pytest_on_the_fake_gpu(tmp_path, f"tests/{file}.py")
+    text = process.communicate()[0]
+    assert process.returncode == 0, text[-5000:]
+    if file == "test_gpu":  # else: some are about the interpreter alone
+        assert "skipped" not in text
+    rows = compiled(tmp_path)
+    assert {f"{kernel}_kernel" for kernel in kernels.split()} <= {row["kernel"].split(": ")[-1] for row in rows}
+    assert_unbroken(rows)
+
+
+@pytest.mark.parametrize("name", ["kernels", "training", "sampling"])
+def test_benchmarks_run_to_their_end(tmp_path, name):
+    command = ["-m", f"bench.{name}", "--quick", "--device", "cuda", "--out", str(tmp_path / "results")]
+    process = on_the_fake_gpu(tmp_path, *command, everywhere=True)
+    text = process.communicate()[0]
+    assert process.returncode == 0, text[-5000:]
+    rows = compiled(tmp_path)
+    assert rows
+    assert_unbroken(rows)
 
 
 @pytest.mark.parametrize("index", [0, 1])
