@@ -25,6 +25,7 @@ from functools import partial
 from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
+from unittest import mock
 
 import torch
 
@@ -203,8 +204,9 @@ def in_processes(function, *arguments: Iterable) -> list:
     """`map`, in as many processes as there are cores; each imports Triton anew, not in the interpreter."""
     work = list(zip(*arguments, strict=True))
     workers = max(1, min(len(work), len(os.sched_getaffinity(0))))
-    # A fresh process has no threads of torch that a fork would copy.
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+    # A fresh process has no threads of torch that a fork would copy; it has the environment of now.
+    with mock.patch.dict(os.environ), ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        os.environ.pop("TRITON_INTERPRET", None)
         return list(pool.map(partial(_call, function), work, chunksize=1))
 
 

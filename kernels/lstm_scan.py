@@ -69,6 +69,7 @@ def form_of(f: int, taps: int, extent: int, itemsize: int, backward: bool, name:
     half, even = itemsize == 2, f % 16 == 0
     # Without matrix instructions all operands are in registers: not all weights at once.
     fits = half and even and 4 * all_taps * padded**2 * itemsize <= 65536 and images * positions * padded <= 2048
+    fits = fits and not (backward and all_taps * padded**2 > 1024)  # which reads all taps of four gates at once
     if name == "auto":
         name = "launches" if extent > 64 or f > 256 else "resident" if fits else "streamed"
     if name not in FORMS or (name != "launches" and extent > positions):

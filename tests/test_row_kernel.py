@@ -80,7 +80,11 @@ def test_more_images_than_a_program_has(name):
     assert len(drawn.flatten(1).unique(dim=0)) > 9
 
 
-@pytest.mark.parametrize("form", {form_for(b, size) for b in (1, 9999) for size in (2, 4)}, ids=str)
+# In the interpreter also those of bfloat16, which it has not: on a GPU their blocks are too large for float32.
+FORMS = sorted({form_for(b, size) for b in (1, 9999) for size in ((2, 4) if DEVICE.type == "cpu" else (4,))})
+
+
+@pytest.mark.parametrize("form", FORMS, ids=str)
 @every_net
 def test_every_form(case, form, monkeypatch):
     monkeypatch.setattr(kernels.row_scan, "form_for", lambda b, itemsize: form)
