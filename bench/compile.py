@@ -158,6 +158,23 @@ def training_steps() -> Launches:
         yield title, partial(run, name, side, channels, levels, hidden, head)
 
 
+def float64() -> Launches:
+    """Small models in float64: a training step, and a row of what they draw."""
+
+    def run(target: str, head: str) -> None:
+        sizes = {"channels": 3, "levels": 8, "height": 9, "width": 7, "hidden": 18, "layers": 1, "head": head}
+        model = models.build({"_target_": f"models.{target}", **sizes}).double()
+        x = torch.zeros(2, *model.shape, dtype=torch.long)
+        with kernels.use("triton"):
+            model(x).sum().backward()
+        RowKernel(model.eval(), 2, None, Draw(x.double()), x[:, :, 0].contiguous()).program.run()
+
+    for target, head in product(
+        ("PixelCNN", "GatedPixelCNN", "RowLSTM", "DiagBiLSTM"), ("softmax", "logistic_mixture")
+    ):
+        yield f"{target}, {head}, float64", partial(run, target, head)
+
+
 def short(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
@@ -169,7 +186,7 @@ def variants(only: str = "", widths: range | None = None) -> list[Variant]:
         widths: with models of all these hidden widths, too.
     """
     with StandIn() as gpu:
-        for launches in (scans, convolutions, elementwise, training_steps, rows):
+        for launches in (scans, convolutions, elementwise, training_steps, rows, float64):
             for gpu.name, run in launches():
                 if only.split(": ")[0] in gpu.name:
                     run()

@@ -174,9 +174,9 @@ def by_number(k: int, f: int) -> dict:
     """Options where sixteen does not divide k or f, so that each number has a load and an address of its own.
 
     They are many. Without being told how many registers there are, the assembler puts some on the stack to make room
-    for another program. A stem, whose k is a few colours, is left to it.
+    for another program.
     """
-    return {"maxnreg": 255} if f % 16 or (k >= 16 and k % 16) else {}
+    return {"maxnreg": 255} if k % 16 or f % 16 else {}
 
 
 def product_constants(k: int, f: int, itemsize: int) -> dict:

@@ -41,7 +41,17 @@ def on_the_fake_gpu(out: Path, *command: str, index: int = 0, everywhere: bool =
 
 
 def pytest_on_the_fake_gpu(out: Path, *arguments: str, **others) -> subprocess.Popen:
-    plugin = ["-m", "pytest", "-p", "tests.fake_gpu.plugin", "--assert=plain", "-p", "no:cacheprovider", "-q"]
+    plugin = [
+        "-m",
+        "pytest",
+        "-p",
+        "tests.fake_gpu.plugin",
+        "--assert=plain",
+        "-p",
+        "no:cacheprovider",
+        "-o",
+        "addopts=-q",
+    ]
     return on_the_fake_gpu(out, *plugin, *arguments, **others)
 
 

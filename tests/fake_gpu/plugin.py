@@ -1,4 +1,4 @@
-"""Tests on the fake GPU: `python -m pytest -p tests.fake_gpu.plugin --assert=plain tests/test_gpu.py`.
+"""Tests on the fake GPU: `python -m pytest -n0 -p tests.fake_gpu.plugin --assert=plain tests/test_gpu.py`.
 
 Numbers mean nothing there. So the tests' own assertions are left out, and comparisons find everything equal: every test
 runs to its end, past what would have failed. What fails is code that a GPU's driver, Triton or torch would not have
