@@ -30,7 +30,7 @@ from models.rules import Draw
 from models.sampling import PixelLoop
 
 SCAN = (16, 32, 33, 128)  # b h w f: the paper's CIFAR-10 size
-QUICK_SCAN = (1, 3, 4, 2)
+QUICK_SCAN = (1, 3, 4, 16)
 ROUNDS = 10  # launches of a scan between two events: one alone takes no longer than the host needs for it
 
 

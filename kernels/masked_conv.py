@@ -186,7 +186,7 @@ def product_constants(k: int, f: int, itemsize: int) -> dict:
     """
     few, odd = k < 16, k % 16 > 0 or f % 16 > 0
     if itemsize > 2:
-        sizes = {"BLOCK_M": 64, "BLOCK_N": block(f, 32), "BLOCK_K": 16}
+        sizes = {"BLOCK_M": 256 // itemsize, "BLOCK_N": block(f, 128 // itemsize), "BLOCK_K": 16}
         return {"FEW": few, **sizes, "num_warps": 4, "num_stages": 2, **by_number(k, f)}
     return {
         "FEW": few,
@@ -203,7 +203,7 @@ def weight_constants(taps: int, k: int, f: int, itemsize: int) -> dict:
     """Blocks of `masked_conv_weight_kernel`."""
     rows, options = taps * k, by_number(k, f)
     if itemsize > 2:
-        sizes = {"BLOCK_M": block(rows, 32), "BLOCK_N": block(f, 32), "BLOCK_P": 16}
+        sizes = {"BLOCK_M": block(rows, 128 // itemsize), "BLOCK_N": block(f, 128 // itemsize), "BLOCK_P": 16}
         return {**sizes, "num_warps": 4, "num_stages": 2, **options}
     if k % 16 or f % 16:
         sizes = {"BLOCK_M": block(rows, 64), "BLOCK_N": block(f, 64), "BLOCK_P": 32}
