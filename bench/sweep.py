@@ -13,7 +13,7 @@ Legend: b batch · h w rows, columns · f features.
 
 import argparse
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 
 from bench.figures import QUICK_SCAN, ROUNDS, SCAN, on_a_gpu, pixel_cnn, scan_launches, timed_row_kernel, times_of
@@ -36,25 +36,25 @@ def no_room(error: Exception) -> bool:
     return type(error).__name__ in ("OutOfResources", "PTXASError")
 
 
-def scan(size: tuple, form: str, backward: bool, changes: dict, about: dict, args: argparse.Namespace) -> list[dict]:
+def where_it_fits(about: dict, measure: Callable[[], list[dict]]) -> list[dict]:
+    """What `measure` finds, or the row that says that there is no room."""
     try:
-        launches, steps = scan_launches(size, backward, form, **changes)
-        ms = times_of(launches.again, args, ROUNDS)
+        return measure()
     except Exception as error:
         if no_room(error):
             return [{**about, "no_room": text_of(error)}]
         raise
+
+
+def scan(size: tuple, form: str, backward: bool, changes: dict, about: dict, args: argparse.Namespace) -> list[dict]:
+    launches, steps = scan_launches(size, backward, form, **changes)
+    ms = times_of(launches.again, args, ROUNDS)
     return [{**about, "ms": spread(ms), "step_us": spread(ms, 1e3 / steps)["median"], **launches.compiled()}]
 
 
 def rows(b: int, changes: dict, about: dict, args: argparse.Namespace) -> list[dict]:
     model = pixel_cnn(args)
-    try:
-        out = timed_row_kernel(model, b, args, changes)
-    except Exception as error:
-        if no_room(error):
-            return [{**about, "no_room": text_of(error)}]
-        raise
+    out = timed_row_kernel(model, b, args, changes)
     ms = {key: value * model.width if key != "repeats" else value for key, value in out.pop("measured").items()}
     seconds = ms["median"] * model.height / 1e3
     return [{**about, "ms": ms, "pixel_ms": ms["median"] / model.width, "images_per_second": b / seconds, **out}]
@@ -100,7 +100,7 @@ def main(argv: list[str] | None = None) -> int:
     results = Results(args, columns)
     for name in args.names:
         for about, measure in SWEEPS[name](args):
-            results.case(about, measure)
+            results.case(about, partial(where_it_fits, about, measure))
     table("One launch of a kernel, by how it is cut", results.rows, columns)
     return results.finish()
 

@@ -9,7 +9,8 @@ import pytest
 
 pytest.importorskip("triton", reason="Triton is for Linux")
 
-from bench.compile import hasty_copies, main, narrow_addresses, unguarded
+from bench.compile import main
+from bench.compiled_text import hasty_copies, narrow_addresses, unguarded
 
 
 def report(*arguments):
