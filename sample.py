@@ -11,6 +11,7 @@ from einops import rearrange
 from PIL import Image
 from torch import Tensor
 
+from checks import check
 from conf.command import run
 from data.arrays import open_integers
 from data.given import read_images
@@ -18,7 +19,6 @@ from data.splits import SPLITS
 from evaluate import check_writable, choose_device, dataset_of
 from models.base import ImageModel
 from models.checkpoint import find, read, rebuild, write_atomically
-from models.layers import check
 from models.sampling import batches
 from output import NpyFile, PngFolder, digest, rank_and_world, share
 from report import Bar, commit, version

@@ -3,6 +3,7 @@
 import inspect
 from collections.abc import Mapping
 
+from checks import check_one_of, one_of
 from models.diag_bilstm import DiagBiLSTM
 from models.gated_pixel_cnn import GatedPixelCNN
 from models.multi_scale import MultiScale
@@ -20,18 +21,17 @@ def build(config: Mapping):
             nothing nested, is ever instantiated, so a config from an untrusted checkpoint is safe.
 
     Raises:
-        ValueError: for an unknown class, an unknown, missing or wrong argument; names it and what is allowed.
+        ValueError: for an unknown class, an unknown, missing or wrong argument; names it and what was expected.
     """
     arguments = {str(key): value for key, value in config.items()}
     target = arguments.pop("_target_", None)
     allowed = {f"models.{name}": globals()[name] for name in __all__}
-    if not isinstance(target, str) or target not in allowed:
-        raise ValueError(f"_target_={target!r} is no model: one of {', '.join(allowed)} is")
+    check_one_of("_target_", target, allowed)
     parameters = inspect.signature(allowed[target]).parameters
     for name in arguments:
         if name not in parameters:
-            raise ValueError(f"{name!r} is no argument of {target}: {', '.join(parameters)} are")
+            raise ValueError(f"{target}: expected {one_of(parameters)}, found {name!r}")
     missing = [n for n, p in parameters.items() if p.default is p.empty and n not in arguments]
     if missing:
-        raise ValueError(f"{target} needs {', '.join(missing)}")
+        raise ValueError(f"{target}: expected {', '.join(missing)} too, found none")
     return allowed[target](**arguments)

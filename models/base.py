@@ -16,9 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from checks import check, check_one_of
 from models.body import Body
 from models.head import SoftmaxHead
-from models.layers import MaskedConv, check, check_one_of, state_dtype
+from models.layers import MaskedConv, state_dtype
 from models.logistic_mixture import LogisticMixtureHead
 
 HEADS = ("softmax", "logistic_mixture")
@@ -60,12 +61,12 @@ class ImageModel(nn.Module):
     def check(self, x: Tensor) -> Tensor:
         """Return `x` (b c h w) if it holds images of this model, raise ValueError otherwise."""
         if x.dim() != 4 or x.shape[1:] != self.shape or x.is_floating_point() or x.is_complex():
-            given = f"{tuple(x.shape)} of {x.dtype}"
-            raise ValueError(f"x is {given}: integers of shape (b, {', '.join(map(str, self.shape))}) are allowed")
+            expected, found = f"integers (b, {', '.join(map(str, self.shape))})", f"{tuple(x.shape)} of {x.dtype}"
+            raise ValueError(f"x: expected {expected}, found {found}")
         if x.numel():
             low, high = (int(n) for n in x.aminmax())
             if low < 0 or high >= self.levels:
-                raise ValueError(f"x has values from {low} to {high}: 0 to {self.levels - 1} are allowed")
+                raise ValueError(f"x: expected values from 0 to {self.levels - 1}, found {low} to {high}")
         return x
 
     def check_condition(self, b: int, label: Tensor | None = None, cond: Tensor | None = None) -> None:
@@ -73,13 +74,13 @@ class ImageModel(nn.Module):
         check_label(self.classes, b, label)
         expected = (b, self.map_features, self.height, self.width)
         if self.map_features and cond is None:
-            raise ValueError(f"cond is missing: the model is conditioned on maps {expected}")
+            raise ValueError(f"cond: expected maps {expected}, which the model is conditioned on; found none")
         if not self.map_features and cond is not None:
-            raise ValueError("cond is given, but the model was built without map_features")
+            raise ValueError("cond: expected none, as the model was built without map_features")
         if cond is not None and not isinstance(cond, Tensor):
-            raise ValueError(f"cond is a {type(cond).__name__}: a tensor is allowed")
+            raise ValueError(f"cond: expected a tensor, found a {type(cond).__name__}")
         if cond is not None and (tuple(cond.shape) != expected or not cond.is_floating_point()):
-            raise ValueError(f"cond is {tuple(cond.shape)} of {cond.dtype}: {expected} of floats is allowed")
+            raise ValueError(f"cond: expected floats {expected}, found {tuple(cond.shape)} of {cond.dtype}")
 
     def forward(self, x: Tensor, label: Tensor | None = None, cond: Tensor | None = None) -> Tensor:
         """Images (b c h w), not checked → nats of each (b,): the loss of training."""
@@ -226,19 +227,18 @@ class AutoregressiveModel(ImageModel):
 def check_label(classes: int, b: int, label: Tensor | None) -> None:
     """Raise ValueError unless `label` (b,) is of a model with so many classes (0: none)."""
     if not classes and label is not None:
-        raise ValueError("label is given, but the model was built without classes")
+        raise ValueError("label: expected none, as the model was built without classes")
     if classes and label is None:
-        raise ValueError(f"label is missing: the model is conditioned on {classes} classes")
+        raise ValueError(f"label: expected one of {classes} classes, which the model is conditioned on; found none")
     if label is None:
         return
     if not isinstance(label, Tensor):
-        raise ValueError(f"label is a {type(label).__name__}: a tensor of {b} integers is allowed")
+        raise ValueError(f"label: expected a tensor of {b} integers, found a {type(label).__name__}")
     if tuple(label.shape) != (b,) or label.is_floating_point() or label.dtype == torch.bool:
-        raise ValueError(f"label is {tuple(label.shape)} of {label.dtype}: integers of shape ({b},) are allowed")
+        raise ValueError(f"label: expected integers ({b},), found {tuple(label.shape)} of {label.dtype}")
     if label.numel() and not 0 <= int(label.min()) <= int(label.max()) < classes:
-        raise ValueError(
-            f"label has values from {int(label.min())} to {int(label.max())}: 0 to {classes - 1} are allowed"
-        )
+        low, high = int(label.min()), int(label.max())
+        raise ValueError(f"label: expected values from 0 to {classes - 1}, found {low} to {high}")
 
 
 def bits_per_dim(nats: Tensor | float, shape: tuple[int, int, int]):

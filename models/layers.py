@@ -9,8 +9,7 @@ Everything is channels last: features (b h w f). A kernel keeps only its rows up
 the taps right of the centre are masked.
 """
 
-import math
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -320,18 +319,3 @@ class MaskedConvScan:
         """What the row kernel needs to know."""
         product = pack(self.taps[None], None, group_slices(len(self.taps), self.groups))
         return Stem(product, self.rows[:, self.reach].flatten(1), self.above[:, :, self.skipped :], self.reach)
-
-
-def check(name: str, value, kind: type, low, high=math.inf) -> None:
-    """Raise ValueError unless `value` is a `kind` in [low, high]."""
-    right = isinstance(value, kind) or (kind is float and isinstance(value, int))
-    if isinstance(value, bool) != (kind is bool) or not right or not low <= value <= high:
-        names = {int: "an integer", float: "a number", bool: "true or false"}
-        limits = "" if kind is bool else f" of at least {low}" if high == math.inf else f" from {low} to {high}"
-        raise ValueError(f"{name}={value!r} is not allowed: {names[kind]}{limits} is")
-
-
-def check_one_of(name: str, value, allowed: Collection) -> None:
-    """Raise ValueError unless `value` is one of `allowed`."""
-    if not isinstance(value, str) or value not in allowed:
-        raise ValueError(f"{name}={value!r} is not allowed: {' or '.join(allowed)} is")

@@ -15,10 +15,10 @@ mass is lost on images that disagree with the smaller one: p(x) is then no norma
 import torch
 from torch import Tensor, nn
 
+from checks import check, check_one_of, unexpected
 from models.base import AutoregressiveModel, ImageModel, Stage
 from models.diag_bilstm import DiagBiLSTM
 from models.gated_pixel_cnn import GatedPixelCNN
-from models.layers import check, check_one_of
 from models.pixel_cnn import PixelCNN
 from models.row_lstm import RowLSTM
 
@@ -99,7 +99,7 @@ class MultiScale(ImageModel):
         for name, value in (("height", height), ("width", width)):
             check(name, value, int, 1)
             if value % 2**doublings:
-                raise ValueError(f"{name}={value} is not allowed: a multiple of 2^doublings = {2**doublings} is")
+                raise unexpected(name, value, f"a multiple of 2^doublings = {2**doublings}")
         self.channels, self.levels, self.height, self.width = channels, levels, height, width
         self.classes, self.copy_known, self.only_base = classes, copy_known, train == "base"
         shared = {"residual": residual, "skip": skip, "head": head, "head_features": head_features}

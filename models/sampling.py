@@ -21,11 +21,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from checks import check, check_one_of, unexpected
 from kernels.jit import triton
 from kernels.row_scan import Choice, RowScanProgram
 from models.aligned import aligned
 from models.base import AutoregressiveModel, ImageModel
-from models.layers import Buffers, MaskedConvScan, check, check_one_of, state_dtype
+from models.layers import Buffers, MaskedConvScan, state_dtype
 from models.rules import Draw, Keep, Rule
 
 
@@ -337,7 +338,7 @@ def batches(
     check("bf16", bf16, bool, False)
     method = method_for(model.nets[0], method)
     if bf16 and method == "cached-triton" and model.device.type != "cuda":
-        raise ValueError("bf16=True is not allowed with method='cached-triton' in Triton's interpreter: it has none")
+        raise unexpected("bf16", bf16, "false with method='cached-triton' in Triton's interpreter, which has none")
     label = torch.full((n,), label) if isinstance(label, int) else label
     model.check_condition(n, label, cond)
     if uniforms is not None:
@@ -347,7 +348,7 @@ def batches(
         check_known(model, n, *known)
     images = range(n) if images is None else images
     if len(images) != n or any(not isinstance(k, int) or k < 0 for k in images):
-        raise ValueError(f"images={images!r} is not allowed: n={n} integers of at least 0 are")
+        raise unexpected("images", images, f"n={n} integers of at least 0")
     model = deepcopy(model).bfloat16() if bf16 else model
     loops: dict[tuple[int, int], PixelLoop] = {}
 
@@ -387,16 +388,17 @@ def check_uniforms(uniforms: list[Tensor], shapes: list[tuple[int, ...]]) -> Non
     """Raise ValueError unless these are uniform numbers of these shapes."""
     given = [tuple(numbers.shape) for numbers in uniforms]
     if given != shapes:
-        raise ValueError(f"uniforms are {', '.join(map(str, given))}: {', '.join(map(str, shapes))} is allowed")
+        raise ValueError(f"uniforms: expected {', '.join(map(str, shapes))}, found {', '.join(map(str, given))}")
     for numbers in uniforms:
         if not ((numbers >= 0) & (numbers < 1)).all():
-            raise ValueError(f"uniforms reach from {numbers.min()} to {numbers.max()}: [0, 1) is allowed")
+            raise ValueError(f"uniforms: expected [0, 1), found numbers from {numbers.min()} to {numbers.max()}")
 
 
 def check_known(model: ImageModel, n: int, x: Tensor, mask: Tensor) -> None:
     """Raise ValueError unless x and mask are n images of the model and which of their sub-pixels are known."""
     if len(x) != n or mask.shape != x.shape:
-        raise ValueError(f"known images are {tuple(x.shape)}, their mask {tuple(mask.shape)}: {n} of each are needed")
+        found = f"{tuple(x.shape)} and {tuple(mask.shape)}"
+        raise ValueError(f"known: expected {n} images and a mask of their shape, found {found}")
     if mask.dtype != torch.bool:
-        raise ValueError(f"the mask of known sub-pixels is {mask.dtype}: torch.bool is allowed")
+        raise ValueError(f"known: expected a mask of torch.bool, found {mask.dtype}")
     model.check(x)

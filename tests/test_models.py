@@ -462,18 +462,18 @@ LABEL, MAP = {"classes": 3}, {"map_features": 2}
 
 @every_target
 @pytest.mark.parametrize("made, wrong, named", [
-    (LABEL, {}, ["label is missing", "3 classes"]),
-    (LABEL, {"label": torch.tensor([0, 3])}, ["label", "from 0 to 3", "0 to 2"]),
-    (LABEL, {"label": torch.tensor([-1, 2])}, ["label", "from -1 to 2", "0 to 2"]),
-    (LABEL, {"label": torch.tensor([255, 2], dtype=torch.uint8)}, ["label", "from 2 to 255", "0 to 2"]),
+    (LABEL, {}, ["label: expected one of 3 classes", "found none"]),
+    (LABEL, {"label": torch.tensor([0, 3])}, ["label", "found 0 to 3", "0 to 2"]),
+    (LABEL, {"label": torch.tensor([-1, 2])}, ["label", "found -1 to 2", "0 to 2"]),
+    (LABEL, {"label": torch.tensor([255, 2], dtype=torch.uint8)}, ["label", "found 2 to 255", "0 to 2"]),
     (LABEL, {"label": torch.tensor([1])}, ["label", "(1,)", "(2,)"]),
     (LABEL, {"label": torch.tensor(1)}, ["label", "()", "(2,)"]),
     (LABEL, {"label": torch.tensor([[0, 1]])}, ["label", "(1, 2)", "(2,)"]),
     (LABEL, {"label": torch.tensor([0.0, 1.0])}, ["label", "float32", "integers"]),
     (LABEL, {"label": torch.tensor([True, False])}, ["label", "bool", "integers"]),
     (LABEL, {"label": [0, 1]}, ["label", "list", "tensor"]),
-    ({}, {"label": torch.tensor([0, 1])}, ["label is given", "without classes"]),
-    ({}, {"cond": torch.zeros(2, 2, 4, 6)}, ["cond is given", "without map_features"]),
+    ({}, {"label": torch.tensor([0, 1])}, ["label: expected none", "without classes"]),
+    ({}, {"cond": torch.zeros(2, 2, 4, 6)}, ["cond: expected none", "without map_features"]),
 ], ids=[
     "missing", "too_high", "negative", "uint8", "number", "scalar", "dimensions", "float", "bool", "list",
     "no_classes", "no_maps",
@@ -484,7 +484,7 @@ def test_a_wrong_condition_is_refused_with_its_value_and_what_is_allowed(case, m
 
 @every_net
 @pytest.mark.parametrize("wrong, named", [
-    ({}, ["cond is missing", "(2, 2, 4, 6)"]),
+    ({}, ["cond: expected maps (2, 2, 4, 6)", "found none"]),
     ({"cond": torch.zeros(2, 2, 6, 4)}, ["cond", "(2, 2, 6, 4)", "(2, 2, 4, 6)"]),
     ({"cond": torch.zeros(2, 3, 4, 6)}, ["cond", "(2, 3, 4, 6)", "(2, 2, 4, 6)"]),
     ({"cond": torch.zeros(1, 2, 4, 6)}, ["cond", "(1, 2, 4, 6)", "(2, 2, 4, 6)"]),
@@ -592,7 +592,7 @@ def test_a_wrong_number_of_map_features_is_refused(case, wrong, named):
 def test_a_missing_argument_is_named(case, name):
     arguments = config(case)
     del arguments[name]
-    with pytest.raises(ValueError, match=rf"needs .*{name}"):
+    with pytest.raises(ValueError, match=rf"expected .*{name}.* too"):
         models.build(arguments)
 
 

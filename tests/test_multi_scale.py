@@ -318,7 +318,7 @@ def test_the_paper_s_form_is_not_the_default():
     ({"doublings": 3}, ["height=4", "multiple", "= 8"]),
     ({"doublings": 0}, ["doublings=0", "from 1 to 30"]),
     ({"doublings": 1.0}, ["doublings=1.0", "integer"]),
-    ({"base": "transformer"}, ["base='transformer'", "pixel_cnn or gated_pixel_cnn or row_lstm or diag_bilstm"]),
+    ({"base": "transformer"}, ["base='transformer'", "pixel_cnn, gated_pixel_cnn, row_lstm or diag_bilstm"]),
     ({"base": "multi_scale"}, ["base='multi_scale'", "pixel_cnn"]),
     ({"base": None}, ["base=None", "pixel_cnn"]),
     ({"conditional": "PixelCNN"}, ["conditional='PixelCNN'", "pixel_cnn"]),

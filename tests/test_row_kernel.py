@@ -138,7 +138,7 @@ def test_it_scores_what_is_drawn():
 
 @pytest.mark.skipif(DEVICE.type == "cuda", reason="the interpreter has no bfloat16")
 def test_bfloat16_is_refused_in_the_interpreter():
-    with pytest.raises(ValueError, match="bf16=True is not allowed with method='cached-triton' in Triton's interp"):
+    with pytest.raises(ValueError, match="bf16=True: expected false with method='cached-triton' in Triton's interp"):
         sample(small(CASES["pixel_cnn"]), 1, method="cached-triton", bf16=True)
 
 

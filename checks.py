@@ -1,0 +1,31 @@
+"""Checks of arguments, with one wording for all parts of the project: "NAME=VALUE: expected …"."""
+
+import math
+from collections.abc import Collection
+
+KINDS = {int: "an integer", float: "a number", bool: "true or false"}
+
+
+def unexpected(name: str, value: object, expected: str) -> ValueError:
+    """The error to raise for an argument `name` that is not as expected."""
+    return ValueError(f"{name}={value!r}: expected {expected}")
+
+
+def check(name: str, value: object, kind: type, low: float, high: float = math.inf) -> None:
+    """Raise ValueError unless `value` is an int, float or bool, as `kind` says, from `low` to `high`."""
+    right = isinstance(value, kind) or (kind is float and isinstance(value, int))
+    if isinstance(value, bool) != (kind is bool) or not right or not low <= value <= high:
+        limits = "" if kind is bool else f" of at least {low}" if high == math.inf else f" from {low} to {high}"
+        raise unexpected(name, value, KINDS[kind] + limits)
+
+
+def check_one_of(name: str, value: object, allowed: Collection[str]) -> None:
+    """Raise ValueError unless `value` is one of `allowed`."""
+    if not isinstance(value, str) or value not in allowed:
+        raise unexpected(name, value, one_of(allowed))
+
+
+def one_of(names: Collection[str]) -> str:
+    """Join names as in a sentence: a, b or c."""
+    *before, last = names
+    return f"{', '.join(before)} or {last}" if before else last
