@@ -363,12 +363,13 @@ def test_a_kernel_that_does_not_fit_is_no_failure(measured, monkeypatch):
     monkeypatch.setattr(sweep, "pixel_cnn", lambda args: None)
     for name in ("scan_launches", "timed_row_kernel"):
         monkeypatch.setattr(sweep, name, too_large)
-    arguments = {"scan": ((1, 3, 4, 2), "streamed", True), "rows": (1,)}[measured]
-    rows = getattr(sweep, measured)(*arguments, {}, {"kernel": "a"}, None)
-    assert rows == [{"kernel": "a", "no_room": "OutOfResources: shared memory, Required: 300000"}]
+    about, arguments = {"kernel": "a"}, {"scan": ((1, 3, 4, 2), "streamed", True), "rows": (1,)}[measured]
+    measure = partial(getattr(sweep, measured), *arguments, {}, about, None)
+    said = [{"kernel": "a", "no_room": "OutOfResources: shared memory, Required: 300000"}]
+    assert sweep.where_it_fits(about, measure) == said
     monkeypatch.setattr(sweep, "no_room", lambda error: False)
     with pytest.raises(OutOfResources):
-        getattr(sweep, measured)(*arguments, {}, {"kernel": "a"}, None)
+        sweep.where_it_fits(about, measure)
 
 
 def test_what_fails_beside_something_else_leaves_the_other_s_times():
