@@ -28,6 +28,11 @@ def backend_for(x: Tensor, backend: str | None = None) -> str:
     return backend
 
 
+def in_use() -> str | None:
+    """The form that `use` says, or None."""
+    return chosen
+
+
 @contextmanager
 def use(backend: str | None) -> Iterator[None]:
     """Within, every operation takes this form, wherever its tensors are."""

@@ -18,9 +18,11 @@ from torch import Tensor, nn
 
 from checks import check, check_one_of
 from models.body import Body
-from models.head import SoftmaxHead
-from models.layers import MaskedConv, state_dtype
+from models.features import Stretch
+from models.in_row import Network, Weights
+from models.layers import MaskedConv, side_by_side, state_dtype
 from models.logistic_mixture import LogisticMixtureHead
+from models.softmax import SoftmaxHead
 
 HEADS = ("softmax", "logistic_mixture")
 
@@ -180,8 +182,10 @@ class AutoregressiveModel(ImageModel):
         self.channels, self.levels, self.height, self.width = channels, levels, height, width
         self.classes, self.map_features = classes, map_features
         d = (hidden if classes else 0) + map_features
-        extra, vertical = self.architecture.extra_columns, self.architecture.vertical * hidden
-        self.stem = MaskedConv("A", 7, channels, 2 * hidden, groups, extra, vertical)
+        vertical = self.architecture.vertical_factor * hidden
+        outputs = [Stretch(vertical, groups, before=True)] if vertical else []
+        outputs.append(Stretch(2 * hidden - vertical, groups))
+        self.stem = MaskedConv("A", 7, Stretch(channels, groups), outputs, self.architecture.extra_columns)
         self.body = self.architecture(hidden, layers, groups, residual, skip, dropout, d)
         if head == "softmax":
             self.head = SoftmaxHead(self.body.features, head_features, channels, levels)
@@ -201,20 +205,29 @@ class AutoregressiveModel(ImageModel):
             parts.append(label.expand(-1, *parts[0].shape[1:3], -1) if parts else label)
         return torch.cat(parts, dim=-1) if parts else None
 
-    def parameters_at(self, x: Tensor, condition: Tensor | None = None) -> Tensor:
+    def in_row(self) -> Network:
+        """The network inside a row, as the cached sampler computes it."""
+        weight, bias, inputs = self.stem.in_row()
+        stem = Weights(weight[None], bias[None], self.stem.outputs, inputs, self.stem.kind)
+        to_head = side_by_side(self.body.to_head) if self.body.skip else None
+        join = side_by_side(self.body.up), to_head, self.body.residual
+        head = side_by_side([self.head.first]), side_by_side([self.head.last])
+        return Network(stem, self.stem.reach, self.body.in_row(), *join, *head)
+
+    def outputs(self, x: Tensor, condition: Tensor | None = None) -> Tensor:
         """The head's parameters of every conditional: images (b c h w) → for `softmax`, logits (b h w c v)."""
         return self.head(self.body(self.stem(self.scale(x.permute(0, 2, 3, 1))), condition))
 
     def nats_at(self, x: Tensor, label: Tensor | None = None, cond: Tensor | None = None) -> Tensor:
         """Images (b c h w), not checked → nats of each pixel (b h w), its colours together."""
-        return self.head.nats(self.parameters_at(x, self.condition(label, cond)), x)
+        return self.head.nats(self.outputs(x, self.condition(label, cond)), x)
 
     def forward(self, x: Tensor, label: Tensor | None = None, cond: Tensor | None = None) -> Tensor:
         return self.nats_at(x, label, cond).sum((1, 2))
 
     def conditionals(self, x: Tensor, label: Tensor | None = None, cond: Tensor | None = None) -> Tensor:
         self.check_condition(len(self.check(x)), label, cond)
-        return self.head.conditionals(self.parameters_at(x, self.condition(label, cond)), x)
+        return self.head.conditionals(self.outputs(x, self.condition(label, cond)), x)
 
     @property
     def nets(self) -> list["AutoregressiveModel"]:

@@ -8,17 +8,16 @@ its own row to the left as well. A layer, with gate([a, b]) = tanh(a) ⊙ σ(b),
     v ← gate(vertical(v))                              2×3, rows i−1 and i, f→2f, no mask: v has not seen row i
     u ← u + up(gate(horizontal(u(i, j−1), u(i, j), v)))     1×3 mask B along the row, f→2f · up 1×1 f→f, mask B
 
-The stem's first f features, which see rows above alone, are v; its others are u. A condition is added to both gates.
+The stem's first f features, which see only rows above, are v; its others are u. A condition is added to both gates.
 """
 
-import torch
 from torch import Tensor, nn
 
 import kernels
-from kernels.row_scan import Layers, pack
 from models.base import AutoregressiveModel
-from models.body import Body, JoinScan
-from models.layers import AboveScan, Buffers, ConditionScan, MaskedRowConv, group_slices, initialise, windows
+from models.body import Body
+from models.in_row import InRow, Vertical, Weights
+from models.layers import MaskedLinear, initialise, left_and_here, side_by_side, stack
 
 
 class VerticalConv(nn.Module):
@@ -37,136 +36,33 @@ class VerticalConv(nn.Module):
 class GatedLayers(Body):
     """The body: `layers` layers, (b h w 2f) → (b h w f)."""
 
-    stream = 1
-    gain = 4.0  # what leaves the gates is small
-    vertical = 1
+    stream_factor = 1
+    vertical_factor = 1
+    gain = 4.0  # gates leave little
 
     def make_layers(self) -> None:
-        f, groups = self.hidden, self.groups
-        self.vertical_conv = nn.ModuleList(VerticalConv(f) for _ in range(self.layers))
-        self.horizontal = nn.ModuleList(
-            MaskedRowConv(f, 2 * f, groups, parts=2, free=f + self.given) for _ in range(self.layers)
-        )
-        self.from_condition = self.conditions(2 * f)
+        before = self.narrow.of_pixels_before()
+        inputs = [before, self.narrow, before, *self.free]  # left, here, the vertical stack, the condition
+        self.vertical_conv = nn.ModuleList(VerticalConv(self.hidden) for _ in range(self.layers))
+        self.horizontal = nn.ModuleList(MaskedLinear(inputs, [self.narrow] * 2) for _ in range(self.layers))
+        self.from_condition = self.conditions(2 * self.hidden)
 
     def forward(self, u: Tensor, condition: Tensor | None = None) -> Tensor:
         v, u = u.chunk(2, dim=-1)
         skips, free = 0, () if condition is None else (condition.expand(*u.shape[:3], -1),)
-        layers = zip(self.vertical_conv, self.horizontal, self.from_condition, strict=True)
-        for layer, (vertical, horizontal, given) in enumerate(layers):
-            v = vertical(v)
-            v = kernels.gate(v if given is None else v + given(condition))
-            u, skips = self.join(layer, u, skips, kernels.gate(horizontal(u, v, *free)))
+        for k in range(self.layers):
+            v = self.vertical_conv[k](v)
+            v = kernels.gate(v if condition is None else v + self.from_condition[k](condition))
+            u, skips = self.join(k, u, skips, kernels.gate(self.horizontal[k](left_and_here(u, v, *free))))
         return u + skips
 
-    def scan(self, buffers: Buffers, width: int, condition: Tensor | None = None) -> "GatedLayersScan":
-        return GatedLayersScan(self, buffers, width, condition)
-
-
-class GatedLayersScan:
-    """All layers at one pixel, group by group.
-
-    Once a row, the whole vertical stack, for all columns, and what it gives the horizontal one: the rows above are all
-    that it sees. A sub-pixel then costs a layer its left and centre tap (one product: they stand side by side in
-    `row`), the gate, and the 1×1 up.
-
-    The horizontal gates are sorted by group here: tanh and σ of group 0, then of group 1, ….
-    """
-
-    def __init__(self, body: GatedLayers, buffers: Buffers, width: int, condition: Tensor | None):
-        layers, f, groups, b = body.layers, body.hidden, body.groups, buffers.b
-        self.body, self.f = body, f
-        gates = group_slices(2 * f, groups, parts=2)
-        sort = torch.cat([torch.arange(2 * f)[s] for slices in gates for s in slices])
-        weight = torch.stack([m.masked_weight() for m in body.horizontal])[:, sort]  # (layers 2f 3f+d)
-
-        self.v = buffers.new(layers + 1, b, 2, width + 2, f)  # the row above and the row in hand, zeros at both ends
-        self.vertical = self.v[0, :, 1, 1:-1]
-        self.row = buffers((width + 1) * f, layers=layers)  # u of the row in hand, after a column of zeros
-        above_weight = weight[:, :, 2 * f : 3 * f].mT.contiguous()
-        above_bias = torch.stack([m.bias for m in body.horizontal])[:, None, sort]
-        self.condition = ConditionScan(condition, weight[:, :, 3 * f :] if body.given else None, width)
-        self.above = AboveScan(buffers, width, above_weight, above_bias, self.condition)  # from the vertical stack
-        # What a layer of the vertical stack reads of each pixel, the same memory for all: both rows' taps, condition.
-        inputs, self.vertical_gates = buffers.new(b, width, 6 * f + body.given), buffers.new(b * width, 2 * f)
-        self.windows = windows(self.v, 3).transpose(2, 3)  # (layers+1 b w 2 3 f)
-        self.taps, self.given = inputs[..., : 6 * f].unflatten(2, (2, 3, f)), inputs[..., 6 * f :]
-        self.vertical_inputs, weights = inputs.flatten(0, 1), [m.weight for m in body.vertical_conv]
-        weights = [torch.stack(weights).permute(0, 3, 4, 2, 1).flatten(1, 3)]  # (layers row·column·f 2f)
-        weights += [body.condition_weights().mT] if body.given else []
-        self.vertical_weight = torch.cat(weights, dim=1)
-        self.vertical_bias = torch.stack([m.bias for m in body.vertical_conv])
-        self.halves = self.vertical_gates.unflatten(0, (b, width)).chunk(2, dim=2)
-
-        self.join = JoinScan(body, buffers)
-        narrow = [s for (s,) in group_slices(f, groups)]
-        known_hidden, hidden = buffers.after_ones(f, layers=layers)
-        above = self.above.out
-
-        def slots(layer: int, j: int, n: slice) -> Tensor:
-            """Features n of u at column j."""
-            return self.row[layer, :, (j + 1) * f + n.start : (j + 1) * f + n.stop]
-
-        self.inputs = [[slots(0, j, n) for n in narrow] for j in range(width)]
-        self.plan = [[[] for _ in range(groups)] for _ in range(width)]
-        for g, n in enumerate(narrow):
-            columns = slice(2 * n.start, 2 * n.stop)
-            for layer in range(layers):
-                left_centre = weight[layer, columns, : f + n.stop].contiguous().T
-                weights = self.join.weights(layer, g)
-                for j in range(width):
-                    both = above[layer, :, j, columns]
-                    self.plan[j][g].append(
-                        (
-                            both,
-                            self.row[layer, :, j * f : (j + 1) * f + n.stop],
-                            left_centre,
-                            *both.chunk(2, dim=1),
-                            hidden[layer, :, n],
-                            known_hidden[layer, :, : 1 + n.stop],
-                            slots(layer, j, n),
-                            slots(layer + 1, j, n) if layer + 1 < layers else self.join.out[g],
-                            weights,
-                        )
-                    )
-
-    def load(self, i: int, condition: Tensor | None) -> None:
-        """What depends on the number of the row in hand goes to where `begin_row` reads it."""
-        self.condition.load(i, condition)
-
-    def begin_row(self, first: bool) -> None:
-        """Called after the stem wrote `vertical` of the row in hand."""
-        if first:
-            self.v[:, :, 0].zero_()
-        if self.condition.given:
-            self.given.copy_(self.condition.row)
-        a, b = self.halves
-        for layer, (weight, bias) in enumerate(zip(self.vertical_weight, self.vertical_bias, strict=True)):
-            self.taps.copy_(self.windows[layer])
-            torch.addmm(bias, self.vertical_inputs, weight, out=self.vertical_gates)
-            torch.mul(a.tanh_(), b.sigmoid_(), out=self.v[layer + 1, :, 1, 1:-1])
-        self.above.inputs.copy_(self.v[1:, :, 1, 1:-1])
-        self.above()
-        self.v[:, :, 0] = self.v[:, :, 1]  # the next row's row above
-
-    def packed(self) -> Layers:
-        """What the row kernel needs to know."""
-        f, body = self.f, self.body
-        weight = torch.stack([m.masked_weight()[:, : 2 * f] for m in body.horizontal])
-        main = pack(weight, None, group_slices(2 * f, body.groups, parts=2))
-        row, up = self.row.unflatten(2, (-1, f)), self.join.packed(body)
-        return Layers(2, None, main, *up, row[:, :, :-1], 2 * f, row[:, :, 1:], self.above.out)
-
-    def step(self, j: int, g: int) -> Tensor:
-        """From group g of the stem at column j, in `inputs[j][g]`, to group g of the head's input (b f_g)."""
-        self.join.begin(g)
-        for (
-            both, known, weight, a, b, hidden_out, hidden, u, following, weights,
-        ) in self.plan[j][g]:  # fmt: skip
-            both.addmm_(known, weight)
-            torch.mul(a.tanh_(), b.sigmoid_(), out=hidden_out)
-            self.join(g, u, hidden, following, *weights)
-        return self.join.end(g)
+    def in_row(self) -> InRow:
+        horizontal, before = side_by_side(self.horizontal), self.narrow.of_pixels_before()
+        row, above, given = (horizontal.part(inputs=part) for part in (slice(2), slice(2, 3), slice(3, None)))
+        taps = stack(conv.weight.permute(0, 2, 3, 1).flatten(1) for conv in self.vertical_conv)
+        bias = stack(conv.bias for conv in self.vertical_conv)
+        stack_above = Vertical(Weights(taps, bias, [before] * 2, [before] * 6), self.from_condition_in_row([before] * 2))
+        return InRow("gate", row, above, "vertical", given=given if self.free else None, vertical=stack_above)
 
 
 class GatedPixelCNN(AutoregressiveModel):

@@ -23,16 +23,14 @@ small that the last term's gradient is rounded to 0, another has one of about ex
 """
 
 import math
-from functools import partial
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from kernels.row_scan import Head
-from models.head import HeadScan
-from models.layers import Buffers, MaskedLinear, packed
+from models.features import Stretch
+from models.layers import MaskedLinear
 
 # The range of log(1 / scale), with the scale in levels, whatever their number. At the upper end a level at the mean has
 # the probability tanh(exp(3.5) / 4) = 1 − 1.3e-7; float32 holds hardly anything sharper. At the lower end a logistic is
@@ -72,8 +70,9 @@ class LogisticMixtureHead(nn.Module):
         self.highest = (levels - 1) / 2  # levels from the middle
         self.register_buffer("values", torch.arange(levels)[:, None], persistent=False)  # integers are never rounded
         self.sizes = [n * mixtures for n in (1, channels, channels, channels * (channels - 1) // 2)]
-        self.first = MaskedLinear(inputs, features, 1)
-        self.last = MaskedLinear(features, sum(self.sizes), 1)
+        between = [Stretch(features)]
+        self.first = MaskedLinear([Stretch(inputs)], between)
+        self.last = MaskedLinear(between, [Stretch(sum(self.sizes))])
         with torch.no_grad():
             _, means, log_scales, _ = self.last.bias.split(self.sizes)
             means.copy_(((2 * torch.arange(mixtures) + 1) / mixtures - 1).repeat(channels))
@@ -144,81 +143,3 @@ class LogisticMixtureHead(nn.Module):
         """Parameters (b h w p), images (b c h w) → log-probabilities (b c h w v), by way of tensors (b h w v m)."""
         logits = self.logits(parameters, rearrange(x, "b c h w -> b h w c"))
         return rearrange(logits, "b h w c v -> b c h w v")
-
-    def packed(self) -> Head:
-        """What the row kernel needs to know."""
-        return Head(packed([self.first]), packed([self.last]), self.first.outputs, self.last.outputs, self.mixtures)
-
-    def scan(self, buffers: Buffers) -> "LogisticMixtureHeadScan":
-        return LogisticMixtureHeadScan(self, buffers)
-
-
-class LogisticMixtureHeadScan(HeadScan):
-    """The head at one pixel: `step(u)` once, then for each colour in order `logits(c)` (b v) and `put(c, values)`.
-
-    It says the same as the head in static memory. Factors of what leaves the second product are in its weights: means
-    come in levels, scales as log(1 / scale). With softplus(z) = −log σ(−z), the mass of a bin is
-
-        log(σ(β) − σ(α)) = −softplus(−β) − softplus(α) + log(1 − exp(−(β − α)))
-
-    where the last term is one number a component, `within`, but in the lowest and the highest bin: 0 there.
-    """
-
-    def __init__(self, head: LogisticMixtureHead, buffers: Buffers):
-        m, channels, sizes = head.mixtures, head.channels, head.sizes
-        weight, bias = (x.to(buffers.state) for x in head.last.steps()[0])
-        repeats = torch.tensor(sizes, device=bias.device)
-        factor = bias.new_tensor([1, head.highest, -1, 1]).repeat_interleave(repeats, output_size=sum(sizes))
-        offset = bias.new_tensor([0, 0, -math.log(head.highest), 0]).repeat_interleave(repeats, output_size=sum(sizes))
-        super().__init__(head, buffers, [((weight.T * factor[:, None]).T, bias * factor + offset)])
-
-        new, colours = partial(buffers.new, dtype=buffers.state), (channels, m)
-        self.weights, means, self.sharpness, self.slopes = self.out.split(sizes, 1)
-        self.unnormalized, self.log_weights, self.x = new(buffers.b, m), new(buffers.b, m), new(buffers.b, channels)
-        # for all colours; −1 / scale and 1 / scale
-        self.within, self.signed = new(buffers.b, channels * m), new(2, buffers.b, channels * m)
-        self.masses, self.terms = new(buffers.b, m, head.levels), new(2, buffers.b, m, head.levels)
-        self.likeliest, self.log_probs = new(buffers.b, 1, head.levels), new(buffers.b, head.levels)
-
-        self.values = head.centred(head.values[:, 0]).to(buffers.state)
-        self.ends = torch.stack([self.values + 0.5, self.values - 0.5])[:, None, None]  # (2 1 1 v): upper and lower
-        self.ends[0, ..., -1], self.ends[1, ..., 0] = FAR, -FAR
-        self.bounded = torch.ones_like(self.values)
-        self.bounded[0] = self.bounded[-1] = 0
-
-        means, within, signed = (x.unflatten(-1, colours)[..., None] for x in (means, self.within, self.signed))
-        slopes = self.slopes.split([k * m for k in range(channels)], 1)
-        self.colours = [
-            (means[:, k], within[:, k], signed[:, :, k], slopes[k].unflatten(1, (k, m)).mT) for k in range(channels)
-        ]
-
-    def step(self, u: Tensor, g: int = 0) -> None:
-        super().step(u, g)
-        self.unnormalized.copy_(self.weights)
-        torch.log_softmax(self.unnormalized, 1, out=self.log_weights)
-        minus, plus = self.signed
-        torch.exp(self.sharpness.clamp_(*SHARPNESS), out=plus)
-        torch.neg(plus, out=minus)
-        torch.expm1(minus, out=self.within).neg_().log_()
-        self.slopes.tanh_()
-
-    def logits(self, c: int) -> Tensor:
-        mean, within, signed, _ = self.colours[c]  # (b m 1), signed (2 b m 1)
-        torch.addcmul(self.log_weights[..., None], within, self.bounded, out=self.masses)
-        torch.sub(self.ends, mean, out=self.terms).mul_(signed)
-        F.softplus(self.terms, 1, SOFTPLUS_IS_LINEAR, out=self.terms)
-        term, other = self.terms
-        self.masses.sub_(term).sub_(other)
-        torch.amax(self.masses, 1, keepdim=True, out=self.likeliest)
-        torch.sub(self.masses, self.likeliest, out=term).exp_()
-        return torch.sum(term, 1, out=self.log_probs).log_().add_(self.likeliest[:, 0])
-
-    def put(self, c: int, values: Tensor) -> None:
-        """Make known the values (b,) of colour c: they move the weights and the means of the colours after it."""
-        if c + 1 < len(self.colours):
-            weights = self.unnormalized[..., None]
-            torch.gather(self.masses, 2, values[:, None, None].expand(weights.shape), out=weights)  # `logits` left them
-            torch.log_softmax(self.unnormalized, 1, out=self.log_weights)
-            torch.index_select(self.values, 0, values, out=self.x[:, c])
-            mean, *_, slopes = self.colours[c + 1]
-            mean.baddbmm_(slopes, self.x[:, : c + 1, None])

@@ -34,15 +34,11 @@ class Rule:
         """Choose from now on as another rule of the same kind does, in the memory of this one."""
         raise NotImplementedError
 
-    def choice(self) -> dict:
-        """The same rule for the row kernel: what of `kernels.row_scan.Choice` it sets, all of it static memory.
+    def choice(self) -> dict | None:
+        """The same rule for the row kernel: the fields of `kernels.draw_row.Choice` that it sets, in static memory.
 
-        Raises:
-            ValueError: it can only be called.
+        None: the rule can only be called.
         """
-        raise ValueError(
-            f"method='cached-triton' is not allowed with {type(self).__name__}: the kernel has no such rule"
-        )
 
 
 class Draw(Rule):
@@ -73,7 +69,7 @@ class Draw(Rule):
         assert rule.temperature == self.temperature
         self.uniforms = rule.uniforms
 
-    def choice(self) -> dict:
+    def choice(self) -> dict | None:
         return {"uniforms": self.row, "temperature": self.temperature}
 
     def __call__(self, j: int, g: int, logits: Tensor) -> Tensor:
@@ -102,7 +98,7 @@ class Given(Rule):
     def renew(self, rule: "Given") -> None:
         self.x = rule.x
 
-    def choice(self) -> dict:
+    def choice(self) -> dict | None:
         return {"given": self.row}
 
     def __call__(self, j: int, g: int, logits: Tensor) -> Tensor:
@@ -140,10 +136,10 @@ class Keep(Rule):
         self.known = rule.known
         self.otherwise.renew(rule.otherwise)
 
-    def choice(self) -> dict:
+    def choice(self) -> dict | None:
         drawn = self.otherwise.choice()
-        if "given" in drawn or "log_prob" in drawn:
-            return super().choice()
+        if drawn is None or "given" in drawn or "log_prob" in drawn:
+            return None
         return {**drawn, "given": self.given.row, "known": self.known_row}
 
 
@@ -177,5 +173,20 @@ class Record(Rule):
         if self.row is not None:
             self.conditionals[:, :, i] = self.row
 
-    def choice(self) -> dict:
-        return {**self.rule.choice(), "log_prob": self.log_prob, "conditionals": self.row}
+    def choice(self) -> dict | None:
+        chosen = self.rule.choice()
+        return None if chosen is None else {**chosen, "log_prob": self.log_prob, "conditionals": self.row}
+
+
+def visit(evaluator, rule: Rule, values: Tensor) -> None:
+    """Choose the values (b c w) of a row: sub-pixel after sub-pixel, each known to those after it.
+
+    Args:
+        evaluator: its `logits(j, c)` (b v) are those of colour c at column j, once `put(j, c, values)` has told it all
+            values before.
+    """
+    for j in range(values.shape[2]):
+        for c in range(values.shape[1]):
+            value = rule(j, c, evaluator.logits(j, c))
+            evaluator.put(j, c, value)
+            values[:, c, j] = value

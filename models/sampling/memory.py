@@ -1,0 +1,103 @@
+"""Static memory of the cached sampler, and the products that it does once a row.
+
+Legend: b batch · w columns · f features · k inputs of a product · d features of the condition.
+"""
+
+import torch
+from torch import Tensor
+
+from models.layers import state_dtype
+
+
+class Buffers:
+    """Makes zeros for b images, of the type of `weight`, in one of two orders in memory.
+
+    With `images_last` the images are next to each other, so that any features of a pixel are contiguous: on a CPU
+    products with few images are quicker then. The row kernel reads features that are next to each other.
+    """
+
+    def __init__(self, b: int, weight: Tensor, images_last: bool = False):
+        self.b, self.new, self.images_last, self.state = b, weight.new_zeros, images_last, state_dtype(weight)
+
+    def __call__(self, *shape: int, layers: int | None = None, dtype: torch.dtype | None = None) -> Tensor:
+        """(b shape), or with `layers` (layers b shape)."""
+        before = () if layers is None else (layers,)
+        if self.images_last:
+            return self.new((*before, *shape, self.b), dtype=dtype).movedim(-1, len(before))
+        return self.new((*before, self.b, *shape), dtype=dtype)
+
+    def after_ones(
+        self, *shape: int, layers: int | None = None, dtype: torch.dtype | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Features ([layers] b … f) behind a column of ones ([layers] b … 1+f), and the features by themselves.
+
+        A bias is a row of the weights (`with_bias`) of a product that reads the ones too.
+        """
+        behind = self(*shape[:-1], 1 + shape[-1], layers=layers, dtype=dtype)
+        behind[..., 0] = 1
+        return behind, behind[..., 1:]
+
+
+def with_bias(weight: Tensor, bias: Tensor) -> Tensor:
+    """Weights (f k) and bias (f) of a product → weights (1+k f) for features behind a column of ones.
+
+    In memory the weights of an output are next to each other, as a product of few images wants them.
+    """
+    return torch.cat([bias[:, None], weight], dim=1).T
+
+
+def windows(rows: Tensor, k: int) -> Tensor:
+    """For each of w columns, k of them side by side, beginning with its own: (… w+k-1 f) → (… w k f), a view."""
+    return rows.unfold(-2, k, 1).mT
+
+
+class ConditionRow:
+    """Adds the condition's part to every layer's pre-activations, a row at a time.
+
+    Args:
+        condition: an example of those to come: (b h w d), or (b 1 1 d) where it is the same everywhere, or None.
+        weight: from its d features (layers f d); None without a condition.
+        width: w, the columns of a row.
+
+    `row` (b w d) is the condition's present row.
+    """
+
+    def __init__(self, condition: Tensor | None, weight: Tensor | None, width: int):
+        self.weight = None
+        if weight is not None:
+            self.weight = weight.mT.contiguous()
+            self.row = condition[:, 0].expand(-1, width, -1).clone()
+
+    def load(self, i: int, condition: Tensor | None) -> None:
+        """Make row i of the condition the present one."""
+        if self.weight is not None:
+            self.row.copy_(condition[:, min(i, condition.shape[1] - 1)])
+
+    def add_to(self, above: Tensor) -> None:
+        """Add the row's part to pre-activations (layers b·w f)."""
+        if self.weight is not None:
+            above.baddbmm_(self.row.flatten(0, 1).expand(len(above), -1, -1), self.weight)
+
+
+class RowProduct:
+    """One product in all layers for all columns of a row, done once a row, with the condition's part added.
+
+    From `inputs` (layers b w k), which the caller fills, to `out` (layers b w f), by weights (layers f k) and biases
+    (layers f). A step may add to `out` in place: each row writes all of it.
+    """
+
+    def __init__(self, buffers: Buffers, width: int, weight: Tensor, bias: Tensor, condition: ConditionRow):
+        (layers, f, k), self.weight, self.bias = weight.shape, weight.mT.contiguous(), bias[:, None]
+        self.condition = condition
+        self.inputs = buffers.new(layers, buffers.b, width, k)
+        self.flat_inputs = self.inputs.flatten(1, 2)
+        self.product = buffers.new(layers, buffers.b * width, f)
+        self.out = self.rows = self.product.view(layers, buffers.b, width, f)
+        if buffers.images_last:
+            self.out = buffers(width, f, layers=layers)
+
+    def __call__(self) -> None:
+        torch.baddbmm(self.bias, self.flat_inputs, self.weight, out=self.product)
+        self.condition.add_to(self.product)
+        if self.out is not self.rows:
+            self.out.copy_(self.rows)
