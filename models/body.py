@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kernels.row_scan import Product
+from kernels.draw_row import Product
 from models.layers import Buffers, MaskedLinear, group_sizes, packed, with_bias
 
 

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import kernels
-from kernels.row_scan import Layers, pack
+from kernels.draw_row import Layers, pack
 from models.base import AutoregressiveModel
 from models.body import Body, JoinScan
 from models.layers import AboveScan, Buffers, ConditionScan, colour_mask, group_slices, initialise

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import kernels
-from kernels.row_scan import Layers, pack
+from kernels.draw_row import Layers, pack
 from models.base import AutoregressiveModel
 from models.body import Body, JoinScan
 from models.layers import AboveScan, Buffers, ConditionScan, MaskedRowConv, group_slices, initialise, windows

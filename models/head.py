@@ -8,7 +8,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 import kernels
-from kernels.row_scan import Head
+from kernels.draw_row import Head
 from models.layers import Buffers, MaskedLinear, group_slices, packed, with_bias
 
 

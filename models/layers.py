@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import kernels
-from kernels.row_scan import Product, Stem, pack
+from kernels.draw_row import Product, Stem, pack
 
 
 def group_sizes(features: int, groups: int) -> list[int]:

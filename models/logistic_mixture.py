@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from kernels.row_scan import Head
+from kernels.draw_row import Head
 from models.head import HeadScan
 from models.layers import Buffers, MaskedLinear, packed
 

@@ -12,7 +12,7 @@ A condition is added to what the 3×3 gives.
 import torch
 from torch import Tensor, nn
 
-from kernels.row_scan import Layers, pack
+from kernels.draw_row import Layers, pack
 from models.base import AutoregressiveModel
 from models.body import Body, JoinScan
 from models.layers import (

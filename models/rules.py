@@ -35,7 +35,7 @@ class Rule:
         raise NotImplementedError
 
     def choice(self) -> dict:
-        """The same rule for the row kernel: what of `kernels.row_scan.Choice` it sets, all of it static memory.
+        """The same rule for the row kernel: what of `kernels.draw_row.Choice` it sets, all of it static memory.
 
         Raises:
             ValueError: it can only be called.

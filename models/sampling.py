@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 
 from checks import check, check_one_of, unexpected
+from kernels.draw_row import Choice, DrawRow
 from kernels.jit import triton
-from kernels.row_scan import Choice, RowScanProgram
 from models.aligned import aligned
 from models.base import AutoregressiveModel, ImageModel
 from models.layers import Buffers, MaskedConvScan, state_dtype
@@ -84,7 +84,7 @@ class RowKernel(RowScan):
         super().__init__(model, b, condition, images_last=False)
         network = self.stem.packed(), self.body.packed(), model.head.packed()
         join = model.body.residual, model.body.skip
-        self.program = RowScanProgram(*network, *join, Choice(**rule.choice()), values, model.levels)
+        self.program = DrawRow(*network, *join, Choice(**rule.choice()), values, model.levels)
 
     def row(self, rule: Rule, values: Tensor, first: bool) -> None:
         self.begin_above(first)
