@@ -51,7 +51,7 @@ NVIDIA = [name for name, (backend, *_) in TARGETS.items() if backend == "cuda"]
 DTYPES = (torch.bfloat16, torch.float32)
 SMALL = ("weight", "bias")  # how arguments end that do not grow with the batch
 PRODUCTS = ("lstm_scan_fwd_kernel", "lstm_scan_bwd_kernel", "masked_conv_kernel", "masked_conv_weight_kernel")
-PRODUCTS += ("row_scan_kernel",)
+PRODUCTS += ("draw_row_kernel",)
 
 # ----------------------------------------------------------------------------------------------------------- launching
 

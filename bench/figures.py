@@ -21,8 +21,8 @@ from functools import partial
 
 import torch
 
+import kernels.draw_row
 import kernels.lstm_scan
-import kernels.row_scan
 from bench.measure import Results, interleave, parse, parser, spread, table, whole
 from bench.sampling import large
 from kernels.lstm_scan import lstm_scan
@@ -140,7 +140,7 @@ def row_kernel(args: argparse.Namespace) -> dict:
 
 def timed_row_kernel(model, b: int, args: argparse.Namespace, changes: dict) -> dict:
     """A row of pixels, without what the rows above give: "measured" in ms a pixel of all images."""
-    with cut(kernels.row_scan, "form_for", **changes), Launches(kernels.row_scan) as launches:
+    with cut(kernels.draw_row, "form_for", **changes), Launches(kernels.draw_row) as launches:
         loop = drawn_rows(model, "cached-triton", b, rounds=1)
     with loop.drawing():
         launches.calls = launches.calls[-1:]

@@ -85,7 +85,7 @@ def row_cases(args: argparse.Namespace) -> Cases:
     """The large batches first: which form is best there is open."""
     for b in (2, 1) if args.quick else BATCHES:
         for changes in FORMS[:2] if args.quick else FORMS:
-            about = {"kernel": "row_scan", "shape": [b], "form": changes}
+            about = {"kernel": "draw_row", "shape": [b], "form": changes}
             yield about, partial(rows, b, changes, about, args)
 
 

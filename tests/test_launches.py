@@ -72,9 +72,9 @@ def assert_unbroken(rows: list[dict]) -> None:
 @pytest.mark.parametrize(
     ("file", "kernels"),
     [
-        ("test_gpu", "lstm_scan_fwd lstm_scan_bwd masked_conv masked_conv_weight cross_entropy_fwd gate_bwd row_scan"),
+        ("test_gpu", "lstm_scan_fwd lstm_scan_bwd masked_conv masked_conv_weight cross_entropy_fwd gate_bwd draw_row"),
         ("test_triton", "lstm_scan_fwd lstm_scan_bwd masked_conv masked_conv_weight cross_entropy_bwd gate_fwd"),
-        ("test_row_kernel", "row_scan gate_fwd masked_conv lstm_scan_fwd"),
+        ("test_row_kernel", "draw_row gate_fwd masked_conv lstm_scan_fwd"),
     ],
 )
 def test_tests_run_to_their_end(tmp_path, file, kernels):

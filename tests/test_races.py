@@ -16,7 +16,7 @@ import pytest
 import torch
 
 import kernels
-import kernels.row_scan
+import kernels.draw_row
 from kernels.lstm_scan import FORMS, lstm_scan
 from models.rules import Draw, Given, Keep, Record
 from models.sampling import PixelLoop
@@ -409,8 +409,8 @@ def row(architecture: str, rule: str, b: int = 2, width: int = 2, form=(16, 64, 
         "given": lambda: Record(model, Given(x), b, conditionals=True),
         "known": lambda: Record(model, Keep(x, known, Draw(uniforms)), b),
     }[rule]()
-    form = kernels.row_scan.Form(*form, 1, 4)
-    with mock.patch.object(kernels.row_scan, "form_for", lambda *_: form):
+    form = kernels.draw_row.Form(*form, 1, 4)
+    with mock.patch.object(kernels.draw_row, "form_for", lambda *_: form):
         values = PixelLoop(model, "cached-triton", chosen, b).run()
     kept = [getattr(chosen, name, None) for name in ("log_prob", "conditionals")]
     return [values, *(x for x in kept if x is not None)]
@@ -429,7 +429,7 @@ SCENARIOS = {
     },
     "cross_entropy": {"both-ways": cross_entropy},
     "gate": {"both-ways": lambda: both_ways(lambda x: kernels.gate(x, backend="triton"), *numbers((70, 32)))},
-    "row_scan": {
+    "draw_row": {
         f"{name}-{RULES[(i + k) % 4]}{'-mixture' * bool(k & 1)}{'-skip' * (k >> 1)}": functools.partial(
             row, name, RULES[(i + k) % 4], skip=bool(k >> 1), **(MIXTURE if k & 1 else {})
         )

@@ -9,8 +9,8 @@ Legend: b batch · n images · c channel (colour) · h w rows, columns · v leve
 import pytest
 import torch
 
-import kernels.row_scan
-from kernels.row_scan import Form, form_for
+import kernels.draw_row
+from kernels.draw_row import Form, form_for
 from models.aligned import aligned, positions, room
 from models.rules import Given, Keep, Record, Rule
 from models.sampling import PixelLoop, sample
@@ -34,7 +34,7 @@ pytestmark = pytest.mark.usefixtures("no_hazards")
 def few_blocks(monkeypatch):
     """Large blocks for small models: the interpreter takes its time for each."""
     if DEVICE.type == "cpu":
-        monkeypatch.setattr(kernels.row_scan, "form_for", lambda b, itemsize: Form(16, 64, 64, 1, 4))
+        monkeypatch.setattr(kernels.draw_row, "form_for", lambda b, itemsize: Form(16, 64, 64, 1, 4))
 
 
 def small(case, **arguments):
@@ -87,7 +87,7 @@ FORMS = sorted({form_for(b, size) for b in (1, 9999) for size in ((2, 4) if DEVI
 @pytest.mark.parametrize("form", FORMS, ids=str)
 @every_net
 def test_every_form(case, form, monkeypatch):
-    monkeypatch.setattr(kernels.row_scan, "form_for", lambda b, itemsize: form)
+    monkeypatch.setattr(kernels.draw_row, "form_for", lambda b, itemsize: form)
     assert_as_naive(small(case, channels=2, height=2, width=1))
 
 

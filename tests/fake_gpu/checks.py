@@ -94,7 +94,7 @@ def test_a_last_batch_compiles_no_row_anew():
     with StandIn() as gpu:
         for n in (1, 2, 16, 18):
             sample(small(), n, method="cached-triton")
-        assert [variant.kernel for variant in gpu.variants] == ["row_scan_kernel"]
+        assert [variant.kernel for variant in gpu.variants] == ["draw_row_kernel"]
 
 
 def test_amd_gpus_are_not_asked_for_what_their_compiler_has_not(monkeypatch):
@@ -104,7 +104,7 @@ def test_amd_gpus_are_not_asked_for_what_their_compiler_has_not(monkeypatch):
     with StandIn("gfx942") as gpu:
         lstm_scan(u, torch.randn(2, 64, 32), True)
         sample(small(), 1, method="cached-triton")
-        assert {"lstm_scan_fwd_kernel", "row_scan_kernel"} == {variant.kernel for variant in gpu.variants}
+        assert {"lstm_scan_fwd_kernel", "draw_row_kernel"} == {variant.kernel for variant in gpu.variants}
         assert not any("maxnreg" in variant.options for variant in gpu.variants)
         monkeypatch.setattr(torch.version, "hip", None)
         with pytest.raises(KeyError, match="maxnreg was specified but unrecognised"):

@@ -54,8 +54,8 @@ class Layers(NamedTuple):
     main: Product
     up: Product
     to_head: Product | None
-    taps: Tensor  # where `main` reads, from the left neighbour's features on
-    known: int  # how many features that is with the pixel's own, all groups
+    inputs: Tensor  # of `main`: [left neighbour, this pixel]; the view begins with the left neighbour's features
+    num_inputs: int  # of these inputs, all groups
     u: Tensor  # the residual stream
     above: Tensor  # what `main` is added to; gates o f i g of group 0, then of group 1, …
     middle: Tensor | None = None  # where `down` writes
@@ -303,12 +303,12 @@ def choose(
 
 
 @jit(varying=("b", "rows_stride"))
-def row_scan_kernel(
+def draw_row_kernel(
     rows,  # (b columns·colours): the row in hand as the stem reads it; values are put there
     stem_above,  # (b w f)
     stem_weight,
     u,
-    taps,
+    inputs,
     middle,
     above,
     cell,
@@ -340,7 +340,7 @@ def row_scan_kernel(
     layers,
     rows_stride,  # from image to image
     u_layer,
-    taps_layer,
+    inputs_layer,
     middle_layer,
     above_layer,
     cell_layer,
@@ -360,8 +360,8 @@ def row_scan_kernel(
     reach: tl.constexpr,
     u_image: tl.constexpr,
     u_column: tl.constexpr,
-    taps_image: tl.constexpr,
-    taps_column: tl.constexpr,
+    inputs_image: tl.constexpr,
+    inputs_column: tl.constexpr,
     middle_image: tl.constexpr,
     middle_column: tl.constexpr,
     above_image: tl.constexpr,
@@ -439,7 +439,7 @@ def row_scan_kernel(
 
             for layer in range(0, layers):
                 at_u = place(image, j, layer, u_layer, u_image, u_column)
-                at_taps = place(image, j, layer, taps_layer, taps_image, taps_column)
+                at_inputs = place(image, j, layer, inputs_layer, inputs_image, inputs_column)
                 at_above = place(image, j, layer, above_layer, above_image, above_column) + GATES * narrow
                 at_joined = place(image, 0, layer, b * f, f, 0)
                 slot = layer * GROUPS + g
@@ -468,7 +468,7 @@ def row_scan_kernel(
                     mask = live[:, None] & (column < GATES * narrow_size)[None, :]
                     sums = tl.load(above + at_above[:, None] + gate[None, :], mask=mask, other=0.0).to(STATE)
                     sums = product(
-                        sums, taps, at_taps, live, main_features, upto, main_weight, slot, block, main_k, main_n,
+                        sums, inputs, at_inputs, live, main_features, upto, main_weight, slot, block, main_k, main_n,
                         False, BLOCK_N, BLOCK_K, STAGES, STATE,
                     )  # fmt: skip
                     n = block * (BLOCK_N // GATES) + tl.arange(0, BLOCK_N // GATES)
@@ -648,7 +648,7 @@ def constants(form: Form, levels: int, mixtures: int, state: torch.dtype) -> dic
     }
 
 
-class RowScanProgram:
+class DrawRow:
     """A launch of the kernel with everything that it reads and writes: `run()` does the row whose part above is there.
 
     Args:
@@ -684,7 +684,7 @@ class RowScanProgram:
         views = {
             "u": layers.u,
             # as wide as what is read there, features of the left neighbour and of the pixel
-            "taps": layers.taps.as_strided((*layers.taps.shape[:3], layers.known), layers.taps.stride()),
+            "inputs": layers.inputs.as_strided((*layers.inputs.shape[:3], layers.num_inputs), layers.inputs.stride()),
             "middle": layers.middle,
             "above": layers.above,
             "cell": layers.cell,
@@ -724,7 +724,7 @@ class RowScanProgram:
             "columns": columns,
             "f": f,
             "stream_features": stream,
-            "main_features": layers.known,
+            "main_features": layers.num_inputs,
             "between_features": head.between,
             "output_features": head.outputs,
             "levels": levels,
@@ -759,4 +759,4 @@ class RowScanProgram:
         self.grid = (cdiv(b, self.form.images),)
 
     def run(self) -> None:
-        launch(row_scan_kernel, self.grid, **self.arguments)
+        launch(draw_row_kernel, self.grid, **self.arguments)
