@@ -44,8 +44,8 @@ from bench.training import ON_A_GPU
 from bench.widths import launch_every_level, launch_every_width, launch_row_kernels, short
 from kernels.jit import triton
 from kernels.lstm_scan import lstm_scan
-from models.rules import Draw, Given, Keep, Record
-from models.sampling import RowKernel
+from models.sampling.rules import Draw, Given, Keep, Record
+from models.sampling.triton_row import TritonRow
 
 NVIDIA = [name for name, (backend, *_) in TARGETS.items() if backend == "cuda"]
 DTYPES = (torch.bfloat16, torch.float32)
@@ -124,7 +124,7 @@ def rows() -> Launches:
         x = torch.zeros(b, *model.shape, dtype=torch.long, device="meta")
         draw = Draw(x.float())
         rules = {"draw": draw, "keep": Keep(x, x, draw), "score": Record(model, Given(x), b, conditionals=True)}
-        RowKernel(model, b, None, rules[rule], x[:, :, 0].contiguous()).program.run()
+        TritonRow(model, b, None, rules[rule], x[:, :, 0].contiguous()).program.run()
 
     colour = {"channels": 3, "levels": 256, "width": 32, "hidden": 128, "head_features": 1024}
     binary = {"channels": 1, "levels": 2, "width": 28, "hidden": 16, "head_features": 32}
@@ -167,7 +167,7 @@ def float64() -> Launches:
         x = torch.zeros(2, *model.shape, dtype=torch.long)
         with kernels.use("triton"):
             model(x).sum().backward()
-        RowKernel(model.eval(), 2, None, Draw(x.double()), x[:, :, 0].contiguous()).program.run()
+        TritonRow(model.eval(), 2, None, Draw(x.double()), x[:, :, 0].contiguous()).program.run()
 
     for target, head in product(
         ("PixelCNN", "GatedPixelCNN", "RowLSTM", "DiagBiLSTM"), ("softmax", "logistic_mixture")

@@ -26,8 +26,8 @@ import kernels.lstm_scan
 from bench.measure import Results, interleave, parse, parser, spread, table, whole
 from bench.sampling import large
 from kernels.lstm_scan import lstm_scan
-from models.rules import Draw
 from models.sampling import PixelLoop
+from models.sampling.rules import Draw
 
 SCAN = (16, 32, 33, 128)  # b h w f: the paper's CIFAR-10 size
 QUICK_SCAN = (1, 3, 4, 16)
@@ -98,10 +98,10 @@ def scan_launches(size: tuple, backward: bool, form: str = "auto", **changes) ->
     return launches, h + w - 1
 
 
-def drawn_rows(model, method: str, b: int, rounds: int) -> PixelLoop:
+def drawn_rows(model, backend: str, b: int, rounds: int) -> PixelLoop:
     """A loop that did the first row and the second, each so many times."""
     uniforms = torch.rand(b, *model.shape, device=model.device)
-    loop = PixelLoop(model, method, Draw(uniforms), b)
+    loop = PixelLoop(model, "cached", Draw(uniforms), b, backend=backend)
     with loop.drawing():
         for i in [0] * rounds + [1] * rounds:
             loop.evaluator.load(i)
@@ -141,7 +141,7 @@ def row_kernel(args: argparse.Namespace) -> dict:
 def timed_row_kernel(model, b: int, args: argparse.Namespace, changes: dict) -> dict:
     """A row of pixels, without what the rows above give: "measured" in ms a pixel of all images."""
     with cut(kernels.draw_row, "form_for", **changes), Launches(kernels.draw_row) as launches:
-        loop = drawn_rows(model, "cached-triton", b, rounds=1)
+        loop = drawn_rows(model, "triton", b, rounds=1)
     with loop.drawing():
         launches.calls = launches.calls[-1:]
         ms = times_of(launches.again, args)
@@ -151,7 +151,7 @@ def timed_row_kernel(model, b: int, args: argparse.Namespace, changes: dict) -> 
 def graph_node(args: argparse.Namespace) -> dict:
     """Of any row but the first, captured after one such row ran as it is."""
     model, b = pixel_cnn(args), 2 if args.quick else 16
-    loop = drawn_rows(model, "cached-graph", b, rounds=1)
+    loop = drawn_rows(model, "torch", b, rounds=1)
     with loop.drawing():
         graph = torch.cuda.CUDAGraph(keep_graph=True)
         with torch.cuda.graph(graph, stream=loop.stream):

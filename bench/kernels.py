@@ -33,6 +33,7 @@ import kernels
 from bench.measure import Clock, Results, ceilings, interleave, parse, parser, spread, table
 from bench.training import DenseConv, DenseRowLSTM, SkewedLSTM
 from models.diag_bilstm import DiagonalLSTMLayer
+from models.features import Stretch
 from models.layers import MaskedConv
 from models.row_lstm import RowLSTMLayer
 
@@ -83,7 +84,7 @@ def diagonal(args: argparse.Namespace, b: int, h: int, w: int, f: int) -> Work:
 
 
 def row(args: argparse.Namespace, b: int, h: int, w: int, f: int) -> Work:
-    layer, pixels, k = RowLSTMLayer(f, 1, 0), b * h * w, 2 * f
+    layer, pixels, k = RowLSTMLayer(Stretch(f), Stretch(2 * f), []), b * h * w, 2 * f
     u, weight = leaf(args, torch.randn(b, h, w, k)), layer.input.masked_weight()
     parts = weight[:, k:], layer.input.bias, layer.state_weight, weight[:, :k]
     given = [u, *(leaf(args, x) for x in parts)]
@@ -93,7 +94,8 @@ def row(args: argparse.Namespace, b: int, h: int, w: int, f: int) -> Work:
 
 
 def convolution(args: argparse.Namespace, kind: str, kernel: int, b: int, h: int, w: int, k: int, f: int) -> Work:
-    layer = MaskedConv(kind, kernel, k, f, 1 if kind == "B" else k)
+    groups = 1 if kind == "B" else k
+    layer = MaskedConv(kind, kernel, Stretch(k, groups), [Stretch(f, groups)])
     u = leaf(args, torch.randn(b, h, w, k))
     given = [u, leaf(args, layer.masked_weight()), leaf(args, layer.bias)]
     things = {"ours": (lambda: kernels.masked_conv(*given, live=layer.live), given)}

@@ -3,8 +3,8 @@
 Five tables. The first is of batches that follow each other, the others of one batch drawn by `models.sampling.sample`,
 preparation of its buffers included:
 
-    throughput  images/s by batch size, and on a GPU by method and precision (there for two models of the papers' size),
-                beside the floor: arithmetic and weights over what this machine was just measured to reach. Noise is
+    throughput  images/s by batch size, and on a GPU by backend and precision (there for two models of the papers'
+                size), beside the floor: arithmetic and weights over what this machine was just measured to reach. Noise is
                 made before; how long that takes is a row of its own
     methods     28×28 binary images: the cached sampler, and the naive one that re-runs the network a sub-pixel
     growth      the cached sampler at 16², 32² and 64²: the time a pixel should not depend on the size, and what it
@@ -30,15 +30,18 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench.measure import Clock, Results, build, ceilings, describe, interleave, parse, parser, spread, table, whole
 from bench.training import live_multiply_adds
-from models.rules import Draw
-from models.sampling import FullForward, PixelLoop, RowScan, noise, sample, threads_for
+from models.sampling import PixelLoop, noise, sample
+from models.sampling.cached import Cached
+from models.sampling.loop import threads_for
+from models.sampling.naive import Naive
+from models.sampling.rules import Draw
 
 BATCH, TIMED = 16, 4  # images drawn side by side; sub-pixels that the naive sampler is timed for
 
 
 def naive_start(model, b: int, count: int):
     """What visits the first `count` sub-pixels as the naive sampler does."""
-    evaluator = FullForward(model, b)
+    evaluator = Naive(model, b)
     rule = draw_rule(model, b)
     c, _, w = model.shape
 
@@ -84,16 +87,16 @@ def growth(name: str, args: argparse.Namespace) -> list[dict]:
         ms = spread(times[side]["total"])
         row = {"part": "growth", **describe(name, model, b), "method": "cached", "ms": ms}
         row |= {"seconds": ms["median"] / 1e3, "images_per_second": b / ms["median"] * 1e3}
-        row |= {"ms_per_pixel": ms["median"] / side**2, "kept_mb": kept_bytes(RowScan(model, b)) / 1e6}
+        row |= {"ms_per_pixel": ms["median"] / side**2, "kept_mb": kept_bytes(Cached(model, b)) / 1e6}
         first = (rows or [row])[0]
         ratio = row["ms_per_pixel"] / first["ms_per_pixel"]
         rows.append(row | {"ratio": ratio, "ratio_to": f"ms_per_pixel at {args.sides[0]}×{args.sides[0]}"})
     return rows
 
 
-def kept_bytes(scan: RowScan) -> int:
-    """The bytes of all tensors that a row scan keeps, its copies of weights among them; views count once."""
-    storages, seen, todo = {}, set(), [scan]
+def kept_bytes(evaluator: Cached) -> int:
+    """The bytes of all tensors that the cached sampler keeps, its copies of weights among them; views count once."""
+    storages, seen, todo = {}, set(), [evaluator]
     while todo:
         thing = todo.pop()
         if id(thing) in seen or isinstance(thing, torch.nn.Module):
@@ -135,8 +138,8 @@ def draw_rule(model, b: int, seed: int = 0) -> Draw:
 
 
 def products_of_a_row(model, b: int) -> Products:
-    """Those of any row but the first: they read and write the memory of a row scan that stays."""
-    products, loop = Products(), PixelLoop(model, "cached-eager", draw_rule(model, b), b)
+    """Those of any row but the first: they read and write the memory of a sampler that stays."""
+    products, loop = Products(), PixelLoop(model, "cached", draw_rule(model, b), b, backend="torch", graph=False)
     with loop.drawing():
         for i in (0, 1):
             loop.evaluator.load(i)
@@ -159,20 +162,26 @@ def products_alone(name: str, model, args: argparse.Namespace) -> dict:
     tiny = type(model)(**shape, levels=model.levels, **arguments, **switches).to(args.device).eval()
 
     def again() -> None:
-        with torch.inference_mode(), threads_for(model, "cached-eager", b):
+        with torch.inference_mode(), threads_for(model, "cached", b):
             for product in products.again:
                 product()
 
-    how = {"method": "cached-eager"}
     things = {
-        "draw": whole(lambda: sample(model, b, batch_size=b, **how)),
+        "draw": whole(lambda: sample(model, b, batch_size=b, backend="torch")),
         "products": whole(again),
-        "calls": whole(lambda: sample(tiny, 1, batch_size=1, **how)),
+        "calls": whole(lambda: sample(tiny, 1, batch_size=1, backend="torch")),
     }
     times = interleave(things, args.device, args.repeats, warmup=1)
     h, gflop = model.height, products.operations * model.height / 1e9
     ms, alone, calls = (spread(times[thing]["total"], h if thing == "products" else 1) for thing in things)
-    out = {"part": "products", **describe(name, model, b), "method": "cached-eager", "ms": ms, "products_ms": alone}
+    out = {
+        "part": "products",
+        **describe(name, model, b),
+        "method": "cached",
+        "backend": "torch",
+        "ms": ms,
+        "products_ms": alone,
+    }
     out |= {"products_of_a_row": len(products.again), "gflop": gflop, "gflops": gflop / alone["median"] * 1e3}
     out |= {"weight_gigabytes": products.weight_bytes * h / 1e9, "calls_ms": calls}
     return out | {"share": alone["median"] / ms["median"], "share_of_calls": calls["median"] / ms["median"]}
@@ -223,7 +232,7 @@ class Noise:
         return row | {"to_device_ms": spread(self.moving)}
 
 
-def throughput(name: str, make, method: str, bf16: bool, b: int, noises: Noise, most: dict, args) -> list[dict]:
+def throughput(name: str, make, backend: str, bf16: bool, b: int, noises: Noise, most: dict, args) -> list[dict]:
     """A row: the time of a batch where one follows another. Noise is there already; images are fetched.
 
     `floor_seconds` is what the arithmetic of live weights takes at the rate of a large product, `share` its part of the
@@ -237,18 +246,25 @@ def throughput(name: str, make, method: str, bf16: bool, b: int, noises: Noise, 
     if cuda:
         torch.cuda.reset_peak_memory_stats()
     uniforms, times = noises.of(model.shape, b), []
-    loop = PixelLoop(model, method, Draw(uniforms[0]), b)
+    loop = PixelLoop(model, "cached", Draw(uniforms[0]), b, backend=backend)
     warm(loop)
     for x in uniforms:
         draw = whole(lambda x=x: loop.again(Draw(x), None).to("cpu", torch.uint8))
         times += interleave({"": draw}, args.device, 1, warmup=0)[""]["total"]
-        if times[0] > LONG * 1e3 or (cuda and method == "cached-triton" and not bf16):
+        if times[0] > LONG * 1e3 or (cuda and backend == "triton" and not bf16):
             break  # once is enough
     ms, c = spread(times), most[bf16]
     gflop = 2 * live_multiply_adds(model) * b / 1e9
     read = args.weight_bytes[name] / (2 if bf16 else 1) / 1e9
     floor = gflop / c["gflops"]
-    row = {"part": "throughput", **describe(name, model, b), "method": method, "bf16": bf16, "ms": ms}
+    row = {
+        "part": "throughput",
+        **describe(name, model, b),
+        "method": "cached",
+        "backend": backend,
+        "bf16": bf16,
+        "ms": ms,
+    }
     row |= {"images_per_second": b / ms["median"] * 1e3, "gflop": gflop, "weight_gigabytes": read}
     row |= {"floor_seconds": floor, "share": floor / ms["median"] * 1e3}
     row |= {"weights_seconds": read / c["gigabytes_per_second"]}
@@ -285,7 +301,9 @@ def main(argv: list[str] | None = None) -> int:
     if args.quick:
         args.batch, args.hidden, args.layers, args.sides, args.batches = 2, 4, 2, (3, 4), (1, 2)
         args.side, args.colour = 4, (3, 8, 6, 2)
-    results = Results(args, ("part", "model", "shape", "method", "bf16", "batch", "ms", "images_per_second", "ratio"))
+    results = Results(
+        args, ("part", "model", "shape", "method", "backend", "bf16", "batch", "ms", "images_per_second", "ratio")
+    )
     for part in parts:
         title, columns, cases = PARTS[part]
         for about, measure in cases(args, results):
@@ -346,10 +364,10 @@ def throughput_part(args: argparse.Namespace, results: Results) -> Cases:
     size, megabytes = (64, 1) if args.quick else (4096, 1024) if cuda else (1024, 64)
     dtypes = ({True: torch.bfloat16} if cuda else {}) | {False: torch.float32}
     names, make = args.names, binary
-    variants = [("cached", False)]
+    variants = [("torch", False)]
     if cuda:
         names, make = [name for name in args.names if name in ("pixel_cnn", "diag_bilstm")], large
-        variants = [("cached-triton", True), ("cached-graph", True), ("cached-graph", False), ("cached-triton", False)]
+        variants = [("triton", True), ("torch", True), ("torch", False), ("triton", False)]
     for bf16, dtype in dtypes.items():
         about = {"part": "ceilings", "bf16": bf16, "product": size}
         yield (
@@ -361,16 +379,16 @@ def throughput_part(args: argparse.Namespace, results: Results) -> Cases:
     if names:
         shape = make(names[0], args).shape
         yield {"part": "noise"}, lambda: [noises.row(shape)]
-    for (method, bf16), name, b in product(variants, names, args.batches):
-        about = {"model": name, "method": method, "bf16": bf16, "batch": b}
-        yield about, partial(throughput, name, make, method, bf16, b, noises, most, args)
+    for (backend, bf16), name, b in product(variants, names, args.batches):
+        about = {"model": name, "backend": backend, "bf16": bf16, "batch": b}
+        yield about, partial(throughput, name, make, backend, bf16, b, noises, most, args)
 
 
 OF_METHODS = "model", "shape", "hidden", "method", "seconds", "images_per_second", "ratio", "extrapolated", "ms"
 OF_GROWTH = "model", "shape", "seconds", "images_per_second", "ms_per_pixel", "ratio", "kept_mb", "ms"
 OF_PRODUCTS = "model", "shape", "hidden", "ms", "products_ms", "share", "calls_ms", "share_of_calls", "gflop", "gflops"
 OF_THROUGHPUT = (
-    *("model", "shape", "method", "bf16", "ms", "images_per_second", "floor_seconds", "share", "memory_mb"),
+    *("model", "shape", "backend", "bf16", "ms", "images_per_second", "floor_seconds", "share", "memory_mb"),
     *("weights_seconds", "gflop", "weight_gigabytes", "gflops", "gigabytes_per_second", "to_device_ms"),
 )
 PARTS = {

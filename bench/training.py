@@ -30,8 +30,8 @@ from torch import Tensor, nn
 from bench.measure import Clock, Results, build, describe, interleave, parse, parser, spread, table, whole
 from models import DiagBiLSTM, GatedPixelCNN, PixelCNN, RowLSTM
 from models.diag_bilstm import DiagonalLSTMLayer
-from models.gated_pixel_cnn import VerticalConv
-from models.layers import MaskedRowConv
+from models.features import size_of
+from models.layers import MaskedLinear
 from models.row_lstm import RowLSTMLayer
 
 ON_A_GPU = [  # model, side, colours, levels, h, layers, features of the head, batch
@@ -72,11 +72,11 @@ class DenseConv(nn.Conv2d):
 
 
 class DenseRowConv(nn.Module):
-    """A 1×3 convolution along the row with all three taps, and a 1×1 of what comes beside: as a `MaskedRowConv`."""
+    """A 1×3 convolution along the row with all three taps, and a 1×1 of other features, as one `MaskedLinear` has them."""
 
-    def __init__(self, masked: MaskedRowConv):
+    def __init__(self, masked: MaskedLinear):
         super().__init__()
-        n = 2 * masked.inputs
+        n = size_of(masked.inputs[:2])
         (left, centre), (left_mask, centre_mask) = (
             part[:, :n].chunk(2, dim=1) for part in (masked.weight, masked.mask)
         )
@@ -175,7 +175,7 @@ class DenseNet(nn.Module):
         logits = self.logits(self.first(u.relu()).relu())
         return logits.unflatten(1, (self.channels, -1)).transpose(1, 2)
 
-    def parameters_at(self, x: Tensor) -> Tensor:
+    def outputs(self, x: Tensor) -> Tensor:
         """As the model's: logits (b h w c v)."""
         return self.network(x).permute(0, 3, 4, 2, 1)
 
@@ -255,25 +255,11 @@ def baseline(model: nn.Module) -> nn.Module:
 def live_multiply_adds(model: nn.Module) -> int:
     """Multiply-adds of one image's forward that no mask makes zero.
 
-    The live weights of every masked convolution, and those of a layer that no mask hides: the state-to-state weights,
-    and a Gated PixelCNN's vertical ones. They are multiplied height · (width + the body's extra columns) times in stem
-    and body, height · width times in the head. What is no product is not counted; taps that fall outside the image
-    are.
+    Live weights of stem and body are used height · (width + the body's extra columns) times, those of the head height ·
+    width times. Only products are counted; taps that fall outside the image are among them.
     """
-
-    def live(part: nn.Module) -> int:
-        count = sum(int(m.mask.sum()) for m in part.modules() if hasattr(m, "mask"))
-        for m in part.modules():
-            if isinstance(m, DiagonalLSTMLayer):  # one mask, for two directions
-                count += int(m.mask.sum()) + m.state_weight.numel()
-            elif isinstance(m, RowLSTMLayer):
-                count += m.state_weight.numel()
-            elif isinstance(m, VerticalConv):
-                count += m.weight.numel()
-        return count
-
-    wide = model.width + model.body.extra_columns
-    return model.height * (wide * (live(model.stem) + live(model.body)) + model.width * live(model.head))
+    of_features, of_pixels = model.in_row().multiply_adds()
+    return model.height * ((model.width + model.body.extra_columns) * of_features + model.width * of_pixels)
 
 
 def step_of(model: nn.Module, x: Tensor):

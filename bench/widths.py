@@ -28,8 +28,8 @@ from kernels.cross_entropy import cross_entropy_backward_op, cross_entropy_op
 from kernels.gate import gate_backward_op, gate_op
 from kernels.lstm_scan import constants, form_of, lstm_scan_backward_op, lstm_scan_op
 from kernels.masked_conv import input_gradient_op, masked_conv_op, weight_gradient_op
-from models.rules import Draw, Keep, Record
-from models.sampling import RowKernel
+from models.sampling.rules import Draw, Keep, Record
+from models.sampling.triton_row import TritonRow
 
 DTYPES = (torch.bfloat16, torch.float32)
 EXTENTS = (1, 2, 4, 8, 16, 32, 64, 65)  # positions of a scan: each number of them that a program may hold, and more
@@ -188,4 +188,4 @@ def launch_row_kernels(
                 what = f"{'all rules' if everything else 'draw'}{', skip' if skip else ''}"
                 likelihood = "mixture" if m else "softmax"
                 gpu.name = f"row kernel {name}, {f} features, {likelihood}, {b} images, {what}, {short(dtype)}"
-                RowKernel(model, b, None, rule, values).program.run()
+                TritonRow(model, b, None, rule, values).program.run()

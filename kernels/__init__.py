@@ -10,6 +10,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from checks import one_of, unexpected
 from kernels.jit import has_triton
 
 BACKENDS = ("triton", "torch")
@@ -24,7 +25,7 @@ def backend_for(x: Tensor, backend: str | None = None) -> str:
     """
     backend = backend or chosen or ("triton" if has_triton(x.device) else "torch")
     if backend not in BACKENDS:
-        raise ValueError(f"backend={backend!r} is not allowed: {' or '.join(BACKENDS)} is")
+        raise unexpected("backend", backend, one_of(BACKENDS))
     return backend
 
 

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from checks import check, check_one_of
 from models.body import Body
 from models.features import Stretch
-from models.in_row import Network, Weights
-from models.layers import MaskedConv, side_by_side, state_dtype
+from models.in_row import Network
+from models.layers import MaskedConv, in_rows, side_by_side, state_dtype
 from models.logistic_mixture import LogisticMixtureHead
 from models.softmax import SoftmaxHead
 
@@ -207,12 +207,12 @@ class AutoregressiveModel(ImageModel):
 
     def in_row(self) -> Network:
         """The network inside a row, as the cached sampler computes it."""
-        weight, bias, inputs = self.stem.in_row()
-        stem = Weights(weight[None], bias[None], self.stem.outputs, inputs, self.stem.kind)
+        row, above = in_rows([self.stem])
+        stem = row.part(slice(-1, None))._replace(bias=None), above._replace(bias=row.bias)
         to_head = side_by_side(self.body.to_head) if self.body.skip else None
         join = side_by_side(self.body.up), to_head, self.body.residual
         head = side_by_side([self.head.first]), side_by_side([self.head.last])
-        return Network(stem, self.stem.reach, self.body.in_row(), *join, *head)
+        return Network(*stem, self.stem.reach, self.body.in_row(), *join, *head)
 
     def outputs(self, x: Tensor, condition: Tensor | None = None) -> Tensor:
         """The head's parameters of every conditional: images (b c h w) → for `softmax`, logits (b h w c v)."""

@@ -40,9 +40,9 @@ class DiagonalLSTMLayer(nn.Module):
     def __init__(self, narrow: Stretch, wide: Stretch, free: list[Stretch]):
         super().__init__()
         hidden = narrow.size
-        mask = visible("B", [narrow] * 4, [wide]).float()
-        self.register_buffer("mask", mask, persistent=False)
         self.input_weight = nn.Parameter(torch.empty(2, 4 * hidden, wide.size))  # gates o f i g
+        mask = visible("B", [narrow] * 4, [wide]).to(self.input_weight)
+        self.register_buffer("mask", mask, persistent=False)
         self.state_weight = nn.Parameter(torch.empty(2, 4 * hidden, 2 * hidden))  # left, up
         self.bias = nn.Parameter(torch.zeros(2, 4 * hidden))
         for direction in range(2):

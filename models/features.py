@@ -7,6 +7,7 @@ the pixels before it; at the pixel itself, group g sees the groups before g (mas
 """
 
 from collections.abc import Sequence
+from itertools import accumulate, pairwise
 from typing import NamedTuple
 
 import torch
@@ -41,8 +42,7 @@ class Stretch(NamedTuple):
     @property
     def slices(self) -> list[slice]:
         """Where each group's features stand."""
-        ends = torch.tensor([0, *self.sizes]).cumsum(0).tolist()
-        return [slice(*pair) for pair in zip(ends, ends[1:], strict=False)]
+        return [slice(*ends) for ends in pairwise(accumulate(self.sizes, initial=0))]
 
     def of_pixels_before(self) -> "Stretch":
         """The same features at a pixel before this one."""
@@ -62,9 +62,8 @@ def size_of(stretches: Stretches) -> int:
 
 def groups_of(stretches: Stretches) -> Tensor:
     """The group of each feature (f,); −1 where it stands for pixels before."""
-    return torch.tensor(
-        [BEFORE if s.before else g for s in stretches for g, size in enumerate(s.sizes) for _ in range(size)]
-    )
+    groups = [BEFORE if s.before else g for s in stretches for g, size in enumerate(s.sizes) for _ in range(size)]
+    return torch.tensor(groups, device="cpu")  # also where models are made on another device
 
 
 def visible(kind: str, outputs: Stretches, inputs: Stretches) -> Tensor:
@@ -75,17 +74,19 @@ def visible(kind: str, outputs: Stretches, inputs: Stretches) -> Tensor:
 
 def by_group(stretches: Stretches) -> list[Tensor]:
     """For each group, where its features stand in all stretches, one stretch after another: indices (f_g,)."""
-    starts = torch.tensor([0] + [s.size for s in stretches]).cumsum(0).tolist()
-    return [
-        torch.cat([torch.arange(start + s.slices[g].start, start + s.slices[g].stop) for start, s in zip(starts, stretches, strict=False)])
-        for g in range(stretches[0].groups)
-    ]
+    out, start = [[] for _ in range(stretches[0].groups)], 0
+    for stretch in stretches:
+        for g, s in enumerate(stretch.slices):
+            out[g] += range(start + s.start, start + s.stop)
+        start += stretch.size
+    return [torch.tensor(indices, device="cpu") for indices in out]
 
 
 def places(old: Stretches, new: Stretches) -> Tensor:
     """Where the features of `old` stand in `new`, whose groups are as wide or wider: (f,)."""
     out, start = [], 0
     for a, b in zip(old, new, strict=True):
-        out += [torch.arange(size) + start + s.start for size, s in zip(a.sizes, b.slices, strict=True)]
+        for size, s in zip(a.sizes, b.slices, strict=True):
+            out += range(start + s.start, start + s.start + size)
         start += b.size
-    return torch.cat(out)
+    return torch.tensor(out, device="cpu")

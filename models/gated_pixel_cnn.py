@@ -11,6 +11,7 @@ its own row to the left as well. A layer, with gate([a, b]) = tanh(a) ⊙ σ(b),
 The stem's first f features, which see only rows above, are v; its others are u. A condition is added to both gates.
 """
 
+import torch
 from torch import Tensor, nn
 
 import kernels
@@ -61,7 +62,9 @@ class GatedLayers(Body):
         row, above, given = (horizontal.part(inputs=part) for part in (slice(2), slice(2, 3), slice(3, None)))
         taps = stack(conv.weight.permute(0, 2, 3, 1).flatten(1) for conv in self.vertical_conv)
         bias = stack(conv.bias for conv in self.vertical_conv)
-        stack_above = Vertical(Weights(taps, bias, [before] * 2, [before] * 6), self.from_condition_in_row([before] * 2))
+        stack_above = Vertical(
+            Weights(taps, bias, [before] * 2, [before] * 6), self.from_condition_in_row([before] * 2)
+        )
         return InRow("gate", row, above, "vertical", given=given if self.free else None, vertical=stack_above)
 
 

@@ -51,7 +51,7 @@ class Weights(NamedTuple):
         return self.weight[:, rows], None if self.bias is None else self.bias[:, rows]
 
     def part(self, outputs: slice = slice(None), inputs: slice = slice(None)) -> "Weights":
-        """Some stretches of the outputs, and what some stretches of the inputs give to them; the first give the bias."""
+        """What some stretches of the inputs give to some of the outputs; the bias goes with the first inputs."""
 
         def features(stretches: Stretches, chosen: slice) -> slice:
             start, stop, _ = chosen.indices(len(stretches))
@@ -115,7 +115,10 @@ class InRow(NamedTuple):
 class Network(NamedTuple):
     """A whole network inside a row, with its layers' products side by side."""
 
-    stem: Weights  # one layer, of mask A: from its taps, row after row; outputs of pixels before: the vertical stack's
+    stem: Weights  # one layer, of mask A: from its taps in the row to the outputs that see it
+    stem_above: (
+        Weights  # from its taps in the rows above to all outputs: first those of the vertical stack; with the bias
+    )
     reach: int  # rows and columns that the stem sees to each side
     row: InRow
     up: Weights
@@ -139,11 +142,11 @@ class Network(NamedTuple):
                 row[name] = x.aligned(inputs=name != "given")
             elif isinstance(x, Vertical | Mirrored):
                 row[name] = x._make(
-                    None if part is None else part.aligned(inputs=name != "given")
-                    for name, part in x._asdict().items()
+                    None if part is None else part.aligned(inputs=name != "given") for name, part in x._asdict().items()
                 )
         return self._replace(
             stem=self.stem.aligned(inputs=False),
+            stem_above=self.stem_above.aligned(inputs=False),
             row=self.row._replace(**row),
             up=self.up.aligned(),
             to_head=self.to_head and self.to_head.aligned(),
@@ -152,11 +155,11 @@ class Network(NamedTuple):
         )
 
     def multiply_adds(self) -> tuple[int, int]:
-        """Products of live weights with features: of stem and layers at each column of features, of the head a pixel."""
+        """Live weights: of stem and layers, used at each column of features, and of the head, used at each pixel."""
 
         def count(x) -> int:
             if isinstance(x, Weights):
                 return x.multiply_adds()
             return sum(map(count, x)) if isinstance(x, tuple) else 0
 
-        return count((self.stem, self.row, self.up, self.to_head)), count((self.first, self.last))
+        return count((self.stem, self.stem_above, self.row, self.up, self.to_head)), count((self.first, self.last))

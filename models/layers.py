@@ -33,8 +33,8 @@ class Masked(nn.Module):
 
     def __init__(self, mask: Tensor, gain: float = 1.0):
         super().__init__()
-        self.register_buffer("mask", mask.float(), persistent=False)
         self.weight = nn.Parameter(torch.empty(mask.shape))
+        self.register_buffer("mask", mask.to(self.weight), persistent=False)
         self.bias = nn.Parameter(torch.zeros(len(mask)))
         initialise(self.weight, self.mask, gain)
 
@@ -64,7 +64,7 @@ class MaskedConv(Masked):
     def __init__(self, kind: str, kernel: int, inputs: Stretch, outputs: Stretches, extra: int = 0):
         assert kind in ("A", "B") and kernel % 2 == 1
         reach = kernel // 2
-        mask = torch.ones(size_of(outputs), inputs.size, reach + 1, kernel)
+        mask = torch.ones(size_of(outputs), inputs.size, reach + 1, kernel, device="cpu")
         mask[:, :, -1, reach] = visible(kind, outputs, [inputs]).float()
         mask[:, :, -1, reach + 1 :] = 0
         mask[: size_of([s for s in outputs if s.before]), :, -1] = 0
@@ -76,12 +76,6 @@ class MaskedConv(Masked):
         """The convolution of u, or of ReLU(u)."""
         return kernels.masked_conv(u, self.masked_weight(), self.bias, relu, self.extra, self.live)
 
-    def in_row(self) -> tuple[Tensor, Tensor, list[Stretch]]:
-        """Its live taps side by side, row after row: weight (outputs taps·inputs), bias, the inputs' stretches."""
-        taps = self.masked_weight().permute(0, 2, 3, 1).flatten(1, 2)[:, : -self.reach or None]
-        inputs = [self.inputs.of_pixels_before()] * (taps.shape[1] - 1) + [self.inputs]
-        return taps.flatten(1), self.bias, inputs
-
 
 def stack(tensors: Iterable[Tensor]) -> Tensor:
     return torch.stack(list(tensors))
@@ -89,11 +83,20 @@ def stack(tensors: Iterable[Tensor]) -> Tensor:
 
 def side_by_side(layers: Sequence[MaskedLinear]) -> Weights:
     """The same 1×1 of all layers."""
-    return Weights(
-        stack(layer.masked_weight() for layer in layers),
-        stack(layer.bias for layer in layers),
-        layers[0].outputs,
-        layers[0].inputs,
+    weight, bias = stack(layer.masked_weight() for layer in layers), stack(layer.bias for layer in layers)
+    return Weights(weight, bias, layers[0].outputs, layers[0].inputs)
+
+
+def in_rows(convs: Sequence[MaskedConv]) -> tuple[Weights, Weights]:
+    """The same convolution of all layers: its taps in the row, [left ones, centre], with the bias; those above it."""
+    first, weight = convs[0], stack(conv.masked_weight() for conv in convs)
+    taps = weight.permute(0, 1, 3, 4, 2).flatten(2, 3)  # row after row: (layers outputs taps inputs)
+    reach, kernel = first.reach, 2 * first.reach + 1
+    before, bias = first.inputs.of_pixels_before(), stack(conv.bias for conv in convs)
+    row, above = taps[:, :, reach * kernel :][:, :, : reach + 1].flatten(2), taps[:, :, : reach * kernel].flatten(2)
+    return (
+        Weights(row, bias, first.outputs, [before] * reach + [first.inputs], first.kind),
+        Weights(above, None, first.outputs, [before] * (reach * kernel), first.kind),
     )
 
 

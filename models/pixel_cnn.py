@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from models.base import AutoregressiveModel
 from models.body import Body
-from models.in_row import InRow, Weights
-from models.layers import MaskedConv, MaskedLinear, side_by_side, stack
+from models.in_row import InRow
+from models.layers import MaskedConv, MaskedLinear, in_rows, side_by_side
 
 
 class ResidualBlocks(Body):
@@ -32,12 +32,8 @@ class ResidualBlocks(Body):
         return (mid if condition is None else mid + self.from_condition[k](condition)).relu()
 
     def in_row(self) -> InRow:
-        weights, biases, inputs = zip(*(conv.in_row() for conv in self.conv), strict=True)
-        conv = Weights(stack(weights), stack(biases), [self.narrow], inputs[0])
-        above = conv.part(inputs=slice(3))._replace(bias=None)
-        left_and_here = conv.part(inputs=slice(3, None))._replace(bias=conv.bias)
         given = self.from_condition_in_row([self.narrow])
-        return InRow("relu", left_and_here, above, "here", down=side_by_side(self.down), given=given)
+        return InRow("relu", *in_rows(self.conv), "here", down=side_by_side(self.down), given=given)
 
 
 class PixelCNN(AutoregressiveModel):

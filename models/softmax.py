@@ -3,7 +3,6 @@
 Legend: b batch · c channel · h w rows, columns · f features · v levels · g group.
 """
 
-import torch
 from einops import rearrange
 from torch import Tensor, nn
 

@@ -17,8 +17,8 @@ from torch import Tensor
 
 import models
 from models.logistic_mixture import LogisticMixtureHead
-from models.rules import Given, Record
 from models.sampling import PixelLoop, noise, sample
+from models.sampling.rules import Given, Record
 
 # -------------------------------------------------------- what each architecture sees, by its definition: (n n)
 
@@ -313,8 +313,8 @@ def sizes(model, x):
     return [x[:, :, :: model.height // net.height, :: model.width // net.width] for net in model.nets]
 
 
-def scanned(model, x, conditions, method="cached"):
-    """What the row scan says of given images: conditionals (b c h w v), log-probabilities (b,).
+def scored(model, x, conditions, backend=None):
+    """What the cached sampler says of given images: conditionals (b c h w v), log-probabilities (b,).
 
     Conditionals are those of the largest image's net, and of the smaller ones' at the pixels that they make known.
     """
@@ -323,7 +323,7 @@ def scanned(model, x, conditions, method="cached"):
         with torch.no_grad():
             stage = model.stage(k, smaller, conditions.get("label"), conditions.get("cond"))
         record = Record(net, Given(of_size), len(x), conditionals=True)
-        smaller = PixelLoop(net, method, record, len(x), stage.condition).run()
+        smaller = PixelLoop(net, "cached", record, len(x), stage.condition, backend).run()
         assert torch.equal(smaller, of_size)
         log_probs = record.conditionals.gather(-1, smaller[..., None])[..., 0]
         torch.testing.assert_close(record.log_prob, log_probs.sum((1, 2, 3)), rtol=1e-5, atol=1e-4)
@@ -334,8 +334,8 @@ def scanned(model, x, conditions, method="cached"):
     return out, total
 
 
-def assert_scan_equals_forward(model, b: int = 3, method: str = "cached"):
-    """The row scan's conditionals are the network's, at every sub-pixel of given images.
+def assert_cached_equals_forward(model, b: int = 3, backend: str | None = None):
+    """The cached sampler's conditionals are the network's, at every sub-pixel of given images.
 
     The mixture's logarithms amplify rounding where a value is unlikely. They are compared in float64, and in float32
     the probabilities themselves.
@@ -345,7 +345,7 @@ def assert_scan_equals_forward(model, b: int = 3, method: str = "cached"):
         compared = [(model, torch.exp, 3e-5), (copy.deepcopy(model).double(), torch.positive, 1e-8)]
     for net, of, limit in compared:
         x, conditions = images(net, b), given(net, b)
-        conditionals, log_prob = scanned(net, x, conditions, method)
+        conditionals, log_prob = scored(net, x, conditions, backend)
         with torch.no_grad():
             error = (of(conditionals) - of(net.conditionals(x, **conditions))).abs().amax((0, 4))
             where = (~(error < limit)).nonzero().tolist()

@@ -12,7 +12,7 @@ import models
 from bench import sampling, training
 from bench.measure import MODELS, interleave, spread, whole
 from bench.sampling import kept_bytes
-from models.sampling import RowScan
+from models.sampling.cached import Cached
 
 ROOT = Path(__file__).resolve().parent.parent
 KEYS = {"command", "date", "device", "cpu", "cores", "threads", "python", "torch", "triton", "commit", "rows"}
@@ -113,7 +113,7 @@ def test_a_baseline_computes_what_its_model_does(name, channels, height, width):
         for parameter in model.parameters():  # biases too: padding must not evolve a state through them
             parameter.copy_(torch.randn_like(parameter) * 0.4)
     plain, x = training.baseline(model), torch.randint(0, 4, (2, channels, height, width))
-    torch.testing.assert_close(plain.parameters_at(x), model.parameters_at(x), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(plain.outputs(x), model.outputs(x), atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(plain(x), model(x), atol=1e-4, rtol=1e-5)
     plain(x).sum().backward()
     model(x).sum().backward()
@@ -172,13 +172,13 @@ def test_a_wrong_option_ends_in_one_line(arguments, said, capsys):
 
 
 @pytest.mark.parametrize("name", ["PixelCNN", "GatedPixelCNN", "RowLSTM", "DiagBiLSTM"])
-def test_what_a_row_scan_keeps_does_not_grow_with_the_height(name):
+def test_what_the_cached_sampler_keeps_does_not_grow_with_the_height(name):
     """A row suffices: it grows with the width, and with the number of images."""
     sizes = {"channels": 1, "levels": 2, "hidden": 4, "layers": 3}
 
     def kept(b, height, width, **order):
         model = models.build({"_target_": f"models.{name}", **sizes, "height": height, "width": width})
-        return kept_bytes(RowScan(model, b, **order))
+        return kept_bytes(Cached(model, b, **order))
 
     assert kept(2, 8, 8) == kept(2, 64, 8)
     one, two, three = (kept(2, 8, width) for width in (8, 16, 24))

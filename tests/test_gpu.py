@@ -11,8 +11,8 @@ import models
 from kernels.diagonal_lstm import diagonal_lstm_reference
 from kernels.masked_conv import masked_conv_reference
 from kernels.row_lstm import row_lstm_reference
-from models.rules import Given, Record
-from models.sampling import METHODS, PixelLoop, noise, sample
+from models.sampling import PixelLoop, noise, sample
+from models.sampling.rules import Given, Record
 
 pytestmark = pytest.mark.gpu
 CLASSES = ("PixelCNN", "GatedPixelCNN", "RowLSTM", "DiagBiLSTM")
@@ -157,14 +157,14 @@ def test_no_leak_in_bfloat16(name):
 
 @pytest.mark.parametrize("head", ["softmax", "logistic_mixture"])
 @pytest.mark.parametrize("name", CLASSES)
-def test_the_row_scan_draws_what_the_network_says(name, head):
-    """By each method, in one program and in several, with the row captured in the first batch or in the second."""
+def test_the_cached_sampler_draws_what_the_network_says(name, head):
+    """By each backend, in one program and in several, with the row captured in the first batch or in the second."""
     model = build(name, channels=3, hidden=18, height=6, width=5, head=head).cuda().eval()
     uniforms = noise(0, range(60), model.shape).cuda()
     naive = sample(model, 60, method="naive", uniforms=[uniforms])
-    for method, batch_size in itertools.product(METHODS, (15, 20, 60)):
-        drawn = sample(model, 60, method=method, uniforms=[uniforms], batch_size=batch_size)
-        assert torch.equal(drawn, naive), (method, batch_size)
+    for backend, batch_size in itertools.product(kernels.BACKENDS, (15, 20, 60)):
+        drawn = sample(model, 60, backend=backend, uniforms=[uniforms], batch_size=batch_size)
+        assert torch.equal(drawn, naive), (backend, batch_size)
 
 
 @pytest.mark.parametrize("head", ["softmax", "logistic_mixture"])
@@ -174,11 +174,11 @@ def test_bfloat16_moves_conditionals_by_little(name, head):
     x = torch.randint(0, 4, (20, 3, 6, 5), device="cuda")
     with torch.no_grad():
         expected = model.conditionals(x).exp()
-    for method in METHODS:
+    for how in ({"method": "naive"}, *({"method": "cached", "backend": name} for name in kernels.BACKENDS)):
         record = Record(copy.deepcopy(model).bfloat16(), Given(x), 20, conditionals=True)
-        PixelLoop(copy.deepcopy(model).bfloat16(), method, record, 20).run()
+        PixelLoop(copy.deepcopy(model).bfloat16(), rule=record, b=20, **how).run()
         moved = (record.conditionals.exp() - expected).abs().sum(-1) / 2
-        assert 0 < moved.mean() < 0.02, method
+        assert 0 < moved.mean() < 0.02, how
 
 
 @pytest.mark.filterwarnings("ignore")  # of the compiler's own

@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-from models.layers import Buffers
+from models.layers import side_by_side
 from models.logistic_mixture import SHARPNESS, LogisticMixtureHead
+from models.sampling.heads import CachedLogisticMixture
+from models.sampling.memory import Buffers
 
 every_levels = pytest.mark.parametrize("levels", [2, 3, 17, 256, 1000])
 every_channels = pytest.mark.parametrize("channels", [1, 2, 3, 4])
@@ -243,7 +245,8 @@ def test_a_scale_has_its_gradient_from_the_flattest_to_the_sharpest():
 def test_the_scan_gives_the_same_logits(channels, levels, mixtures):
     head, generator = make(channels, levels, mixtures)
     with torch.inference_mode():
-        scan = head.scan(Buffers(4, head.first.weight))
+        first, last = side_by_side([head.first]), side_by_side([head.last])
+        scan = CachedLogisticMixture(head, first, last, Buffers(4, head.first.weight))
         for _ in range(3):  # nothing stays of the pixel before
             u = torch.randn(4, 6, generator=generator)
             x = pixels(head, 4, generator)[1]

@@ -12,7 +12,8 @@ import torch
 
 import models
 from models.base import bits_per_dim
-from models.layers import MaskedConv, MaskedLinear, MaskedRowConv, colour_mask, group_sizes, group_slices
+from models.features import Stretch, by_group, group_sizes, visible
+from models.layers import MaskedConv, MaskedLinear, left_and_here
 from models.sampling import sample
 from tests.cases import (
     ARCHITECTURES,
@@ -205,13 +206,13 @@ def test_the_gated_pixel_cnn_has_no_blind_spot_and_the_pixel_cnn_has_one(layers)
 ])  # fmt: skip
 @pytest.mark.parametrize("parts", [1, 4])
 def test_groups_are_contiguous_and_differ_by_at_most_one(features, groups, sizes, parts):
-    assert group_sizes(features, groups) == sizes
-    slices = group_slices(parts * features, groups, parts)
-    assert len(slices) == groups and all(len(group) == parts for group in slices)
+    stretch = Stretch(features, groups)
+    assert stretch.sizes == sizes
+    assert list(itertools.chain(*(range(features)[s] for s in stretch.slices))) == list(range(features))
+    places = by_group([stretch] * parts)
     for part in range(parts):
-        places = [torch.arange(parts * features)[group[part]].tolist() for group in slices]
-        assert [len(place) for place in places] == sizes
-        assert list(itertools.chain(*places)) == list(range(part * features, (part + 1) * features))
+        of_part = [place[part * size : (part + 1) * size].tolist() for place, size in zip(places, sizes, strict=True)]
+        assert list(itertools.chain(*of_part)) == list(range(part * features, (part + 1) * features))
 
 
 def test_more_groups_than_features_are_refused():
@@ -223,7 +224,7 @@ def test_more_groups_than_features_are_refused():
 @pytest.mark.parametrize("parts", [1, 4])
 def test_colour_mask_lets_a_group_see_those_before_it_and_with_b_itself(kind, parts):
     inputs, outputs = [0, 0, 0, 1, 1, 2, 2], [0, 0, 1, 1, 2] * parts
-    mask = colour_mask(kind, 7, 5 * parts, 3, parts)
+    mask = visible(kind, [Stretch(5, 3)] * parts, [Stretch(7, 3)])
     expected = [[into < out or (kind == "B" and into == out) for into in inputs] for out in outputs]
     assert mask.tolist() == expected
 
@@ -246,20 +247,27 @@ def test_masked_convolution_sees_what_its_mask_says(kind, kernel, groups, inputs
     pixel = groups * torch.arange(h * w)[:, None]
     of_output, of_input = (pixel + of_output).flatten(), (pixel + of_input).flatten()
     expected = sees(h, w, groups, kernel // 2, kind)[of_output][:, of_input]
-    assert torch.equal(connected(MaskedConv(kind, kernel, inputs, outputs, groups), inputs, h, w), expected)
+    assert torch.equal(
+        connected(MaskedConv(kind, kernel, Stretch(inputs, groups), [Stretch(outputs, groups)]), inputs, h, w), expected
+    )
 
 
 @pytest.mark.parametrize("inputs, outputs, groups, parts", [(4, 6, 1, 1), (5, 7, 3, 1), (7, 20, 3, 4)])
 def test_masked_linear_sees_what_its_mask_says(inputs, outputs, groups, parts):
-    seen = connected(MaskedLinear(inputs, outputs, groups, parts), inputs, 1, 1)
-    assert torch.equal(seen, colour_mask("B", inputs, outputs, groups, parts))
+    stretches = [Stretch(inputs, groups)], [Stretch(outputs // parts, groups)] * parts
+    of_input, of_output = (
+        torch.tensor([g for s in some for g, size in enumerate(group_sizes(s.size, groups)) for _ in range(size)])
+        for some in stretches
+    )
+    assert torch.equal(connected(MaskedLinear(*stretches), inputs, 1, 1), of_output[:, None] >= of_input)
 
 
 @pytest.mark.parametrize("groups, colours, vertical, outputs", [(1, 1, 2, 3), (3, 3, 2, 4), (1, 3, 3, 3)])
 def test_vertical_features_of_a_masked_convolution_see_rows_above_alone(groups, colours, vertical, outputs):
     """All of their colours, to both sides; the other features' groups are as without."""
     h, w, reach = 5, 4, 2
-    layer = MaskedConv("A", 5, colours, vertical + outputs, groups, vertical=vertical)
+    inputs, others = Stretch(colours, groups), Stretch(outputs, groups)
+    layer = MaskedConv("A", 5, inputs, [Stretch(vertical, before=True), others])
     seen = connected(layer, colours, h, w).view(h, w, vertical + outputs, h, w, colours)
     i, j = torch.arange(h), torch.arange(w)
     rows = (i[:, None] > i) & (i[:, None] - i <= reach)
@@ -267,19 +275,23 @@ def test_vertical_features_of_a_masked_convolution_see_rows_above_alone(groups, 
     above = rows[:, None, None, :, None, None] & columns[None, :, None, None, :, None]
     assert torch.equal(seen[:, :, :vertical], above.expand(h, w, vertical, h, w, colours))
     torch.manual_seed(0)
-    alone = connected(MaskedConv("A", 5, colours, outputs, groups), colours, h, w)
+    alone = connected(MaskedConv("A", 5, inputs, [others]), colours, h, w)
     assert torch.equal(seen[:, :, vertical:].flatten(0, 2).flatten(1), alone)
 
 
 @pytest.mark.parametrize("inputs, outputs, groups, parts, free", [(4, 6, 1, 1, 0), (5, 8, 3, 2, 4), (7, 20, 3, 4, 2)])
-def test_masked_row_convolution_sees_what_its_mask_says(inputs, outputs, groups, parts, free):
+def test_a_convolution_along_the_row_sees_what_its_mask_says(inputs, outputs, groups, parts, free):
     """All of the pixel to the left, of its own what mask B shows, and all of what is free at the pixel itself."""
-    layer = MaskedRowConv(inputs, outputs, groups, parts, free)
+    own, gate = Stretch(inputs, groups), Stretch(outputs // parts, groups)
+    before = [Stretch(free, before=True)] if free else []
+    layer = MaskedLinear([own.of_pixels_before(), own, *before], [gate] * parts)
     with torch.no_grad():
         layer.weight.abs_().add_(0.1)
     given_at = torch.zeros(1, 2, 3, inputs + free)
-    jacobian = torch.autograd.functional.jacobian(lambda u: layer(*u.split([inputs, free], -1)), given_at)
-    centre = torch.cat([colour_mask("B", inputs, outputs, groups, parts), torch.ones(outputs, free)], dim=1) > 0
+    jacobian = torch.autograd.functional.jacobian(
+        lambda u: layer(left_and_here(*u.split([inputs, free], -1))), given_at
+    )
+    centre = torch.cat([visible("B", [gate] * parts, [own]), torch.ones(outputs, free, dtype=torch.bool)], dim=1)
     expected = torch.zeros(2, 3, outputs, 2, 3, inputs + free, dtype=torch.bool)
     for i, j in itertools.product(range(2), range(3)):
         expected[i, j, :, i, j] = centre

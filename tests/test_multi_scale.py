@@ -10,8 +10,8 @@ import models
 from models.sampling import noise, sample
 from tests.cases import (
     CASES,
+    assert_cached_equals_forward,
     assert_methods_agree,
-    assert_scan_equals_forward,
     build,
     changes,
     config,
@@ -178,9 +178,9 @@ def test_a_pixel_of_the_smaller_image_reaches_the_four_in_its_place_and_those_ar
 @every_copy_known
 @every_head
 @every_classes
-def test_the_row_scan_is_the_network_of_three_sizes(copy_known, head, classes):
+def test_the_cached_sampler_is_the_network_of_three_sizes(copy_known, head, classes):
     model = build(CASE, **TWICE, copy_known=copy_known, head=head, classes=classes)
-    assert_scan_equals_forward(model)
+    assert_cached_equals_forward(model)
     assert_methods_agree(model, seed=2)
 
 

@@ -1,4 +1,4 @@
-"""What a row of the row scan promises a GPU, which replays it as a graph: it asks and tells the host nothing, and
+"""What a row of the cached sampler promises a GPU, which replays it as a graph: it asks and tells the host nothing, and
 computes in memory that is there already.
 
 Found on a CPU, operation by operation, as torch is asked for them. What an operation does inside is its own matter.
@@ -16,8 +16,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from models.rules import Draw, Given, Keep, Record
-from models.sampling import PixelLoop, RowScan, noise
+from models.sampling import PixelLoop, noise
+from models.sampling.cached import Cached
+from models.sampling.rules import Draw, Given, Keep, Record
 from tests.cases import ARCHITECTURES, MIXTURE, Case, build, given, images
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -125,8 +126,8 @@ def every_rule(model, b: int) -> dict:
 def test_a_row_neither_allocates_nor_speaks_with_the_host(case, images_last, dtype):
     b, model = 2, build(case, height=2, width=2, hidden=6, head_features=6).to(dtype)
     condition, rules = model.condition(**given(model, b)), every_rule(model, b)
-    loop = PixelLoop(model, "cached-eager", rules["draw"], b, condition)
-    evaluator = RowScan(model, b, condition, images_last=images_last)
+    loop = PixelLoop(model, "cached", rules["draw"], b, condition)
+    evaluator = Cached(model, b, condition, images_last=images_last)
     for name, rule in rules.items():
         for which, row in zip(("first row", "any other"), two_rows(loop, evaluator, rule), strict=True):
             assert row.nodes > 20 and not row.broken, f"{name}, {which}:\n" + "\n".join(dict.fromkeys(row.broken))
@@ -149,8 +150,8 @@ def test_a_sub_pixel_has_no_more_nodes_than_are_written_here(name):
     case = Case(ARCHITECTURES[name.removesuffix("-mixture")][0], extra, None)
     sizes = {"channels": 3, "levels": 256, "height": 2, "width": 32, "hidden": 12, "head_features": 32}
     model = build(case, layers=layers, **sizes)
-    loop = PixelLoop(model, "cached-eager", Draw(noise(0, range(2), model.shape)), 2)
-    _, row = two_rows(loop, RowScan(model, 2, images_last=False), loop.rule)
+    loop = PixelLoop(model, "cached", Draw(noise(0, range(2), model.shape)), 2)
+    _, row = two_rows(loop, Cached(model, 2, images_last=False), loop.rule)
     assert most - 1 < row.nodes / 96 <= most
 
 

@@ -18,8 +18,8 @@ import torch
 import kernels
 import kernels.draw_row
 from kernels.lstm_scan import FORMS, lstm_scan
-from models.rules import Draw, Given, Keep, Record
 from models.sampling import PixelLoop
+from models.sampling.rules import Draw, Given, Keep, Record
 from tests.cases import ARCHITECTURES, CASES, MIXTURE, build, images
 from tests.races import Hazard, watched
 
@@ -411,7 +411,7 @@ def row(architecture: str, rule: str, b: int = 2, width: int = 2, form=(16, 64, 
     }[rule]()
     form = kernels.draw_row.Form(*form, 1, 4)
     with mock.patch.object(kernels.draw_row, "form_for", lambda *_: form):
-        values = PixelLoop(model, "cached-triton", chosen, b).run()
+        values = PixelLoop(model, "cached", chosen, b, backend="triton").run()
     kept = [getattr(chosen, name, None) for name in ("log_prob", "conditionals")]
     return [values, *(x for x in kept if x is not None)]
 

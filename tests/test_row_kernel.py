@@ -1,4 +1,4 @@
-"""What the row kernel promises: the row scan's pixels and conditionals, in one launch a row.
+"""What the row kernel promises: the naive sampler's pixels and the network's conditionals, in one launch a row.
 
 On a machine without a GPU it runs in Triton's interpreter, watched for races (`tests.races`); `bench.compile` compiles
 it.
@@ -11,12 +11,13 @@ import torch
 
 import kernels.draw_row
 from kernels.draw_row import Form, form_for
-from models.aligned import aligned, positions, room
-from models.rules import Given, Keep, Record, Rule
+from models.features import Stretch, places
 from models.sampling import PixelLoop, sample
+from models.sampling.cached import Cached
+from models.sampling.rules import Given, Keep, Record, Rule
 from tests.cases import (
     CASES,
-    assert_scan_equals_forward,
+    assert_cached_equals_forward,
     build,
     every_case,
     every_net,
@@ -43,7 +44,7 @@ def small(case, **arguments):
 
 def assert_as_naive(model, n=2, **arguments):
     arguments = {**given(model, n), **arguments}
-    drawn, naive = (sample(model, n, method=method, **arguments) for method in ("cached-triton", "naive"))
+    drawn, naive = (sample(model, n, **how, **arguments) for how in ({"backend": "triton"}, {"method": "naive"}))
     assert torch.equal(drawn, naive), f"differ first at (n c h w) {(drawn != naive).nonzero()[0].tolist()}"
     return drawn
 
@@ -57,7 +58,7 @@ def test_it_draws_the_pixels_of_the_naive_sampler(case, channels):
 @every_case
 @pytest.mark.parametrize("channels, width", [(1, 2), (3, 1)])
 def test_its_conditionals_are_the_network_s(case, channels, width):
-    assert_scan_equals_forward(small(case, channels=channels, width=width), b=2, method="cached-triton")
+    assert_cached_equals_forward(small(case, channels=channels, width=width), b=2, backend="triton")
 
 
 @every_net
@@ -120,7 +121,7 @@ def test_a_value_of_probability_zero_is_never_drawn():
     with torch.no_grad():
         model.head.last.bias[[0, 1, 4, 6, 7]] = -1e30
     for number, value in ((0.0, 2), (1 - 2**-24, 5)):
-        drawn = sample(model, 2, method="cached-triton", uniforms=torch.full((2, 1, 1, 2), number))
+        drawn = sample(model, 2, backend="triton", uniforms=torch.full((2, 1, 1, 2), number))
         assert (drawn == value).all()
 
 
@@ -129,33 +130,39 @@ def test_it_scores_what_is_drawn():
     rule = Keep(
         images(model, 2).to(DEVICE), torch.zeros(2, *model.shape, device=DEVICE), Given(images(model, 2).to(DEVICE))
     )
-    with pytest.raises(ValueError, match="method='cached-triton' is not allowed with Keep"):
-        PixelLoop(model, "cached-triton", rule, 2).run()
+    with pytest.raises(ValueError, match="backend='triton': expected torch with Keep"):
+        PixelLoop(model, "cached", rule, 2, backend="triton").run()
     record = Record(model, Given(images(model, 2).to(DEVICE)), 2)
-    x = PixelLoop(model, "cached-triton", record, 2).run()
+    x = PixelLoop(model, "cached", record, 2, backend="triton").run()
     torch.testing.assert_close(record.log_prob, model.log_prob(x).detach(), rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.skipif(DEVICE.type == "cuda", reason="the interpreter has no bfloat16")
 def test_bfloat16_is_refused_in_the_interpreter():
-    with pytest.raises(ValueError, match="bf16=True: expected false with method='cached-triton' in Triton's interp"):
-        sample(small(CASES["pixel_cnn"]), 1, method="cached-triton", bf16=True)
+    with pytest.raises(
+        ValueError, match="backend='triton': expected torch with bfloat16: Triton's interpreter has none"
+    ):
+        sample(small(CASES["pixel_cnn"]), 1, backend="triton", bf16=True)
 
 
 def test_a_rule_of_the_caller_s_own_is_refused():
+    """Where the kernel is asked for; where nothing is said, torch computes the rows."""
+
     class Own(Rule):
         def __call__(self, j, g, logits):
             return logits.argmax(1)
 
-    with pytest.raises(ValueError, match="is not allowed with Own: the kernel has no such rule"):
-        PixelLoop(small(CASES["pixel_cnn"]), "cached-triton", Own(), 1)
+    model = small(CASES["pixel_cnn"])
+    with pytest.raises(ValueError, match="backend='triton': expected torch with Own: the kernel has no such rule"):
+        PixelLoop(model, "cached", Own(), 1, backend="triton")
+    assert PixelLoop(model, "cached", Own(), 1).run().shape == (1, *model.shape)
 
 
 @pytest.mark.skipif(DEVICE.type == "cuda", reason="it is for this device")
 def test_without_the_interpreter_it_is_for_cuda(monkeypatch):
     monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
-    with pytest.raises(ValueError, match="method='cached-triton' is not allowed on cpu: it is for cuda"):
-        sample(small(CASES["pixel_cnn"]), 1, method="cached-triton")
+    with pytest.raises(ValueError, match="backend='triton': expected torch on cpu: Triton's kernels are for cuda"):
+        sample(small(CASES["pixel_cnn"]), 1, backend="triton")
 
 
 # --------------------------------------------------------------------------------------------- room for sixteen
@@ -165,15 +172,28 @@ def test_without_the_interpreter_it_is_for_cuda(monkeypatch):
 @pytest.mark.parametrize("channels", [1, 3])
 def test_an_aligned_network_is_the_network(case, channels):
     for net in small(case, channels=channels, hidden=35).nets:
-        x, wide = images(net, 3).to(DEVICE), aligned(net)
-        condition = net.condition(**{name: value.to(DEVICE) for name, value in given(net, 3).items()})
-        assert wide.body.hidden == (48) and not wide.training
-        with torch.no_grad():
-            expected, got = net.parameters_at(x, condition), wide.parameters_at(x, condition)
-        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+        x, b = images(net, 3).to(DEVICE), 3
+        condition = net.condition(**{name: value.to(DEVICE) for name, value in given(net, b).items()})
+        aligned = net.in_row().aligned()
+        assert aligned.up.inputs[0].size == 48
+        kept = []
+        with torch.inference_mode():
+            for network in (net.in_row(), aligned):
+                evaluator, rule = Cached(net, b, condition, network=network), Given(x)
+                record = Record(net, rule, b, conditionals=True)
+                for i in range(net.height):
+                    evaluator.load(i)
+                    record.load(i)
+                    evaluator.row(record, torch.empty(b, net.channels, net.width, dtype=torch.long), first=i == 0)
+                    record.store(i)
+                kept.append(record.conditionals)
+        torch.testing.assert_close(*kept, rtol=1e-4, atol=1e-4)
 
 
 def test_where_features_go():
-    assert room(128, 3) == 144 and room(128, 1) == 128 and room(7, 2) == 32
-    assert positions(5, 32, 2).tolist() == [0, 1, 2, 16, 17]
-    assert positions(3, 16, 1, parts=2).tolist() == [0, 1, 2, 16, 17, 18]
+    assert [Stretch(*of).aligned().size for of in ((128, 3), (128, 1), (7, 2))] == [144, 128, 32]
+    for old, expected in (
+        ([Stretch(5, 2)], [0, 1, 2, 16, 17]),
+        ([Stretch(3), Stretch(3)], [0, 1, 2, 16, 17, 18]),
+    ):
+        assert places(old, [stretch.aligned() for stretch in old]).tolist() == expected

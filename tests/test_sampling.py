@@ -1,4 +1,4 @@
-"""What `models.sampling` promises: the row scan is the network, and a sample is a sample of it.
+"""What `models.sampling` promises: the cached sampler is the network, and a sample is a sample of it.
 
 Legend: b batch · n images · c channel (colour) · h w rows, columns · v levels.
 """
@@ -14,14 +14,16 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+import kernels
 import models.sampling
 from models.multi_scale import KINDS
-from models.rules import Draw, Given, Keep, Record, Rule
 from models.sampling import PixelLoop, noise, sample
+from models.sampling.loop import backend_of_rows
+from models.sampling.rules import Draw, Given, Keep, Record, Rule
 from tests.cases import (
     CASES,
+    assert_cached_equals_forward,
     assert_methods_agree,
-    assert_scan_equals_forward,
     build,
     every_case,
     every_conditioned,
@@ -47,9 +49,9 @@ every_small_shape = pytest.mark.parametrize("height, width", [(3, 5), (5, 2), (1
 @every_case
 @every_shape
 @pytest.mark.parametrize("channels", [1, 2, 3])
-def test_the_row_scan_is_the_network(case, height, width, channels):
+def test_the_cached_sampler_is_the_network(case, height, width, channels):
     """At every sub-pixel, on images wider than high, higher than wide, of one row, one column, one pixel."""
-    assert_scan_equals_forward(build(case, channels=channels, levels=5, height=height, width=width, hidden=7))
+    assert_cached_equals_forward(build(case, channels=channels, levels=5, height=height, width=width, hidden=7))
 
 
 @every_case
@@ -63,10 +65,10 @@ def test_cached_and_naive_draw_the_same_pixels(case, height, width, channels):
 
 @every_case
 @every_state
-def test_the_row_scan_is_the_network_in_every_state_of_life(case, state):
+def test_the_cached_sampler_is_the_network_in_every_state_of_life(case, state):
     """After training, a reload, a copy, and with huge numbers under the masks."""
     model = state(case, channels=3, levels=5)
-    assert_scan_equals_forward(model)
+    assert_cached_equals_forward(model)
     assert_methods_agree(model)
 
 
@@ -75,7 +77,7 @@ def test_the_row_scan_is_the_network_in_every_state_of_life(case, state):
 def test_wide_groups_that_are_not_equal(case, layers):
     """128 features in 3 groups: 43 43 42."""
     model = build(case, channels=3, levels=5, height=3, width=3, hidden=128, layers=layers, std=0.02)
-    assert_scan_equals_forward(model)
+    assert_cached_equals_forward(model)
     assert_methods_agree(model)
 
 
@@ -86,7 +88,7 @@ def test_sampling_follows_the_weights(case):
     before = assert_methods_agree(model)
     train(model)
     assert not torch.equal(assert_methods_agree(model), before)
-    assert_scan_equals_forward(model)
+    assert_cached_equals_forward(model)
 
 
 @every_kind
@@ -126,7 +128,7 @@ def test_training_works_after_sampling(case):
 )
 def test_scan_network_and_samplers_agree_for_any_model(case, arguments, of_one_net, of_several, seed):
     model = build(case, seed=seed, **arguments, **(of_several if case.target == "MultiScale" else of_one_net))
-    assert_scan_equals_forward(model, b=2)
+    assert_cached_equals_forward(model, b=2)
     assert_methods_agree(model, n=2, seed=seed)
 
 
@@ -359,7 +361,7 @@ def test_what_is_drawn_can_be_trained_on(case, method):
         condition = any_condition(net, 2)
         x = PixelLoop(net, method, Draw(noise(0, range(2), net.shape)), 2, condition).run()
         assert x.dtype == torch.int64
-        net.head.nats(net.parameters_at(x, condition), x).sum().backward()
+        net.head.nats(net.outputs(x, condition), x).sum().backward()
 
 
 @every_target
@@ -447,7 +449,7 @@ def test_bfloat16_moves_conditionals_by_little(case, method):
         record = Record(net, Given(x), 2, conditionals=True)
         PixelLoop(net, method, record, 2, None if condition is None else condition.bfloat16()).run()
         with torch.no_grad():
-            expected = exact.head.conditionals(exact.parameters_at(x, condition), x)
+            expected = exact.head.conditionals(exact.outputs(x, condition), x)
         assert record.conditionals.dtype == torch.float32 and not torch.equal(record.conditionals, expected)
         moved = (record.conditionals.exp() - expected.exp()).abs().sum(-1) / 2
         assert moved.mean() < 0.02, moved
@@ -543,9 +545,10 @@ def test_two_rows_are_captured_in_all_once_something_ran(monkeypatch):
 
 
 @every_target
-def test_a_graph_is_for_cuda(case):
+def test_the_backend_may_be_named(case):
     model = build(case)
-    with pytest.raises(ValueError, match="method='cached-graph' is not allowed on cpu: it is for cuda"):
-        sample(model, 1, method="cached-graph", **given(model, 1))
-    drawn = [sample(model, 2, method=method, **given(model, 2)) for method in ("cached", "cached-eager")]
-    assert torch.equal(*drawn)
+    with pytest.raises(ValueError, match="backend='cuda': expected triton or torch"):
+        sample(model, 1, backend="cuda", **given(model, 1))
+    assert torch.equal(*(sample(model, 2, backend=backend, **given(model, 2)) for backend in (None, "torch")))
+    with kernels.use("torch"):
+        assert backend_of_rows(model.nets[0], Draw(torch.zeros(1, *model.nets[0].shape))) == "torch"

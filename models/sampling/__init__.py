@@ -14,7 +14,7 @@ from torch import Tensor
 
 from checks import check, check_one_of, unexpected
 from models.base import ImageModel
-from models.sampling.loop import METHODS, PixelLoop, backend_of_rows
+from models.sampling.loop import METHODS, PixelLoop
 from models.sampling.noise import noise
 from models.sampling.rules import Draw, Given, Keep, Record, Rule
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from models.base import AutoregressiveModel
-from models.in_row import GATES, InRow, Mirrored, Network, Vertical, Weights
+from models.in_row import GATES, Mirrored, Network, Vertical
 from models.sampling.heads import cached_head
 from models.sampling.memory import Buffers, ConditionRow, RowProduct, windows, with_bias
 from models.sampling.rules import Rule, visit
@@ -48,7 +48,7 @@ class Cached:
         self.condition, self.outside = condition, range(model.width, columns)
         self.layers = CachedLayers(network, buffers, columns, condition)
         self.stem = CachedStem(network, buffers, columns, self.layers.inputs, self.layers.vertical_input)
-        self.head = cached_head(model.head, network, buffers)
+        self.head = cached_head(model.head, network.first, network.last, buffers)
         self.groups = network.groups
 
     def load(self, i: int) -> None:
@@ -100,14 +100,13 @@ class CachedStem:
     def __init__(
         self, network: Network, buffers: Buffers, width: int, outputs: list[list[Tensor]], vertical: Tensor | None
     ):
-        reach, stem = network.reach, network.stem
-        self.reach, colours, kernel = reach, stem.inputs[-1].size, 2 * reach + 1
-        above, self.taps = stem.part(inputs=slice(reach * kernel)), stem.part(slice(-1, None), slice(reach * kernel, None))
+        above, self.taps, reach = network.stem_above, network.stem, network.reach
+        self.reach, colours, kernel = reach, self.taps.inputs[-1].size, 2 * reach + 1
         self.rows = buffers(reach + 1, width + 2 * reach, colours)  # those above, the present one; zeros outside
-        self.of_above = RowProduct(buffers, width, above.weight, stem.bias, ConditionRow(None, None, width))
+        self.of_above = RowProduct(buffers, width, above.weight, above.bias, ConditionRow(None, None, width))
         self.above_taps = self.of_above.inputs[0].view(buffers.b, width, reach, kernel, colours)
         self.above_windows = windows(self.rows[:, :-1], kernel).transpose(1, 2)
-        self.skipped = stem.weight.shape[1] - self.taps.weight.shape[1]
+        self.skipped = above.weight.shape[1] - self.taps.weight.shape[1]
         self.vertical, self.above = vertical, self.of_above.out[0][:, :, self.skipped :]  # (b w f)
         row = self.row = self.rows[:, reach].flatten(1)  # (b, padded width · colours)
         weights = [self.taps.of_group(g)[0][0].contiguous().T for g in range(network.groups)]
@@ -219,7 +218,9 @@ class CachedLayers:
             down = with_bias(weight[layer], bias[layer])
         return down, row.main.of_group(g)[0][layer].contiguous().T, self.join.weights(layer, g)
 
-    def calls(self, layer: int, j: int, g: int, down: Tensor | None, main: Tensor, join: tuple, tanh: Tensor | None) -> list[Call]:
+    def calls(
+        self, layer: int, j: int, g: int, down: Tensor | None, main: Tensor, join: tuple, tanh: Tensor | None
+    ) -> list[Call]:
         """What one layer computes at column j, for the features of group g."""
         n, w, act, out = self.narrow.slices[g], self.wide.slices[g], self.in_row.act, []
         if down is not None:  # here = ReLU(down(ReLU(u))); the stream is one pixel's, changed in place
@@ -302,8 +303,8 @@ class Join:
     """How a layer's output joins the stream and the head's input, at one pixel, for one group's features.
 
     A layer's output is behind a column of ones: biases are a row of the weights. `out` is where the last layer's stream
-    goes, (b features_g) for each group. Where layers change their stream `in_place`, it is in `out` from the first layer
-    on, and `stream` has the sum of skips beside it: both are one product.
+    goes, (b features_g) for each group. Where layers change their stream `in_place`, it is in `out` from the first
+    layer on, and `stream` has the sum of skips beside it: both are one product.
     """
 
     def __init__(self, network: Network, buffers: Buffers, in_place: bool):
@@ -322,7 +323,9 @@ class Join:
 
     def calls(self, g: int, u: Tensor, hidden: Tensor, out: Tensor, up: Tensor, to_head: Tensor | None) -> list[Call]:
         """From group g of the stream, u (b features_g), and a layer's output (b 1+k), to `out`, which is like u."""
-        product = partial(torch.addmm, u, hidden, up, out=out) if self.residual else partial(torch.mm, hidden, up, out=out)
+        product = (
+            partial(torch.addmm, u, hidden, up, out=out) if self.residual else partial(torch.mm, hidden, up, out=out)
+        )
         return [product] if to_head is None else [product, partial(self.skips[g].addmm_, hidden, to_head)]
 
     def begin(self, g: int) -> None:

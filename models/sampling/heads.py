@@ -10,62 +10,63 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.in_row import Network
+from models.in_row import Weights
 from models.logistic_mixture import FAR, SHARPNESS, SOFTPLUS_IS_LINEAR, LogisticMixtureHead
 from models.sampling.memory import Buffers, with_bias
 from models.softmax import SoftmaxHead
 
 
-def cached_head(head: nn.Module, network: Network, buffers: Buffers) -> "CachedHead":
-    """The cached form of a model's head."""
-    return {SoftmaxHead: CachedSoftmax, LogisticMixtureHead: CachedLogisticMixture}[type(head)](head, network, buffers)
+def cached_head(head: nn.Module, first: Weights, last: Weights, buffers: Buffers) -> "CachedHead":
+    """The cached form of a model's head, whose two products are given."""
+    kind = {SoftmaxHead: CachedSoftmax, LogisticMixtureHead: CachedLogisticMixture}[type(head)]
+    return kind(head, first, last, buffers)
 
 
 class CachedHead:
     """The two products of all heads, group by group: `step(u_g, g)` takes the features to `out` (b outputs).
 
     Args:
+        first: the first product.
         last: for each group, weight (outputs k) and bias (outputs) of the second product.
     """
 
-    def __init__(self, network: Network, buffers: Buffers, last: list[tuple[Tensor, Tensor]]):
-        (inputs,), (between,) = network.first.inputs, network.first.outputs
+    def __init__(self, first: Weights, last: list[tuple[Tensor, Tensor]], buffers: Buffers):
+        (inputs,), (between,) = first.inputs, first.outputs
         behind_ones_u, relu_u = buffers.after_ones(inputs.size)
         behind_ones, features = buffers.after_ones(between.size, dtype=buffers.state)
-        first = features if features.dtype == relu_u.dtype else buffers(between.size)
+        mid = features if features.dtype == relu_u.dtype else buffers(between.size)
         # in one order of memory on all devices: a rule reads all levels of an image
         self.out = buffers.new(buffers.b, len(last[0][1]), dtype=buffers.state)
         self.plan = []
         for g, (into, out, of_last) in enumerate(zip(inputs.slices, between.slices, last, strict=True)):
-            of_first = (x[0] for x in network.first.of_group(g))
+            of_first = (x[0] for x in first.of_group(g))
             self.plan.append(
                 (
                     relu_u[:, into],
                     behind_ones_u[:, : 1 + into.stop],
-                    first[:, out],
+                    mid[:, out],
                     features[:, out],
                     behind_ones[:, : 1 + out.stop],
                     with_bias(*of_first),
                     with_bias(*(x.to(buffers.state) for x in of_last)),
                 )
             )
-        self.rounded = first is not features
+        self.rounded = mid is not features
 
     def step(self, u_g: Tensor, g: int) -> None:
-        relu_u, behind_ones_u, first, features, behind_ones, first_weight, last_weight = self.plan[g]
+        relu_u, behind_ones_u, mid, features, behind_ones, first_weight, last_weight = self.plan[g]
         torch.clamp_min(u_g, 0, out=relu_u)
-        torch.mm(behind_ones_u, first_weight, out=first).relu_()
+        torch.mm(behind_ones_u, first_weight, out=mid).relu_()
         if self.rounded:
-            features.copy_(first)
+            features.copy_(mid)
         torch.mm(behind_ones, last_weight, out=self.out)
 
 
 class CachedSoftmax(CachedHead):
     """The head at one pixel, group by group: `step(u_g, g)`, then `logits(c)` (b v), then `put(c, values)`."""
 
-    def __init__(self, head: SoftmaxHead, network: Network, buffers: Buffers):
-        last = [tuple(x[0] for x in network.last.of_group(g)) for g in range(network.groups)]
-        super().__init__(network, buffers, last)
+    def __init__(self, head: SoftmaxHead, first: Weights, last: Weights, buffers: Buffers):
+        super().__init__(first, [tuple(x[0] for x in last.of_group(g)) for g in range(head.channels)], buffers)
 
     def logits(self, c: int) -> Tensor:
         return self.out
@@ -77,21 +78,21 @@ class CachedSoftmax(CachedHead):
 class CachedLogisticMixture(CachedHead):
     """The head at one pixel: `step(u)` once, then for each colour in order `logits(c)` (b v) and `put(c, values)`.
 
-    It computes what `LogisticMixtureHead` does, in static memory. Factors of what leaves the second product are in its weights: means
-    come in levels, scales as log(1 / scale). With softplus(z) = −log σ(−z), the mass of a bin is
+    It computes what `LogisticMixtureHead` does, in static memory. The weights of the second product have factors in
+    them, so that means come in levels and scales as log(1 / scale). With softplus(z) = −log σ(−z), the mass of a bin is
 
         log(σ(β) − σ(α)) = −softplus(−β) − softplus(α) + log(1 − exp(−(β − α)))
 
     where the last term is one number a component, `within`, but in the lowest and the highest bin: 0 there.
     """
 
-    def __init__(self, head: LogisticMixtureHead, network: Network, buffers: Buffers):
+    def __init__(self, head: LogisticMixtureHead, first: Weights, last: Weights, buffers: Buffers):
         m, channels, sizes = head.mixtures, head.channels, head.sizes
-        weight, bias = (x[0].to(buffers.state) for x in network.last.of_group(0))
+        weight, bias = (x[0].to(buffers.state) for x in last.of_group(0))
         repeats = torch.tensor(sizes, device=bias.device)
         factor = bias.new_tensor([1, head.highest, -1, 1]).repeat_interleave(repeats, output_size=sum(sizes))
         offset = bias.new_tensor([0, 0, -math.log(head.highest), 0]).repeat_interleave(repeats, output_size=sum(sizes))
-        super().__init__(network, buffers, [(weight * factor[:, None], bias * factor + offset)])
+        super().__init__(first, [(weight * factor[:, None], bias * factor + offset)], buffers)
 
         new, colours = partial(buffers.new, dtype=buffers.state), (channels, m)
         self.weights, means, self.sharpness, self.slopes = self.out.split(sizes, 1)

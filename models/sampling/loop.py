@@ -25,6 +25,7 @@ from models.base import AutoregressiveModel
 from models.sampling.cached import Cached
 from models.sampling.naive import Naive
 from models.sampling.rules import Rule
+from models.sampling.triton_row import TritonRow
 
 METHODS = ("cached", "naive")
 
@@ -109,8 +110,6 @@ class PixelLoop:
             elif backend_of_rows(model, rule, backend) == "torch":
                 self.evaluator = Cached(model, b, condition)
             else:
-                from models.sampling.triton_row import TritonRow  # Triton is not everywhere
-
                 self.evaluator = TritonRow(model, b, condition, rule, self.values)
 
     @contextmanager

@@ -25,9 +25,7 @@ class TritonRow(Cached):
         head = Head(first, last, network.first.outputs[0].size, outputs, getattr(model.head, "mixtures", 0))
         stem = Stem(product_of(self.stem.taps, bias=False), self.stem.row, self.stem.above, network.reach)
         skip = network.to_head is not None
-        self.program = DrawRow(
-            stem, layers_of(self.layers), head, network.residual, skip, choice, values, model.levels
-        )
+        self.program = DrawRow(stem, layers_of(self.layers), head, network.residual, skip, choice, values, model.levels)
 
     def row(self, rule: Rule, values: Tensor, first: bool) -> None:
         self.begin_row(first)

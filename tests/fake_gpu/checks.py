@@ -9,8 +9,8 @@ from bench.stand_in import StandIn
 from kernels.gate import gate_fwd_kernel
 from kernels.jit import tl
 from kernels.lstm_scan import lstm_scan
-from models.rules import Draw
 from models.sampling import PixelLoop, noise, sample
+from models.sampling.rules import Draw
 from tests.fake_gpu import fake_cuda
 from tests.fake_gpu.fake_cuda import INDEX, state
 
@@ -31,10 +31,10 @@ def test_a_launch_is_on_the_device_of_its_tensors():
     assert state["device"] == 0
 
 
-@pytest.mark.parametrize("method", ["cached", "cached-triton"])
-def test_rows_are_captured_on_the_device_of_the_model(method):
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_rows_are_captured_on_the_device_of_the_model(backend):
     before = dict(state)
-    sample(small(), 6, method=method, batch_size=3)
+    sample(small(), 6, backend=backend, batch_size=3)
     assert state["graphs"] == before["graphs"] + 2 and state["replays"] > before["replays"] and state["device"] == 0
 
 
@@ -93,7 +93,7 @@ def test_what_differs_from_launch_to_launch_compiles_nothing_anew():
 def test_a_last_batch_compiles_no_row_anew():
     with StandIn() as gpu:
         for n in (1, 2, 16, 18):
-            sample(small(), n, method="cached-triton")
+            sample(small(), n, backend="triton")
         assert [variant.kernel for variant in gpu.variants] == ["draw_row_kernel"]
 
 
@@ -103,7 +103,7 @@ def test_amd_gpus_are_not_asked_for_what_their_compiler_has_not(monkeypatch):
     assert kernels.backend_for(u) == "torch"
     with StandIn("gfx942") as gpu:
         lstm_scan(u, torch.randn(2, 64, 32), True)
-        sample(small(), 1, method="cached-triton")
+        sample(small(), 1, backend="triton")
         assert {"lstm_scan_fwd_kernel", "draw_row_kernel"} == {variant.kernel for variant in gpu.variants}
         assert not any("maxnreg" in variant.options for variant in gpu.variants)
         monkeypatch.setattr(torch.version, "hip", None)
