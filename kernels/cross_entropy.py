@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import kernels
+from kernels.backend import backend_for
 from kernels.jit import cdiv, jit, launch, next_power_of_2, tl
 
 
@@ -158,7 +158,7 @@ def cross_entropy(logits: Tensor, target: Tensor, backend: str | None = None) ->
     Source: 1601.06759, section 3.1 (a softmax over the levels of each sub-pixel).
     """
     v = logits.shape[-1]
-    if kernels.backend_for(logits, backend) == "triton" and v <= 1024:
+    if backend_for(logits, backend) == "triton" and v <= 1024:
         return cross_entropy_op(logits.reshape(-1, v), target.reshape(-1))[0].view(target.shape)
     logits = logits if logits.dtype == torch.float64 else logits.float()
     nats = F.cross_entropy(logits.reshape(-1, v), target.reshape(-1).long(), reduction="none")

@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import kernels
+from kernels.backend import autocast, backend_for, in_float32
 from kernels.lstm_scan import lstm_scan
 
 
@@ -257,8 +257,8 @@ def diagonal_lstm(
 
     Source: 1601.06759, section 3.2 and equation 3.
     """
-    if kernels.backend_for(u, backend) == "triton":
-        u, input_weight, bias = kernels.autocast(u, input_weight, bias)
+    if backend_for(u, backend) == "triton":
+        u, input_weight, bias = autocast(u, input_weight, bias)
         pre = F.linear(u, input_weight.flatten(0, 1), bias.flatten())
         return lstm_scan(pre.unflatten(3, (2, -1)), state_weight, diagonal=True)
-    return diagonal_lstm_op(*kernels.in_float32(u, input_weight, bias, state_weight))[0]
+    return diagonal_lstm_op(*in_float32(u, input_weight, bias, state_weight))[0]

@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-import kernels
+from kernels.activations import sigmoid, tanh
+from kernels.backend import backend_for
 from kernels.jit import cdiv, jit, launch, tl
 
 
 def gate_reference(u: Tensor) -> Tensor:
-    """The same as `gate`, as the equation is written: the oracle."""
+    """Compute `gate` as the equation is written: the oracle."""
     a, b = u.chunk(2, dim=-1)
     return a.tanh() * b.sigmoid()
 
@@ -38,7 +39,7 @@ def gate_fwd_kernel(
     of_a = at + at // f * f  # row · 2f + feature
     a = tl.load(u + of_a, mask=mask, other=0.0).to(SUM)
     b = tl.load(u + of_a + f, mask=mask, other=0.0).to(SUM)
-    tl.store(out + at, ((2 * tl.sigmoid(2 * a) - 1) * tl.sigmoid(b)).to(out.dtype.element_ty), mask=mask)
+    tl.store(out + at, (tanh(a) * sigmoid(b)).to(out.dtype.element_ty), mask=mask)
 
 
 @jit
@@ -54,14 +55,15 @@ def gate_bwd_kernel(
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = at < size
     of_a = at + at // f * f
-    tanh = 2 * tl.sigmoid(2 * tl.load(u + of_a, mask=mask, other=0.0).to(SUM)) - 1
-    sigmoid = tl.sigmoid(tl.load(u + of_a + f, mask=mask, other=0.0).to(SUM))
+    tanh_a = tanh(tl.load(u + of_a, mask=mask, other=0.0).to(SUM))
+    sigmoid_b = sigmoid(tl.load(u + of_a + f, mask=mask, other=0.0).to(SUM))
     d = tl.load(d_out + at, mask=mask, other=0.0).to(SUM)
-    tl.store(d_u + of_a, (d * sigmoid * (1 - tanh * tanh)).to(d_u.dtype.element_ty), mask=mask)
-    tl.store(d_u + of_a + f, (d * tanh * sigmoid * (1 - sigmoid)).to(d_u.dtype.element_ty), mask=mask)
+    tl.store(d_u + of_a, (d * sigmoid_b * (1 - tanh_a * tanh_a)).to(d_u.dtype.element_ty), mask=mask)
+    tl.store(d_u + of_a + f, (d * tanh_a * sigmoid_b * (1 - sigmoid_b)).to(d_u.dtype.element_ty), mask=mask)
 
 
 def constants(double: bool) -> dict:
+    """The kernels' constexpr arguments and options."""
     return {"BLOCK": 1024, "SUM": tl.float64 if double else tl.float32, "num_warps": 4, "num_stages": 1}
 
 
@@ -138,6 +140,6 @@ def gate(u: Tensor, backend: str | None = None) -> Tensor:
 
     Source: 1606.05328, equation 2.
     """
-    if kernels.backend_for(u, backend) == "triton":
+    if backend_for(u, backend) == "triton":
         return gate_op(u)
     return Gate.apply(u)

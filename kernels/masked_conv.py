@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-import kernels
+from kernels.backend import autocast, backend_for
 from kernels.jit import cdiv, jit, launch, next_power_of_2, tl
 
 
@@ -380,8 +380,8 @@ def masked_conv(
 
     Source: 1601.06759, section 3.4.
     """
-    u, weight, bias = kernels.autocast(u, weight, bias)
-    if kernels.backend_for(u, backend) == "triton":
+    u, weight, bias = autocast(u, weight, bias)
+    if backend_for(u, backend) == "triton":
         live = weight.shape[2] * weight.shape[3] if live is None else live
         return masked_conv_op(u, weight, bias, relu, extra, live)
     return MaskedConv.apply(u, weight, bias, relu, extra)

@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import kernels
+from kernels.backend import autocast, backend_for, in_float32
 from kernels.lstm_scan import lstm_scan
 
 
@@ -209,8 +209,8 @@ def row_lstm(
 
     Source: 1601.06759, section 3.1 and equation 3.
     """
-    if kernels.backend_for(u, backend) == "triton":
-        u, input_weight, bias, left_weight = kernels.autocast(u, input_weight, bias, left_weight)
+    if backend_for(u, backend) == "triton":
+        u, input_weight, bias, left_weight = autocast(u, input_weight, bias, left_weight)
         pre = F.linear(u, input_weight, bias)
         if left_weight is not None:
             left = F.linear(u[:, :, :-1, : left_weight.shape[1]], left_weight)
@@ -218,4 +218,4 @@ def row_lstm(
         state_weight = state_weight.mT.flatten(1)[None]  # (1 4f n·f)
         return lstm_scan(pre[:, :, :, None], state_weight, diagonal=False)[:, :, :, 0]
     left_weight = input_weight[:, :0] if left_weight is None else left_weight
-    return row_lstm_op(*kernels.in_float32(u, input_weight, bias, state_weight, left_weight))[0]
+    return row_lstm_op(*in_float32(u, input_weight, bias, state_weight, left_weight))[0]

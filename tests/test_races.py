@@ -429,7 +429,7 @@ SCENARIOS = {
     },
     "cross_entropy": {"both-ways": cross_entropy},
     "gate": {"both-ways": lambda: both_ways(lambda x: kernels.gate(x, backend="triton"), *numbers((70, 32)))},
-    "draw_row": {
+    "draw_row_kernel": {
         f"{name}-{RULES[(i + k) % 4]}{'-mixture' * bool(k & 1)}{'-skip' * (k >> 1)}": functools.partial(
             row, name, RULES[(i + k) % 4], skip=bool(k >> 1), **(MIXTURE if k & 1 else {})
         )
