@@ -4,8 +4,8 @@ Five tables. The first is of batches that follow each other, the others of one b
 preparation of its buffers included:
 
     throughput  images/s by batch size, and on a GPU by backend and precision (there for two models of the papers'
-                size), beside the floor: arithmetic and weights over what this machine was just measured to reach. Noise is
-                made before; how long that takes is a row of its own
+                size), beside the floor: arithmetic and weights over what this machine was just measured to reach.
+                Noise is made before; how long that takes is a row of its own
     methods     28×28 binary images: the cached sampler, and the naive one that re-runs the network a sub-pixel
     growth      the cached sampler at 16², 32² and 64²: the time a pixel should not depend on the size, and what it
                 keeps should grow with the width alone

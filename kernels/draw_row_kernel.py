@@ -9,12 +9,9 @@ M = IMAGES images and walks that chain by itself, so programs never wait for eac
 where all programs read the same ones.
 
     stem        u = above + weight · the row in hand                           (mask A)
-    a layer     one of four kinds, by its gates:
-       1  PixelCNN          row = ReLU(down(ReLU(u)));  hidden = ReLU(above + main[row left, row here])
-       2  Gated PixelCNN    hidden = tanh(a) ⊙ σ(b),    [a b] = above + main[u left, u here]
-       4  Row LSTM          hidden = o ⊙ tanh(cell),    [o f i g] = above + main[u left, u here]
-       4  Diagonal BiLSTM   the same of main[hidden left, u here]; the mirrored direction's hidden is added
-                u ← u + up(hidden), and skips ← skips + to_head(hidden)
+    a layer     here = u, or ReLU(down(ReLU(u)));  gates = above + main[left, here]
+                hidden = act(gates), by the number of gates of a feature:  1  ReLU · 2  tanh ⊙ σ · 4  LSTM
+                u ← u + up(hidden + mirrored), and skips ← skips + to_head(hidden + mirrored)
     head        logits = last(ReLU(first(ReLU(u))))
     choice      inverse CDF of one uniform number, or a known value; it is written where the stem reads it
 

@@ -534,7 +534,8 @@ def test_all_rows_but_the_first_do_the_same_to_the_same_memory(case):
 def test_two_rows_are_captured_in_all_once_something_ran(monkeypatch):
     """Any but the first in the first batch, the first in the second; those after it capture nothing."""
     model, captured = build(CASES["row_lstm"], channels=2, levels=5, height=4), []
-    monkeypatch.setattr(models.sampling, "captured", lambda run, stream: captured.append(run.args[-1]) or run.__call__)
+    kept = captured.append
+    monkeypatch.setattr(models.sampling.loop, "captured", lambda run, stream: kept(run.args[-1]) or run.__call__)
     rules = [Draw(noise(seed, range(2), model.shape)) for seed in range(3)]
     expected = [PixelLoop(model, "cached", rule, 2).run() for rule in rules]
     loop = PixelLoop(model, "cached", Draw(noise(0, range(2), model.shape)), 2)
