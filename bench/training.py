@@ -72,7 +72,7 @@ class DenseConv(nn.Conv2d):
 
 
 class DenseRowConv(nn.Module):
-    """A 1×3 convolution along the row with all three taps, and a 1×1 of others, which one `MaskedLinear` has together."""
+    """A 1×3 convolution along the row with all three taps, and a 1×1 of others: one `MaskedLinear` has both."""
 
     def __init__(self, masked: MaskedLinear):
         super().__init__()
