@@ -1,7 +1,7 @@
 """The LSTM scans on a GPU: one Triton kernel each way for both the Diagonal BiLSTM and the Row LSTM.
 
-Legend: b batch · h w rows, columns · i j a row, a column · d direction · f hidden features · n taps. Gates stand in the
-order o f i g, so `4f` is cut in four parts of f.
+Legend: b batch · h w rows, columns · i j a row, a column · d direction · f hidden features · n taps · M positions of
+all images of a program. Gates are in the order o f i g, so `4f` is cut in four parts of f.
 
 Both scans compute `positions` of an image together, step after step, each from the step before:
 
@@ -18,12 +18,12 @@ Both scans compute `positions` of an image together, step after step, each from 
 masked load of zero. Direction 1 counts columns from the right.
 
 A program owns some images of one direction and walks all steps; programs never wait for each other. At each step it
-reads back from `hidden` what the step before stored, so a barrier stands between steps, and nothing may be loaded
-ahead of it: these kernels are compiled with `num_stages=1`. Three forms, of one kernel:
+reads back from `hidden` what the step before stored, so there is a barrier between steps, and nothing may be loaded
+ahead of it: these kernels are compiled with `num_stages=1`. One kernel has three forms:
 
     resident   all weights are loaded once, before the first step, and stay in shared memory
     streamed   features in blocks; each block's weights come from the L2 cache at each step
-    launches   one launch a step, blocks of positions and features in parallel: for what is too large for one program
+    launches   one launch a step, blocks of positions and features in parallel: for scans too large for one program
 
 The backward kernel walks the steps in reverse. The gradient of a pixel's hidden state is gathered from the gate
 gradients of those that read it, and the gradient of the weights is one matrix product over all pixels afterwards. The
@@ -385,7 +385,7 @@ def scan(kernel, tensors: list[Tensor], shape: tuple, f: int, taps: int, diagona
 
 
 def sizes_of(pre: Tensor, state_weight: Tensor, diagonal: bool, form: str, backward: bool):
-    """The shape (b h w d), f, the number of taps, the form, the type of states."""
+    """Find the shape (b h w d), f, the number of taps, the form and the type of states."""
     b, h, w, d, gates = pre.shape
     f, taps = gates // 4, state_weight.shape[2] // (gates // 4)
     cut = form_of(f, taps, h if diagonal else w, pre.element_size(), backward, form)
@@ -439,7 +439,7 @@ def _(d_hidden, state_weight, hidden, gates, cells, diagonal, form):
 
 
 def what_taps_read(hidden: Tensor, taps: int, diagonal: bool) -> Tensor:
-    """Hidden states (b h w d f) → those that each pixel's gates were computed from (b h w d n f)."""
+    """Gather the hidden states (b h w d f) that each pixel's gates were computed from: (b h w d n f)."""
     out = hidden.new_zeros(*hidden.shape[:4], taps, hidden.shape[4])
     if diagonal:
         out[:, :, 1:, 0, 0] = hidden[:, :, :-1, 0]
@@ -456,7 +456,7 @@ def what_taps_read(hidden: Tensor, taps: int, diagonal: bool) -> Tensor:
 
 
 def setup_context(ctx, inputs, output) -> None:
-    ctx.set_materialize_grads(False)  # what is kept has no gradient: no zeros in its place
+    ctx.set_materialize_grads(False)  # the outputs kept for `backward` have no gradient: make no zeros for it
     ctx.save_for_backward(inputs[1], *output)
     ctx.diagonal, ctx.form = inputs[2:]
 
@@ -471,7 +471,7 @@ lstm_scan_op.register_autograd(backward, setup_context=setup_context)
 
 
 def lstm_scan(pre: Tensor, state_weight: Tensor, diagonal: bool, form: str = "auto") -> Tensor:
-    """Scan images whose input-to-state product is known.
+    """Scan images whose input-to-state product is given.
 
     Args:
         pre: gates before activation, without what states add (b h w d 4f); bfloat16, float32 or float64.
