@@ -111,10 +111,10 @@ def elementwise() -> Launches:
 
 
 def rows() -> Launches:
-    """The row kernel: each kind of layer at the papers' sizes for CIFAR-10, one with a mixture, and a small one.
+    """Sampling: each kind of layer at the papers' sizes for CIFAR-10, one with a mixture, and a small one.
 
-    With what `sample` asks for, and for two of them with skips and the other rules. All of it in memory that is not
-    there: models and buffers are as large as for a batch in earnest.
+    All of them draw as `sample` does; two of them also have skips and other rules. The models are real, on the meta
+    device, with batches as large as in use: their own code lays out the memory.
     """
 
     def run(target: str, arguments: dict, skip: bool, dtype: torch.dtype, b: int, rule: str) -> None:
@@ -140,7 +140,7 @@ def rows() -> Launches:
     work += [(name, True, torch.bfloat16, ("draw", "keep", "score")) for name in ("PixelCNN", "Diagonal BiLSTM")]
     for name, skip, dtype, rules in work:
         for b, rule in product((16, 16384), rules):
-            title = f"row {name}{', skip' * skip}, {b} images, {rule}, {short(dtype)}"
+            title = f"sampling {name}{', skip' * skip}, {b} images, {rule}, {short(dtype)}"
             yield title, partial(run, *sizes[name], skip, dtype, b, rule)
 
 
@@ -176,16 +176,18 @@ def float64() -> Launches:
 
 
 def variants(only: str = "", widths: range | None = None) -> list[Variant]:
-    """Every kernel in every configuration that is used, or those whose `title` holds a text.
+    """List every kernel in every configuration in use, or those whose `title` holds a text.
 
     Args:
         widths: with models of all these hidden widths, too.
     """
+    everything = [*scans(), *convolutions(), *elementwise(), *training_steps(), *rows(), *float64()]
+    named = [(name, run) for name, run in everything if only.split(": ")[0] in name]
+    if not named and only.isidentifier():  # part of a kernel's name: it may be any launch's
+        named = everything
     with StandIn() as gpu:
-        for launches in (scans, convolutions, elementwise, training_steps, rows, float64):
-            for gpu.name, run in launches():
-                if only.split(": ")[0] in gpu.name:
-                    run()
+        for gpu.name, run in named:
+            run()
         if widths:
             launch_every_width(gpu, widths)
             launch_every_level(gpu, range(2, 1025))
@@ -249,7 +251,7 @@ def main(argv: list[str] | None = None) -> int:
         options.error("Triton must be installed, and TRITON_INTERPRET not be 1: nothing is compiled there")
     for text in args.set:
         if not re.fullmatch(r"\w+=\d+", text):
-            options.error(f"--set: {text!r} is not allowed: NAME=N is, N an integer")
+            options.error(f"--set={text}: expected NAME=N, N an integer")
     other = {name: int(value) for name, value in (text.split("=") for text in args.set)}
     chosen = [changed(variant, other) for variant in variants(args.only, args.widths and range(1, args.widths + 1))]
     if not chosen:

@@ -22,7 +22,7 @@ from kernels.jit import cdiv, jit, launch, next_power_of_2, tl
 
 
 def cross_entropy_reference(logits: Tensor, target: Tensor) -> Tensor:
-    """The same as `cross_entropy`, as the equation is written: the oracle."""
+    """Compute `cross_entropy` as the equation is written: the oracle."""
     return logits.exp().sum(-1).log() - logits.gather(-1, target.long()[..., None])[..., 0]
 
 
@@ -82,7 +82,7 @@ def cross_entropy_bwd_kernel(
 
 
 def constants(v: int, double: bool) -> dict:
-    """Blocks of both kernels: some thousand numbers a program."""
+    """Choose the blocks of both kernels: some thousand numbers a program."""
     levels = next_power_of_2(v)
     return {
         "ROWS": max(1, 4096 // levels),
@@ -131,7 +131,7 @@ def _(d_nats, logits, target, most, log_sum):
 
 
 def setup_context(ctx, inputs, output) -> None:
-    ctx.set_materialize_grads(False)  # what is kept has no gradient: no zeros in its place
+    ctx.set_materialize_grads(False)  # the outputs kept for `backward` have no gradient: make no zeros for it
     ctx.save_for_backward(*inputs, *output[1:])
 
 
@@ -145,7 +145,7 @@ cross_entropy_op.register_autograd(backward, setup_context=setup_context)
 
 
 def cross_entropy(logits: Tensor, target: Tensor, backend: str | None = None) -> Tensor:
-    """Nats of each target under a softmax.
+    """Compute the nats of each target under a softmax.
 
     Args:
         logits: (… v), v from 1 to 1,024 where Triton computes; sums are in float32 at least.

@@ -1,7 +1,7 @@
 """The scan of the Diagonal BiLSTM (van den Oord et al. 2016, 1601.06759, section 3.2).
 
 Legend: b batch · h w rows, columns · d direction (2) · k input features · f hidden features · i j a row, a column.
-Gates stand in the order o f i g, so `4f` is cut in four parts of f.
+Gates are in the order o f i g, so `4f` is cut in four parts of f.
 
 At pixel (i, j), with `left` = (i, j−1) and `up` = (i−1, j), zeros outside the image:
 
@@ -24,11 +24,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.backend import autocast, backend_for, in_float32
+from kernels.lstm import double_g, local_gradients
 from kernels.lstm_scan import lstm_scan
 
 
 def diagonal_lstm_reference(u: Tensor, input_weight: Tensor, bias: Tensor, state_weight: Tensor) -> Tensor:
-    """The same as `diagonal_lstm`, pixel by pixel as the equations are written: slow, differentiable, the oracle."""
+    """Compute `diagonal_lstm` pixel by pixel, as the equations are written: slow, differentiable, the oracle."""
     b, h, w, _ = u.shape
     f = state_weight.shape[1] // 4
     zeros = u.new_zeros(b, f)
@@ -63,7 +64,7 @@ class Diagonal(NamedTuple):
 
 @lru_cache(maxsize=32)
 def diagonals(h: int, w: int) -> tuple[Diagonal, ...]:
-    """The diagonals of an h × w image; pixels of one lie in the order of their rows."""
+    """List the diagonals of an h × w image; pixels of one lie in the order of their rows."""
     out, start, above, above_first = [], 0, 0, 0  # `above` is the diagonal before
     for t in range(h + w - 1):
         first, last = max(0, t - w + 1), min(t, h - 1)
@@ -78,10 +79,10 @@ def diagonals(h: int, w: int) -> tuple[Diagonal, ...]:
 
 
 class Packing(NamedTuple):
-    """Where rows of features of one layout stand in another: each is the index of one gather.
+    """Where rows of features of one layout are in another: each is the index of one gather.
 
     Packed rows are (d·hw·b): direction after direction, diagonal after diagonal, row after row, image after image. One
-    more row, at the end, is zero: it is what stands where a neighbour is missing.
+    more row, at the end, is zero: it takes the place of a missing neighbour.
     """
 
     from_image: Tensor  # (d·hw·b) rows of a (b h w) layout
@@ -93,7 +94,7 @@ class Packing(NamedTuple):
 
 @lru_cache(maxsize=32)
 def packing(b: int, h: int, w: int, device: torch.device) -> Packing:
-    """The packed order of b images of h × w."""
+    """Make the packed order of b images of h × w."""
     cells = [(i, t - i) for t in range(h + w - 1) for i in range(max(0, t - w + 1), min(t, h - 1) + 1)]
     where = {cell: p for p, cell in enumerate(cells)}
     images, directions = torch.arange(b), torch.arange(2)[:, None, None]
@@ -114,7 +115,7 @@ def packing(b: int, h: int, w: int, device: torch.device) -> Packing:
 
 
 def gather(rows: Tensor, index: Tensor) -> Tensor:
-    """Rows of (… f) in another order, cut in the two directions: (d n f)."""
+    """Take rows of (… f) in another order, cut in the two directions: (d n f)."""
     return rows.reshape(-1, rows.shape[-1]).index_select(0, index).unflatten(0, (2, -1))
 
 
@@ -122,7 +123,7 @@ def gather(rows: Tensor, index: Tensor) -> Tensor:
 def diagonal_lstm_op(
     u: Tensor, input_weight: Tensor, bias: Tensor, state_weight: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The torch form. Products over all pixels stand outside the scan; the scan does what depends on states.
+    """Compute the torch form: products over all pixels before the scan, in it only what depends on states.
 
     Returns what `diagonal_lstm` does, and for the backward pass: packed, gates, hidden_rows, cell_rows, tanh_cell.
     """
@@ -131,8 +132,7 @@ def diagonal_lstm_op(
     with torch.autocast(u.device.type, enabled=False):
         order = packing(b, h, w, u.device)
         packed = gather(u, order.from_image)  # (d hw·b k)
-        # tanh(x) is 2σ(2x) − 1: with g's weights doubled, one sigmoid serves all gates, at a third of the time of tanh.
-        doubled = bias.new_ones(4 * f).masked_fill_(torch.arange(4 * f, device=bias.device) >= 3 * f, 2)
+        doubled = double_g(f, bias)  # so that one sigmoid serves all gates
         gates = torch.baddbmm((bias * doubled)[:, None], packed, input_weight.mT * doubled)  # (d hw·b 4f)
         left_weight, up_weight = (state_weight.mT * doubled).split(f, dim=1)  # (d f 4f) each
         hidden_rows, cell_rows = (gates.new_empty(2 * n + 1, f) for _ in range(2))
@@ -176,20 +176,13 @@ def diagonal_lstm_backward_op(
     cell_rows: Tensor,
     tanh_cell: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of u, input_weight, bias, state_weight."""
+    """Compute the gradients of u, input_weight, bias, state_weight."""
     b, h, w = d_hidden_states.shape[:3]
     k, f = packed.shape[2], tanh_cell.shape[2]
     order = packing(b, h, w, gates.device)
-    o, forget, i, g = gates.split(f, dim=2)
-
-    # What each gate's gradient is, but for the factor d_hidden (o) or d_cell (f i g) that only the scan knows.
-    d_gates = torch.empty_like(gates)  # (d hw·b 4f)
-    cell_left = gather(cell_rows, order.left)
-    sigmoid_backward, tanh_backward = torch.ops.aten.sigmoid_backward, torch.ops.aten.tanh_backward
-    for gate, (factor, value) in enumerate(((tanh_cell, o), (cell_left, forget), (g, i))):
-        sigmoid_backward.grad_input(factor, value, grad_input=d_gates.narrow(2, gate * f, f))
-    tanh_backward.grad_input(i, g, grad_input=d_gates.narrow(2, 3 * f, f))
-    d_cell_d_hidden = tanh_backward(o, tanh_cell)
+    forget = gates.narrow(2, f, f)
+    # (d hw·b 4f), as yet without the factors d_hidden (o) and d_cell (f i g) that only the scan knows
+    d_gates, d_cell_d_hidden = local_gradients(gates, gather(cell_rows, order.left), tanh_cell)
 
     d_hidden, d_cell = gather(d_hidden_states, order.from_directions), torch.zeros_like(tanh_cell)
     left_weight, up_weight = state_weight.split(f, dim=2)  # (d 4f f) each
@@ -225,7 +218,7 @@ def _(d_hidden_states, input_weight, state_weight, packed, *_):
 
 
 def setup_context(ctx, inputs, output) -> None:
-    ctx.set_materialize_grads(False)  # what is kept has no gradient: no zeros in its place
+    ctx.set_materialize_grads(False)  # the outputs kept for `backward` have no gradient: make no zeros for it
     _, input_weight, _, state_weight = inputs
     ctx.save_for_backward(input_weight, state_weight, *output[1:])
 

@@ -1,4 +1,4 @@
-"""The cached sampler's row on a GPU: what it needs of a network, how that is laid out for the kernel, and the launch.
+"""The cached sampler's row on a GPU: a network's description and layout in memory, and the launch of the kernel.
 
 Legend: b batch · w columns · c colour · g group · f hidden features · k n inputs, outputs of a product · v levels.
 
@@ -18,7 +18,7 @@ from torch import Tensor
 from kernels.draw_row_kernel import draw_row_kernel
 from kernels.jit import cdiv, launch, next_power_of_2, tl
 
-PADDED = 64  # `pack` fills up with zeros to multiples of this, what any form's blocks divide
+PADDED = 64  # `pack` fills up with zeros to multiples of this, which the blocks of every form divide
 
 
 class Product(NamedTuple):
@@ -66,7 +66,7 @@ class Stem(NamedTuple):
 
 
 class Choice(NamedTuple):
-    """How values are chosen and what is kept of it; all of the row in hand."""
+    """How values are chosen and what is recorded of it, in the row in hand."""
 
     uniforms: Tensor | None = None  # (b c w): draw with them
     temperature: float = 1.0
@@ -77,13 +77,15 @@ class Choice(NamedTuple):
 
 
 def pack(weight: Tensor, bias: Tensor | None, groups: list[list[slice]]) -> Product:
-    """Masked weights (layers outputs inputs) and bias (layers outputs), of which `groups` says whose outputs are whose.
+    """Lay out masked weights (layers outputs inputs) and biases (layers outputs) by group.
 
-    Where a group's outputs stand in several stretches, its gates, those of one feature become neighbours.
+    Args:
+        groups: the stretches of outputs that belong to each group. Where they are several, a group's gates, the gates
+            of one feature become neighbours.
     """
 
     def of_group(x: Tensor, stretches: list[slice]) -> Tensor:
-        """(layers outputs …) → (layers n …), a group's outputs, filled up with zeros."""
+        """Take a group's outputs and fill up with zeros: (layers outputs …) → (layers n …)."""
         x = torch.stack([x[:, s] for s in stretches], dim=2).flatten(1, 2)
         return F.pad(x, (*[0] * 2 * (x.dim() - 2), 0, width - x.shape[1]))
 
@@ -103,14 +105,14 @@ class Form(NamedTuple):
     """How the kernel is cut."""
 
     images: int  # of a program
-    block_n: int  # outputs computed at a time; those of a column of blocks stand together in memory
+    block_n: int  # outputs computed at a time; a column of blocks is contiguous in memory
     block_k: int  # features read at a time
     stages: int  # blocks of weights that are on their way
     warps: int
 
 
 def form_for(b: int, itemsize: int) -> Form:
-    """The form for b images and numbers of `itemsize` bytes.
+    """Choose the form for b images and numbers of `itemsize` bytes.
 
     A program has as few images as a matrix product has rows, until there are more programs than multiprocessors. The
     blocks are the largest that leave no register on the stack: `python -m bench.compile` compiles them.
@@ -123,7 +125,7 @@ def form_for(b: int, itemsize: int) -> Form:
 
 
 def constants(form: Form, levels: int, mixtures: int, state: torch.dtype) -> dict:
-    """The kernel's constexpr arguments and options that do not say what the model is."""
+    """Choose the constexpr arguments and options that follow from the form, the levels and the type of sums."""
     padded = max(2, next_power_of_2(levels))
     return {
         "MIXTURE": max(2, next_power_of_2(mixtures)) if mixtures else 0,
@@ -204,7 +206,7 @@ class DrawRow:
             "GREEDY": choice.temperature == 0,
             **constants(form, levels, head.mixtures, state),
         }
-        # as wide as what `main` reads there: features of the left neighbour and of the pixel
+        # as wide as what `main` reads: the left neighbour's features and the pixel's own
         inputs = layers.inputs.as_strided((*layers.inputs.shape[:3], layers.num_inputs), layers.inputs.stride())
         for name in ("u", "middle", "above", "cell", "hidden", "mirrored"):
             self.arguments |= strided(name, getattr(layers, name))
@@ -213,7 +215,8 @@ class DrawRow:
             self.arguments |= in_blocks(name, getattr(layers, name), form)
         for name, product in (("stem", stem.product), ("first", head.first), ("last", head.last)):
             self.arguments |= in_blocks(name, product, form)
-        # The kernel has no such arguments: these biases are in what is above, and `to_head` has the shape of `up`.
+        # The kernel has no such arguments: these biases are in `stem.above` and `layers.above`, and `to_head` has the
+        # shape of `up`.
         for name in ("stem_bias", "main_bias", "to_head_k", "to_head_n"):
             del self.arguments[name]
 
@@ -223,14 +226,14 @@ class DrawRow:
 
 
 def strided(name: str, view: Tensor | None) -> dict:
-    """The kernel's arguments for a view [layer, image, column, feature]: itself and its strides."""
+    """Make the kernel's arguments for a view [layer, image, column, feature]: itself and its strides."""
     assert view is None or view.shape[3] == 1 or view.stride(3) == 1
     layer, image, column = (0, 0, 0) if view is None else view.stride()[:3]
     return {name: view, f"{name}_layer": layer, f"{name}_image": image, f"{name}_column": column}
 
 
 def in_blocks(name: str, product: Product | None, form: Form) -> dict:
-    """The kernel's arguments for a product: weights (layers g k/K n/N K N), biases, and how many blocks they are."""
+    """Make the kernel's arguments for a product: weights (layers g k/K n/N K N), biases, numbers of blocks."""
     if product is None:
         return {f"{name}_weight": None, f"{name}_bias": None, f"{name}_k": 0, f"{name}_n": 0}
     weight = product.weight.unflatten(3, (-1, form.block_n)).unflatten(2, (-1, form.block_k)).transpose(3, 4)

@@ -4,9 +4,9 @@ Legend: b batch · w columns · i j a row, a column · c colour · g group · f 
 M images of a program.
 
 The rows above are finished: what they contribute is in memory before (one batched product a layer). The rest is a
-chain: column after column, group after group, layer after layer, each from what the one before it stored. A program owns
-M = IMAGES images and walks that chain by itself, so programs never wait for each other; weights come from the L2 cache,
-where all programs read the same ones.
+chain: column after column, group after group, layer after layer, each from what the one before it stored. A program
+owns M = IMAGES images and walks that chain by itself, so programs never wait for each other; weights come from the L2
+cache, where all programs read the same ones.
 
     stem        u = above + weight · the row in hand                           (mask A)
     a layer     here = u, or ReLU(down(ReLU(u)));  gates = above + main[left, here]
@@ -15,12 +15,12 @@ where all programs read the same ones.
     head        logits = last(ReLU(first(ReLU(u))))
     choice      inverse CDF of one uniform number, or a known value; it is written where the stem reads it
 
-Each stage multiplies a pixel's features with the weights of one group, (M k) · (k n), in blocks of n and k. A stage reads
-what other threads stored in the one before, so a barrier stands between them; the kernel at the end of this file walks
-the chain, and all barriers are there. Only the loops over k, which store nothing, fetch ahead.
+Each stage multiplies a pixel's features with the weights of one group, (M k) · (k n), in blocks of n and k. A stage
+reads what other threads stored in the one before, so there is a barrier between them. The kernel at the end of this
+file walks the chain, and all barriers are there. Only the loops over k, which store nothing, fetch ahead.
 
-Weights are packed as `kernels.draw_row.pack` lays them out: of features that group g may not see, the weights are zeros,
-so a block may read beyond what is seen. The gates of a feature are neighbours, so one product gives all of them.
+`kernels.draw_row.pack` lays out the weights by group: of features that group g may not see, they are zeros, so a block
+may read beyond what is seen. The gates of a feature are neighbours, so one product gives all of them.
 """
 
 from __future__ import annotations
@@ -492,17 +492,17 @@ def draw_row_kernel(
     hidden = View(hidden, hidden_layer, hidden_image, hidden_column)
     mirrored = View(mirrored, mirrored_layer, mirrored_image, mirrored_column)
     joined = View(joined, b * f, f, 0)
-    stream, inner, last_out = (
-        View(out, 0, stream_features, 0), View(between, 0, between_features, 0), View(outputs, 0, num_outputs, 0)
-    )  # fmt: skip
+    stream = View(out, 0, stream_features, 0)
+    inner = View(between, 0, between_features, 0)
+    last_out = View(outputs, 0, num_outputs, 0)
     rule = Rule(uniforms, temperature, given, known, log_prob, conditionals)
-    of_stem, of_down = Weights(stem_weight, None, stem_k, stem_n), Weights(down_weight, down_bias, down_k, down_n)
-    of_main, of_up = Weights(main_weight, None, main_k, main_n), Weights(up_weight, up_bias, up_k, up_n)
+    of_stem = Weights(stem_weight, None, stem_k, stem_n)  # its biases are in `stem_above`, those of `main` in `above`
+    of_down = Weights(down_weight, down_bias, down_k, down_n)
+    of_main = Weights(main_weight, None, main_k, main_n)
+    of_up = Weights(up_weight, up_bias, up_k, up_n)
     of_to_head = Weights(to_head_weight, to_head_bias, up_k, up_n)
-    of_first, of_last = (
-        Weights(first_weight, first_bias, first_k, first_n),
-        Weights(last_weight, last_bias, last_k, last_n),
-    )
+    of_first = Weights(first_weight, first_bias, first_k, first_n)
+    of_last = Weights(last_weight, last_bias, last_k, last_n)
 
     for j in range(0, columns):
         for g in range(0, GROUPS):

@@ -132,7 +132,7 @@ class Gate(torch.autograd.Function):
 
 
 def gate(u: Tensor, backend: str | None = None) -> Tensor:
-    """tanh of the first half of the features times σ of the second: (… 2f) → (… f).
+    """Multiply tanh of the first half of the features by σ of the second: (… 2f) → (… f).
 
     Args:
         u: any floating type; computed in float32 at least where Triton computes.

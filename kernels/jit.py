@@ -1,6 +1,6 @@
-"""Triton, or where it is not installed (it is for Linux alone) what lets the kernels' files be read without it.
+"""Triton, or a stand-in with which the kernels' files can be imported where it is not installed: it is for Linux only.
 
-`jit` makes a kernel and `launch` runs one: all launches pass here, so that what holds of every launch is said once.
+`jit` makes a kernel and `launch` runs one: all launches pass here, so the rules for every launch are in one place.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ def jit(kernel: Callable | None = None, *, varying: tuple[str, ...] = ()) -> Cal
     """Make a kernel, or a function that kernels call.
 
     Args:
-        varying: integers that differ from launch to launch. Without being told so, Triton compiles a kernel anew for an
-            integer that is 1 or a multiple of 16.
+        varying: integers that differ from launch to launch. Otherwise Triton compiles a kernel once more for an integer
+            that is 1 or a multiple of 16.
     """
     if kernel is None:
         return lambda kernel: jit(kernel, varying=varying)
@@ -41,7 +41,7 @@ def jit(kernel: Callable | None = None, *, varying: tuple[str, ...] = ()) -> Cal
 
 
 def has_triton(device: torch.device) -> bool:
-    """Whether the kernels are what computes on a device where nothing is said: on NVIDIA's GPUs."""
+    """Say whether the kernels compute on a device by default: on NVIDIA's GPUs they do."""
     return triton is not None and device.type == "cuda" and torch.version.hip is None
 
 
@@ -70,10 +70,10 @@ def launch(kernel, grid: tuple[int, ...], *arguments, **named) -> None:
 
 
 def next_power_of_2(n: int) -> int:
-    """The smallest power of two that is n or more."""
+    """Find the smallest power of two that is n or more."""
     return 1 << (n - 1).bit_length()
 
 
 def cdiv(n: int, size: int) -> int:
-    """How many parts of `size` hold n."""
+    """Count the parts of `size` that hold n."""
     return -(-n // size)

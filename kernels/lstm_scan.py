@@ -1,7 +1,7 @@
 """The LSTM scans on a GPU: one Triton kernel each way for both the Diagonal BiLSTM and the Row LSTM.
 
-Legend: b batch · h w rows, columns · i j a row, a column · d direction · f hidden features · n taps. Gates stand in the
-order o f i g, so `4f` is cut in four parts of f.
+Legend: b batch · h w rows, columns · i j a row, a column · d direction · f hidden features · n taps · M positions of
+all images of a program. Gates are in the order o f i g, so `4f` is cut in four parts of f.
 
 Both scans compute `positions` of an image together, step after step, each from the step before:
 
@@ -18,12 +18,12 @@ Both scans compute `positions` of an image together, step after step, each from 
 masked load of zero. Direction 1 counts columns from the right.
 
 A program owns some images of one direction and walks all steps; programs never wait for each other. At each step it
-reads back from `hidden` what the step before stored, so a barrier stands between steps, and nothing may be loaded
-ahead of it: these kernels are compiled with `num_stages=1`. Three forms, of one kernel:
+reads back from `hidden` what the step before stored, so there is a barrier between steps, and nothing may be loaded
+ahead of it: these kernels are compiled with `num_stages=1`. One kernel has three forms:
 
     resident   all weights are loaded once, before the first step, and stay in shared memory
     streamed   features in blocks; each block's weights come from the L2 cache at each step
-    launches   one launch a step, blocks of positions and features in parallel: for what is too large for one program
+    launches   one launch a step, blocks of positions and features in parallel: for scans too large for one program
 
 The backward kernel walks the steps in reverse. The gradient of a pixel's hidden state is gathered from the gate
 gradients of those that read it, and the gradient of the weights is one matrix product over all pixels afterwards. The
@@ -37,6 +37,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from checks import one_of, unexpected
+from kernels.activations import sigmoid, tanh
 from kernels.jit import cdiv, jit, launch, next_power_of_2, tl, triton
 
 FORMS = ("resident", "streamed", "launches")
@@ -55,13 +57,13 @@ class Form(NamedTuple):
 
 
 def form_of(f: int, taps: int, extent: int, itemsize: int, backward: bool, name: str = "auto") -> Form:
-    """The form for f features, so many taps and positions, and numbers of `itemsize` bytes.
+    """Choose the form for f features, `taps` taps, `extent` positions, and numbers of `itemsize` bytes.
 
     The blocks are the largest that leave no register on the stack: `python -m bench.compile` compiles them. Where
     sixteen does not divide f, each number has a load and an address of its own, and registers hold smaller ones.
 
     Raises:
-        ValueError: there is no such form, or it is not for this size.
+        ValueError: there is no form `name`, or it is not for this size.
     """
     padded, all_taps = max(16, next_power_of_2(f)), next_power_of_2(taps)
     positions = min(64, next_power_of_2(extent))
@@ -72,16 +74,13 @@ def form_of(f: int, taps: int, extent: int, itemsize: int, backward: bool, name:
     fits = fits and not (backward and all_taps * padded**2 > 1024)  # which reads all taps of four gates at once
     if name == "auto":
         name = "launches" if extent > 64 or f > 256 else "resident" if fits else "streamed"
-    if name not in FORMS or (name != "launches" and extent > positions):
-        raise ValueError(
-            f"form={name!r} is not allowed for {extent} positions: launches is, up to 64 also resident and streamed"
-        )
+    allowed = FORMS if extent <= positions else ("launches",)
+    if name not in allowed:
+        raise unexpected("form", name, f"{one_of(allowed)} for {extent} positions")
     if name == "resident":
         if not fits and not triton.knobs.runtime.interpret:
-            raise ValueError(
-                f"form={name!r} is not allowed for {f} features of {itemsize} bytes at {extent} positions: "
-                "their weights do not fit in a program"
-            )
+            sizes = f"{f} features of {itemsize} bytes at {extent} positions"
+            raise unexpected("form", name, f"streamed or launches for {sizes}: the weights do not fit in a program")
         return Form(True, False, images, positions, padded, all_taps * padded, 8 if positions * padded >= 2048 else 4)
     if not half:
         block_n, block_k, warps = 16, 16, 4
@@ -99,7 +98,7 @@ def form_of(f: int, taps: int, extent: int, itemsize: int, backward: bool, name:
 
 @jit
 def pixel(step, position, direction, h, w, DIAGONAL: tl.constexpr):
-    """Where the pixel of a step and position stands in its image, and whether there is one."""
+    """Find the pixel of a step and position in its image, and whether there is one."""
     if DIAGONAL:
         i = position
         j = step - position
@@ -113,7 +112,7 @@ def pixel(step, position, direction, h, w, DIAGONAL: tl.constexpr):
 
 @jit
 def shift_of(tap, TAPS: tl.constexpr, DIAGONAL: tl.constexpr):
-    """What a tap adds to its position to find the one that it reads."""
+    """How far from its own position a tap reads."""
     if DIAGONAL:
         return -tap
     else:
@@ -121,20 +120,77 @@ def shift_of(tap, TAPS: tl.constexpr, DIAGONAL: tl.constexpr):
 
 
 @jit
-def neighbours(base, step, position, shift, feature, live, direction, h, w, width, DIRECTIONS, DIAGONAL):
-    """Where features of other positions stand at a step, in rows of `width`: offsets (positions features) and a mask.
-
-    `shift` is one number, or (1 features): each feature may come from another position.
-    """
-    index, inside = pixel(step, position[:, None] + shift, direction, h, w, DIAGONAL)
-    at = (base[:, None] + index * DIRECTIONS) * width + feature[None, :]
-    return at, inside & (base >= 0)[:, None] & live[None, :]
+def images_of(DIRECTIONS: tl.constexpr, IMAGES: tl.constexpr, POSITIONS: tl.constexpr):
+    """Say what a program owns: one direction, and M pairs of an image, in 64 bits, and a position."""
+    direction = tl.program_id(0) % DIRECTIONS
+    tile = tl.arange(0, IMAGES * POSITIONS)
+    image = (tl.program_id(0) // DIRECTIONS).to(tl.int64) * IMAGES + tile // POSITIONS
+    position = tl.program_id(1) * POSITIONS + tile % POSITIONS
+    return direction, image, position
 
 
 @jit
-def tanh(x):
-    """Where e^x overflows, so does nothing here."""
-    return 2 * tl.sigmoid(2 * x) - 1
+def rows_of(base, step, position, direction, h, w, DIRECTIONS: tl.constexpr, DIAGONAL: tl.constexpr):
+    """Find the row of features of each position's pixel at a step, and whether there is such a pixel.
+
+    Args:
+        base: the row of each image's first pixel; below zero: there is no such image.
+    """
+    index, inside = pixel(step, position, direction, h, w, DIAGONAL)
+    return base + index * DIRECTIONS, inside & (base >= 0)
+
+
+@jit
+def neighbours(base, step, position, shift, feature, live, direction, h, w, width, DIRECTIONS, DIAGONAL):
+    """Find features of other positions at a step, in rows of `width`: offsets (M k) and a mask.
+
+    `shift` is one number, or (1 k): each feature may come from another position.
+    """
+    row, inside = rows_of(base[:, None], step, position[:, None] + shift, direction, h, w, DIRECTIONS, DIAGONAL)
+    return row * width + feature[None, :], inside & live[None, :]
+
+
+@jit
+def features_of_taps(f, TAPS: tl.constexpr, DIAGONAL: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
+    """All taps' features side by side (k): tap, feature, shift (1 k), and whether they exist."""
+    tap, feature = tl.arange(0, BLOCK_K) // BLOCK_N, tl.arange(0, BLOCK_K) % BLOCK_N
+    return tap, feature, shift_of(tap, TAPS, DIAGONAL)[None, :], (tap < TAPS) & (feature < f)
+
+
+@jit
+def load_gates(first, stride, mask):
+    """Load a block of each gate o f i g: pointers to the first one, and how many numbers further the next one is."""
+    o = tl.load(first, mask=mask, other=0.0)
+    forget = tl.load(first + stride, mask=mask, other=0.0)
+    i = tl.load(first + 2 * stride, mask=mask, other=0.0)
+    g = tl.load(first + 3 * stride, mask=mask, other=0.0)
+    return o, forget, i, g
+
+
+@jit
+def store_gates(first, stride, mask, o, forget, i, g):
+    """Store a block of each gate, where `load_gates` finds them."""
+    type = first.dtype.element_ty
+    tl.store(first, o.to(type), mask=mask)
+    tl.store(first + stride, forget.to(type), mask=mask)
+    tl.store(first + 2 * stride, i.to(type), mask=mask)
+    tl.store(first + 3 * stride, g.to(type), mask=mask)
+
+
+@jit
+def add_product(total, a, b):
+    """total + a · b, summed in total's type."""
+    return tl.dot(a, b, total, input_precision="ieee", out_dtype=total.dtype)
+
+
+@jit
+def add_products(o, forget, i, g, states, weights):
+    """Add to the sums of each gate states (M k) · the gate's weights (k n)."""
+    o = add_product(o, states, weights[0])
+    forget = add_product(forget, states, weights[1])
+    i = add_product(i, states, weights[2])
+    g = add_product(g, states, weights[3])
+    return o, forget, i, g
 
 
 @jit(varying=("b", "h", "w", "first", "last"))
@@ -161,52 +217,33 @@ def lstm_scan_fwd_kernel(
     BLOCK_K: tl.constexpr,
     STATE: tl.constexpr,  # the type of sums and cells
 ):
-    direction = tl.program_id(0) % DIRECTIONS
-    tile = tl.arange(0, IMAGES * POSITIONS)
-    image = (tl.program_id(0) // DIRECTIONS).to(tl.int64) * IMAGES + tile // POSITIONS
-    position = tl.program_id(1) * POSITIONS + tile % POSITIONS
-    # The row of features of an image's pixel p is base + p · DIRECTIONS; below zero: there is no such image.
+    direction, image, position = images_of(DIRECTIONS, IMAGES, POSITIONS)
     base = tl.where(image < b, image * h * w * DIRECTIONS + direction, -1)
     weight += direction * TAPS * f * 4 * f
 
     if RESIDENT:
-        every_tap, feature = tl.arange(0, BLOCK_K) // BLOCK_N, tl.arange(0, BLOCK_K) % BLOCK_N
-        every_shift = shift_of(every_tap, TAPS, DIAGONAL)[None, :]
-        live = (every_tap < TAPS) & (feature < f)
+        tap, feature, shift, live = features_of_taps(f, TAPS, DIAGONAL, BLOCK_N, BLOCK_K)
         out = tl.arange(0, BLOCK_N)
-        resident = weight + (every_tap * f + feature)[:, None] * (4 * f) + out[None, :]
-        live_weights = live[:, None] & (out < f)[None, :]
-        weight_o = tl.load(resident, mask=live_weights, other=0.0)
-        weight_f = tl.load(resident + f, mask=live_weights, other=0.0)
-        weight_i = tl.load(resident + 2 * f, mask=live_weights, other=0.0)
-        weight_g = tl.load(resident + 3 * f, mask=live_weights, other=0.0)
+        at_weight = weight + (tap * f + feature)[:, None] * (4 * f) + out[None, :]
+        weights = load_gates(at_weight, f, live[:, None] & (out < f)[None, :])
 
     for step in range(first, last):
-        index, inside = pixel(step, position, direction, h, w, DIAGONAL)
-        inside = inside & (base >= 0)
-        row = base + index * DIRECTIONS
-        index, had_before = pixel(step - 1, position, direction, h, w, DIAGONAL)
-        had_before = had_before & (base >= 0)
-        before = base + index * DIRECTIONS
+        row, inside = rows_of(base, step, position, direction, h, w, DIRECTIONS, DIAGONAL)
+        before, had_before = rows_of(base, step - 1, position, direction, h, w, DIRECTIONS, DIAGONAL)
         for block in range(0, 1 if ONE else tl.cdiv(f, BLOCK_N)):
             n = (tl.program_id(2) + block) * BLOCK_N + tl.arange(0, BLOCK_N)
             mask = inside[:, None] & (n < f)[None, :]
             at = row[:, None] * (4 * f) + n[None, :]
-            o = tl.load(pre + at, mask=mask, other=0.0).to(STATE)
-            forget = tl.load(pre + at + f, mask=mask, other=0.0).to(STATE)
-            i = tl.load(pre + at + 2 * f, mask=mask, other=0.0).to(STATE)
-            g = tl.load(pre + at + 3 * f, mask=mask, other=0.0).to(STATE)
+            o, forget, i, g = load_gates(pre + at, f, mask)
+            o, forget, i, g = o.to(STATE), forget.to(STATE), i.to(STATE), g.to(STATE)
             cell_mask = had_before[:, None] & (n < f)[None, :]
             cell = tl.load(cells + before[:, None] * f + n[None, :], mask=cell_mask, other=0.0)
             if RESIDENT:
                 at_k, read = neighbours(
-                    base, step - 1, position, every_shift, feature, live, direction, h, w, f, DIRECTIONS, DIAGONAL
+                    base, step - 1, position, shift, feature, live, direction, h, w, f, DIRECTIONS, DIAGONAL
                 )
                 states = tl.load(hidden + at_k, mask=read, other=0.0)
-                o = tl.dot(states, weight_o, o, input_precision="ieee", out_dtype=STATE)
-                forget = tl.dot(states, weight_f, forget, input_precision="ieee", out_dtype=STATE)
-                i = tl.dot(states, weight_i, i, input_precision="ieee", out_dtype=STATE)
-                g = tl.dot(states, weight_g, g, input_precision="ieee", out_dtype=STATE)
+                o, forget, i, g = add_products(o, forget, i, g, states, weights)
             else:
                 blocks_k = tl.cdiv(f, BLOCK_K)
                 for block_k in range(0, TAPS * blocks_k):
@@ -217,25 +254,14 @@ def lstm_scan_fwd_kernel(
                         base, step - 1, position, shift, k, k < f, direction, h, w, f, DIRECTIONS, DIAGONAL
                     )
                     states = tl.load(hidden + at_k, mask=read, other=0.0)
-                    block_of = weight + (tap * f + k)[:, None] * (4 * f) + n[None, :]
-                    both = (k < f)[:, None] & (n < f)[None, :]
-                    weight_o = tl.load(block_of, mask=both, other=0.0)
-                    weight_f = tl.load(block_of + f, mask=both, other=0.0)
-                    weight_i = tl.load(block_of + 2 * f, mask=both, other=0.0)
-                    weight_g = tl.load(block_of + 3 * f, mask=both, other=0.0)
-                    o = tl.dot(states, weight_o, o, input_precision="ieee", out_dtype=STATE)
-                    forget = tl.dot(states, weight_f, forget, input_precision="ieee", out_dtype=STATE)
-                    i = tl.dot(states, weight_i, i, input_precision="ieee", out_dtype=STATE)
-                    g = tl.dot(states, weight_g, g, input_precision="ieee", out_dtype=STATE)
-            o, forget, i, g = tl.sigmoid(o), tl.sigmoid(forget), tl.sigmoid(i), tanh(g)
+                    at_weight = weight + (tap * f + k)[:, None] * (4 * f) + n[None, :]
+                    weights = load_gates(at_weight, f, (k < f)[:, None] & (n < f)[None, :])
+                    o, forget, i, g = add_products(o, forget, i, g, states, weights)
+            o, forget, i, g = sigmoid(o), sigmoid(forget), sigmoid(i), tanh(g)
             cell = forget * cell + i * g
-            type = gates.dtype.element_ty
-            tl.store(gates + at, o.to(type), mask=mask)
-            tl.store(gates + at + f, forget.to(type), mask=mask)
-            tl.store(gates + at + 2 * f, i.to(type), mask=mask)
-            tl.store(gates + at + 3 * f, g.to(type), mask=mask)
+            store_gates(gates + at, f, mask, o, forget, i, g)
             tl.store(cells + row[:, None] * f + n[None, :], cell, mask=mask)
-            tl.store(hidden + row[:, None] * f + n[None, :], (o * tanh(cell)).to(type), mask=mask)
+            tl.store(hidden + row[:, None] * f + n[None, :], (o * tanh(cell)).to(hidden.dtype.element_ty), mask=mask)
         tl.debug_barrier()  # the next step reads what this one stored
 
 
@@ -264,52 +290,34 @@ def lstm_scan_bwd_kernel(
     BLOCK_K: tl.constexpr,
     STATE: tl.constexpr,
 ):
-    direction = tl.program_id(0) % DIRECTIONS
-    tile = tl.arange(0, IMAGES * POSITIONS)
-    image = (tl.program_id(0) // DIRECTIONS).to(tl.int64) * IMAGES + tile // POSITIONS
-    position = tl.program_id(1) * POSITIONS + tile % POSITIONS
+    direction, image, position = images_of(DIRECTIONS, IMAGES, POSITIONS)
     base = tl.where(image < b, image * h * w * DIRECTIONS + direction, -1)
     extent = h if DIAGONAL else w
     scratch = (image * DIRECTIONS + direction) * extent + position
     weight += direction * TAPS * f * 4 * f
 
     if RESIDENT:
-        every_tap, feature = tl.arange(0, BLOCK_K) // BLOCK_N, tl.arange(0, BLOCK_K) % BLOCK_N
-        every_shift = -shift_of(every_tap, TAPS, DIAGONAL)[None, :]  # a reader stands on the other side
-        live = (every_tap < TAPS) & (feature < f)
+        tap, feature, shift, live = features_of_taps(f, TAPS, DIAGONAL, BLOCK_N, BLOCK_K)
         out = tl.arange(0, BLOCK_N)
-        resident = weight + (feature * TAPS * f + every_tap * f)[:, None] + out[None, :]
-        live_weights = live[:, None] & (out < f)[None, :]
-        next_gate = TAPS * f * f
-        weight_o = tl.load(resident, mask=live_weights, other=0.0)
-        weight_f = tl.load(resident + next_gate, mask=live_weights, other=0.0)
-        weight_i = tl.load(resident + 2 * next_gate, mask=live_weights, other=0.0)
-        weight_g = tl.load(resident + 3 * next_gate, mask=live_weights, other=0.0)
+        at_weight = weight + (feature * TAPS * f + tap * f)[:, None] + out[None, :]
+        weight_o, weight_f, weight_i, weight_g = load_gates(at_weight, TAPS * f * f, live[:, None] & (out < f)[None, :])
 
     for back in range(0, last - first):
         step = last - 1 - back
-        index, inside = pixel(step, position, direction, h, w, DIAGONAL)
-        inside = inside & (base >= 0)
-        row = base + index * DIRECTIONS
-        index, had_before = pixel(step - 1, position, direction, h, w, DIAGONAL)
-        had_before = had_before & (base >= 0)
-        before = base + index * DIRECTIONS
+        row, inside = rows_of(base, step, position, direction, h, w, DIRECTIONS, DIAGONAL)
+        before, had_before = rows_of(base, step - 1, position, direction, h, w, DIRECTIONS, DIAGONAL)
         for block in range(0, 1 if ONE else tl.cdiv(f, BLOCK_N)):
             n = (tl.program_id(2) + block) * BLOCK_N + tl.arange(0, BLOCK_N)
             mask = inside[:, None] & (n < f)[None, :]
             dh = tl.load(d_hidden + row[:, None] * f + n[None, :], mask=mask, other=0.0).to(STATE)
-            if RESIDENT:
+            if RESIDENT:  # a reader is on the other side: hence −shift
                 at_k, read = neighbours(
-                    base, step + 1, position, every_shift, feature, live, direction, h, w, 4 * f, DIRECTIONS, DIAGONAL
+                    base, step + 1, position, -shift, feature, live, direction, h, w, 4 * f, DIRECTIONS, DIAGONAL
                 )
-                d_o = tl.load(d_pre + at_k, mask=read, other=0.0)
-                dh = tl.dot(d_o, weight_o, dh, input_precision="ieee", out_dtype=STATE)
-                d_f = tl.load(d_pre + f + at_k, mask=read, other=0.0)
-                dh = tl.dot(d_f, weight_f, dh, input_precision="ieee", out_dtype=STATE)
-                d_i = tl.load(d_pre + 2 * f + at_k, mask=read, other=0.0)
-                dh = tl.dot(d_i, weight_i, dh, input_precision="ieee", out_dtype=STATE)
-                d_g = tl.load(d_pre + 3 * f + at_k, mask=read, other=0.0)
-                dh = tl.dot(d_g, weight_g, dh, input_precision="ieee", out_dtype=STATE)
+                dh = add_product(dh, tl.load(d_pre + at_k, mask=read, other=0.0), weight_o)
+                dh = add_product(dh, tl.load(d_pre + f + at_k, mask=read, other=0.0), weight_f)
+                dh = add_product(dh, tl.load(d_pre + 2 * f + at_k, mask=read, other=0.0), weight_i)
+                dh = add_product(dh, tl.load(d_pre + 3 * f + at_k, mask=read, other=0.0), weight_g)
             else:
                 blocks_k = tl.cdiv(4 * f, BLOCK_K)  # all gates, side by side
                 for block_k in range(0, TAPS * blocks_k):
@@ -320,14 +328,12 @@ def lstm_scan_bwd_kernel(
                         base, step + 1, position, shift, k, k < 4 * f, direction, h, w, 4 * f, DIRECTIONS, DIAGONAL
                     )
                     d_gates = tl.load(d_pre + at_k, mask=read, other=0.0)
-                    block_of = weight + (k * TAPS * f + tap * f)[:, None] + n[None, :]
-                    weights = tl.load(block_of, mask=(k < 4 * f)[:, None] & (n < f)[None, :], other=0.0)
-                    dh = tl.dot(d_gates, weights, dh, input_precision="ieee", out_dtype=STATE)
+                    at_weight = weight + (k * TAPS * f + tap * f)[:, None] + n[None, :]
+                    weights = tl.load(at_weight, mask=(k < 4 * f)[:, None] & (n < f)[None, :], other=0.0)
+                    dh = add_product(dh, d_gates, weights)
             at = row[:, None] * (4 * f) + n[None, :]
-            o = tl.load(gates + at, mask=mask, other=0.0).to(STATE)
-            forget = tl.load(gates + at + f, mask=mask, other=0.0).to(STATE)
-            i = tl.load(gates + at + 2 * f, mask=mask, other=0.0).to(STATE)
-            g = tl.load(gates + at + 3 * f, mask=mask, other=0.0).to(STATE)
+            o, forget, i, g = load_gates(gates + at, f, mask)
+            o, forget, i, g = o.to(STATE), forget.to(STATE), i.to(STATE), g.to(STATE)
             cell = tl.load(cells + row[:, None] * f + n[None, :], mask=mask, other=0.0)
             cell_mask = had_before[:, None] & (n < f)[None, :]
             cell_before = tl.load(cells + before[:, None] * f + n[None, :], mask=cell_mask, other=0.0)
@@ -335,11 +341,9 @@ def lstm_scan_bwd_kernel(
             handed = d_cells + scratch[:, None] * f + n[None, :]
             dc = tl.load(handed, mask=mask, other=0.0) + dh * o * (1 - tanh_cell * tanh_cell)
             tl.store(handed, dc * forget, mask=mask)
-            type = d_pre.dtype.element_ty
-            tl.store(d_pre + at, (dh * tanh_cell * o * (1 - o)).to(type), mask=mask)
-            tl.store(d_pre + at + f, (dc * cell_before * forget * (1 - forget)).to(type), mask=mask)
-            tl.store(d_pre + at + 2 * f, (dc * g * i * (1 - i)).to(type), mask=mask)
-            tl.store(d_pre + at + 3 * f, (dc * i * (1 - g * g)).to(type), mask=mask)
+            d_o, d_forget = dh * tanh_cell * o * (1 - o), dc * cell_before * forget * (1 - forget)
+            d_i, d_g = dc * g * i * (1 - i), dc * i * (1 - g * g)
+            store_gates(d_pre + at, f, mask, d_o, d_forget, d_i, d_g)
         tl.debug_barrier()
 
 
@@ -381,7 +385,7 @@ def scan(kernel, tensors: list[Tensor], shape: tuple, f: int, taps: int, diagona
 
 
 def sizes_of(pre: Tensor, state_weight: Tensor, diagonal: bool, form: str, backward: bool):
-    """The shape (b h w d), f, the number of taps, the form, the type of states."""
+    """Find the shape (b h w d), f, the number of taps, the form and the type of states."""
     b, h, w, d, gates = pre.shape
     f, taps = gates // 4, state_weight.shape[2] // (gates // 4)
     cut = form_of(f, taps, h if diagonal else w, pre.element_size(), backward, form)
@@ -435,7 +439,7 @@ def _(d_hidden, state_weight, hidden, gates, cells, diagonal, form):
 
 
 def what_taps_read(hidden: Tensor, taps: int, diagonal: bool) -> Tensor:
-    """Hidden states (b h w d f) → those that each pixel's gates were computed from (b h w d n f)."""
+    """Gather the hidden states (b h w d f) that each pixel's gates were computed from: (b h w d n f)."""
     out = hidden.new_zeros(*hidden.shape[:4], taps, hidden.shape[4])
     if diagonal:
         out[:, :, 1:, 0, 0] = hidden[:, :, :-1, 0]
@@ -452,7 +456,7 @@ def what_taps_read(hidden: Tensor, taps: int, diagonal: bool) -> Tensor:
 
 
 def setup_context(ctx, inputs, output) -> None:
-    ctx.set_materialize_grads(False)  # what is kept has no gradient: no zeros in its place
+    ctx.set_materialize_grads(False)  # the outputs kept for `backward` have no gradient: make no zeros for it
     ctx.save_for_backward(inputs[1], *output)
     ctx.diagonal, ctx.form = inputs[2:]
 
@@ -467,7 +471,7 @@ lstm_scan_op.register_autograd(backward, setup_context=setup_context)
 
 
 def lstm_scan(pre: Tensor, state_weight: Tensor, diagonal: bool, form: str = "auto") -> Tensor:
-    """Scan images whose input-to-state product is known.
+    """Scan images whose input-to-state product is given.
 
     Args:
         pre: gates before activation, without what states add (b h w d 4f); bfloat16, float32 or float64.

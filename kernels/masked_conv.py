@@ -5,10 +5,10 @@ its centre row · C columns of the kernel (odd) · taps: the R·C positions of t
 
     out(i, j) = bias + Σ_{y < R} Σ_{x < C} weight[:, :, y, x] · act(u(i + y − (R − 1), j + x − C//2))
 
-with zeros outside the image and act the identity or ReLU. The weight arrives masked: what it may see in the centre row
-is the caller's matter; the rows below the centre, all masked, are not there at all. Of the taps that are, only the
-first `live` are read: a 3×3 of mask B has R, C = 2, 3 and 5 live taps, of mask A 4 where it hides all of the centre;
-a 1×3 has R, C = 1, 3 and 2 live taps. Channels are last.
+with zeros outside the image and act the identity or ReLU. The weight arrives masked: the caller decides what it may see
+in the centre row; the rows below the centre, all masked, are left out. Of the other taps only the first `live` are
+read: a 3×3 of mask B has R, C = 2, 3 and 5 live taps, of mask A 4 where it hides all of the centre; a 1×3 has
+R, C = 1, 3 and 2 live taps. Channels are last.
 
 The Triton form is an implicit matrix product: pixels × (live taps · input features) × output features, whose first
 operand is gathered from the map by address. The gradient of the map is the same product, with the kernel turned; that
@@ -30,7 +30,7 @@ from kernels.jit import cdiv, jit, launch, next_power_of_2, tl
 def masked_conv_reference(
     u: Tensor, weight: Tensor, bias: Tensor, relu: bool = False, extra: int = 0, live: int | None = None
 ) -> Tensor:
-    """The same as `masked_conv`, as a dense convolution with the rows below the centre set to zero: the oracle."""
+    """Compute `masked_conv` as a dense convolution with the rows below the centre set to zero: the oracle."""
     rows, columns = weight.shape[2:]
     if live is not None:
         weight = weight * (torch.arange(rows * columns, device=weight.device) < live).view(rows, columns)
@@ -44,7 +44,7 @@ def masked_conv_reference(
 
 @jit
 def tap_of(k_tap, ROWS: tl.constexpr, COLUMNS: tl.constexpr, TURNED: tl.constexpr):
-    """What a tap adds to a pixel's row and column to find the one that it reads; turned, the one that reads it."""
+    """How far from a pixel, in rows and columns, a tap reads; turned, how far the pixel is that reads it."""
     di = k_tap // COLUMNS - (ROWS - 1)
     dj = k_tap % COLUMNS - COLUMNS // 2
     if TURNED:
@@ -55,7 +55,7 @@ def tap_of(k_tap, ROWS: tl.constexpr, COLUMNS: tl.constexpr, TURNED: tl.constexp
 
 @jit
 def place_of(pixel, h, w):
-    """The row of all images, in 64 bits, then the row and the column of pixels.
+    """Find the row of all images, in 64 bits, then the row and the column of pixels.
 
     There are fewer than 2³¹ pixels, and a division of 64-bit numbers is a call of a function.
     """
@@ -171,16 +171,16 @@ def block(size: int, most: int) -> int:
 
 
 def by_number(k: int, f: int) -> dict:
-    """Options where sixteen does not divide k or f, so that each number has a load and an address of its own.
+    """Choose options where sixteen does not divide k or f, so that each number has a load and an address of its own.
 
-    They are many. Without being told how many registers there are, the assembler puts some on the stack to make room
+    Unless told how many registers there are, the assembler puts some of these many addresses on the stack, to make room
     for another program.
     """
     return {"maxnreg": 255} if k % 16 or f % 16 else {}
 
 
 def product_constants(k: int, f: int, itemsize: int) -> dict:
-    """Blocks of `masked_conv_kernel`. Exact products of float32 have no matrix instruction: smaller ones.
+    """Choose the blocks of `masked_conv_kernel`. Exact products of float32 have no matrix instruction: smaller ones.
 
     Where each number has an address of its own (`by_number`), more threads and smaller blocks hold them in registers.
     """
@@ -200,7 +200,7 @@ def product_constants(k: int, f: int, itemsize: int) -> dict:
 
 
 def weight_constants(taps: int, k: int, f: int, itemsize: int) -> dict:
-    """Blocks of `masked_conv_weight_kernel`."""
+    """Choose the blocks of `masked_conv_weight_kernel`."""
     rows, options = taps * k, by_number(k, f)
     if itemsize > 2:
         sizes = {"BLOCK_M": block(rows, 128 // itemsize), "BLOCK_N": block(f, 128 // itemsize), "BLOCK_P": 16}
@@ -217,7 +217,7 @@ def sum_type(x: Tensor):
 
 
 def product(u: Tensor, weight: Tensor, bias: Tensor | None, seen: Tensor | None, shape: tuple, kernel: tuple, **flags):
-    """The product of a map u (b h w_in k) with a weight (taps k f), for an output of `shape` (b h w_out f)."""
+    """Multiply a map u (b h w_in k) with a weight (taps k f), for an output of `shape` (b h w_out f)."""
     (b, h, w_out, f), (taps, k, _), (rows, columns) = shape, weight.shape, kernel
     out = u.new_empty(shape)
     pixels = b * h * w_out
@@ -268,15 +268,15 @@ def weight_gradient_op(d_out: Tensor, u: Tensor, weight: Tensor, relu: bool, liv
     if pixels:
         constants = weight_constants(live, k, f, u.element_size())
         tiles = cdiv(live * k, constants["BLOCK_M"]), cdiv(f, constants["BLOCK_N"])
-        # As many parts as give each multiprocessor two programs or so, none shorter than some blocks.
-        number = max(1, min(256 // (tiles[0] * tiles[1]), cdiv(pixels, 8 * constants["BLOCK_P"])))
-        part = cdiv(cdiv(pixels, number), constants["BLOCK_P"]) * constants["BLOCK_P"]
-        number = cdiv(pixels, part)
+        # Enough parts to give each multiprocessor about two programs, none shorter than eight blocks.
+        num_parts = max(1, min(256 // (tiles[0] * tiles[1]), cdiv(pixels, 8 * constants["BLOCK_P"])))
+        part = cdiv(cdiv(pixels, num_parts), constants["BLOCK_P"]) * constants["BLOCK_P"]
+        num_parts = cdiv(pixels, part)
         state = torch.float64 if u.dtype == torch.float64 else torch.float32
-        parts = u.new_empty(number, live * k, f, dtype=state)
+        parts = u.new_empty(num_parts, live * k, f, dtype=state)
         sizes = pixels, part, h, w_in, w_out, k, f
         flags = {"TAPS": live, "ROWS": rows, "COLUMNS": columns, "RELU": relu, "SUM": sum_type(u)}
-        launch(masked_conv_weight_kernel, (number, *tiles), u, d_out, parts, *sizes, **flags, **constants)
+        launch(masked_conv_weight_kernel, (num_parts, *tiles), u, d_out, parts, *sizes, **flags, **constants)
         d_weight.flatten(2)[:, :, :live] = parts.sum(0).view(live, k, f).permute(2, 1, 0)
     return d_weight
 
@@ -318,7 +318,7 @@ def channels_last(u: Tensor) -> Tensor:
 
 
 class MaskedConv(torch.autograd.Function):
-    """The torch form. Both gradients are convolutions of padded maps too, so nothing ever leaves channels last."""
+    """The torch form. Both gradients are convolutions of padded maps too, so all of it stays channels last."""
 
     @staticmethod
     def forward(ctx, u, weight, bias, relu, extra):
@@ -370,7 +370,7 @@ def masked_conv(
         weight: (f k R C), masked by the caller; its last row is the kernel's centre row.
         bias: (f).
         relu: whether u passes through a ReLU first.
-        extra: columns more than u has, at most C//2, at the right end, where the centre stands outside the image.
+        extra: columns more than u has, at most C//2, at the right end, where the centre is outside the image.
         live: how many taps, row by row, are read; what weight holds for the others must be zero, and their gradient
             is not computed where that saves time. None: all.
         backend: see `kernels.backend_for`.

@@ -1,7 +1,7 @@
 """The scan of the Row LSTM (van den Oord et al. 2016, 1601.06759, section 3.1).
 
 Legend: b batch · h w rows, columns · k input features · m ≤ k of them, the first, that are read from the left too ·
-f hidden features · n taps along the row above (odd) · i j t a row, a column, a tap. Gates stand in the order o f i g,
+f hidden features · n taps along the row above (odd) · i j t a row, a column, a tap. Gates are in the order o f i g,
 so `4f` is cut in four parts of f.
 
 At pixel (i, j), zeros outside the image:
@@ -12,10 +12,9 @@ At pixel (i, j), zeros outside the image:
     hidden    = o ⊙ tanh(cell)
 
 All pixels of a row, in all images, are computed together from those of the row above. The Triton form is in
-`kernels/lstm_scan.py`. The torch form below puts rows
-first: (h b w ·). Beside the features of each pixel stands what its taps read, [u, left, tap 0, …, tap n−1], and the
-weights stand side by side in the same way. The sum above is then one product a row, and all weights have their
-gradients from one product over all pixels.
+`kernels/lstm_scan.py`. The torch form below puts rows first: (h b w ·). A pixel's features and what its taps read are
+side by side, [u, left, tap 0, …, tap n−1], and so are the weights. The sum above is then one product a row, and the
+gradients of all weights are one product over all pixels.
 """
 
 import torch
@@ -23,13 +22,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.backend import autocast, backend_for, in_float32
+from kernels.lstm import double_g, local_gradients
 from kernels.lstm_scan import lstm_scan
 
 
 def row_lstm_reference(
     u: Tensor, input_weight: Tensor, bias: Tensor, state_weight: Tensor, left_weight: Tensor | None = None
 ) -> Tensor:
-    """The same as `row_lstm`, pixel by pixel as the equations are written: slow, differentiable, the oracle."""
+    """Compute `row_lstm` pixel by pixel, as the equations are written: slow, differentiable, the oracle."""
     b, h, w, _ = u.shape
     _, f, n = state_weight.shape
     zeros = u.new_zeros(b, f)
@@ -48,7 +48,7 @@ def row_lstm_reference(
 
 
 def pair_taps(taps: Tensor, above: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """What each tap reads inside the image: views of `taps` (… w n f) and of `above` (… w f), both (… columns f)."""
+    """Pair each tap with its inputs in the image: views of `taps` (… w n f) and `above` (… w f), both (… columns f)."""
     w, n = taps.shape[-3:-1]
     pairs = []
     for t in range(n):
@@ -64,7 +64,7 @@ def pair_taps(taps: Tensor, above: Tensor) -> list[tuple[Tensor, Tensor]]:
 def row_lstm_op(
     u: Tensor, input_weight: Tensor, bias: Tensor, state_weight: Tensor, left_weight: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The torch form. The scan does what depends on states; all else is done for all pixels at once, outside of it.
+    """Compute the torch form: in the scan what depends on states, all else for all pixels at once, outside of it.
 
     Returns what `row_lstm` does, and for the backward pass: inputs, weight, gates, cells, tanh_cell.
     """
@@ -72,8 +72,7 @@ def row_lstm_op(
     _, f, n = state_weight.shape
     with torch.autocast(u.device.type, enabled=False):
         weight = torch.cat([input_weight, left_weight, state_weight.mT.flatten(1)], dim=1)  # (4f k+m+n·f)
-        # tanh(x) is 2σ(2x) − 1: with g's weights doubled, one sigmoid serves all gates, at a third of the time of tanh.
-        doubled = bias.new_ones(4 * f).masked_fill_(torch.arange(4 * f, device=bias.device) >= 3 * f, 2)
+        doubled = double_g(f, bias)  # so that one sigmoid serves all gates
         doubled_bias, doubled_weight = bias * doubled, weight.T * doubled
         inputs = u.new_empty(h, b, w, k + m + n * f)
         inputs[..., :k] = u.transpose(0, 1)
@@ -119,18 +118,12 @@ def row_lstm_backward_op(
     k: int,
     m: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of u, bias, input_weight, state_weight, left_weight."""
+    """Compute the gradients of u, bias, input_weight, state_weight, left_weight."""
     (h, b, w, f), taps = tanh_cell.shape, weight.shape[1] - k - m
     seen_weight, state_weight = weight.split([k + m, taps], dim=1)
-    o, forget, i, g = gates.split(f, dim=3)
-
-    # What each gate's gradient is, but for the factor d_hidden (o) or d_cell (f i g) that only the scan knows.
-    d_gates = torch.empty_like(gates)
-    sigmoid_backward, tanh_backward = torch.ops.aten.sigmoid_backward, torch.ops.aten.tanh_backward
-    for gate, (factor, value) in enumerate(((tanh_cell, o), (cells[:-1], forget), (g, i))):
-        sigmoid_backward.grad_input(factor, value, grad_input=d_gates.narrow(3, gate * f, f))
-    tanh_backward.grad_input(i, g, grad_input=d_gates.narrow(3, 3 * f, f))
-    d_cell_d_hidden = tanh_backward(o, tanh_cell)
+    forget = gates.narrow(3, f, f)
+    # (h b w 4f), as yet without the factors d_hidden (o) and d_cell (f i g) that only the scan knows
+    d_gates, d_cell_d_hidden = local_gradients(gates, cells[:-1], tanh_cell)
 
     # These are needed for one row at a time; what the taps of a row hold, they pass on to the row above.
     d_hidden, d_cell, d_taps = gates.new_empty(b, w, f), gates.new_zeros(b, w, f), gates.new_zeros(b * w, taps)
@@ -168,7 +161,7 @@ def _(d_hidden_states, inputs, weight, gates, cells, tanh_cell, k, m):
 
 
 def setup_context(ctx, inputs, output) -> None:
-    ctx.set_materialize_grads(False)  # what is kept has no gradient: no zeros in its place
+    ctx.set_materialize_grads(False)  # the outputs kept for `backward` have no gradient: make no zeros for it
     ctx.save_for_backward(*output[1:])
     ctx.k, ctx.m = inputs[1].shape[1], inputs[4].shape[1]
 

@@ -143,7 +143,7 @@ def test_more_positions_than_one_program_has():
     assert form_of(2, 3, 66, 4, False).launches
     check(in_form("auto")[1], row_lstm_reference, row_inputs(1, 2, 66, 1, 2))
     for form in ("resident", "streamed", "nonsense"):  # programs that walk all steps do not wait for each other
-        with pytest.raises(ValueError, match=f"form='{form}' is not allowed for 66 positions"):
+        with pytest.raises(ValueError, match=f"form='{form}': expected launches for 66 positions"):
             form_of(2, 3, 66, 4, False, form)
 
 
@@ -152,7 +152,8 @@ def test_weights_that_fill_a_program_are_not_resident(monkeypatch):
     assert form_of(32, 2, 28, 2, False).resident
     for f, itemsize in ((32, 4), (40, 2), (512, 2)):
         assert not form_of(f, 2, 28, itemsize, False).resident
-        with pytest.raises(ValueError, match=f"form='resident' is not allowed for {f} features of {itemsize} bytes"):
+        said = f"form='resident': expected streamed or launches for {f} features of {itemsize} bytes"
+        with pytest.raises(ValueError, match=said):
             form_of(f, 2, 28, itemsize, False, "resident")
 
 
