@@ -118,6 +118,7 @@ class StandIn:
     def __init__(self, target: str = "sm_90"):
         assert not triton.knobs.runtime.interpret, "TRITON_INTERPRET=1: nothing would be compiled"
         self.driver, self.found, self.name = Driver(target), {}, ""
+        self.kernels, self.launched_before = {}, {}
 
     @property
     def variants(self) -> list[Variant]:
@@ -132,7 +133,9 @@ class StandIn:
         def run(kernel, *arguments, **named):
             named_before = dict(zip(kernel.arg_names, arguments, strict=False)) | named
             stand_in.launched = {name: x for name, x in named_before.items() if isinstance(x, torch.Tensor)}
-            kernel.device_caches.pop(0, None)  # made for another target, or by a real driver
+            if id(kernel) not in stand_in.kernels:
+                kernel.device_caches.pop(0, None)  # made for another target, or by a real driver
+                stand_in.kernels[id(kernel)] = kernel
             return stand_in.run(kernel, *arguments, **named)
 
         JITFunction.run = run
@@ -144,9 +147,18 @@ class StandIn:
 
         JITFunction.run, triton.runtime.driver._active = self.run, self.driver_before
         triton.knobs.runtime.jit_cache_hook = self.hook
+        for kernel in self.kernels.values():
+            kernel.device_caches.pop(0, None)
 
-    def record(self, *, fn, compile: dict, **_) -> bool:
-        """Triton is about to compile a kernel. It does not where this is true, nor does it run it."""
+    def record(self, *, fn, key: str, compile: dict, **_) -> bool:
+        """Triton is about to compile a kernel. It does not where this is true, nor does it run it.
+
+        Args:
+            key: Triton's own, which is the same for all launches of a kernel that it would compile alike.
+        """
+        if variant := self.launched_before.get((fn.module, fn.name, key)):
+            variant.launches += 1
+            return True
         options = json.loads(compile["specialization_data"])["options"]
         variant = Variant(
             fn.module,
@@ -158,7 +170,8 @@ class StandIn:
             same_memory(self.launched),
             self.name,
         )
-        self.found.setdefault(variant.key, variant).launches += 1
+        variant = self.launched_before[fn.module, fn.name, key] = self.found.setdefault(variant.key, variant)
+        variant.launches += 1
         return True
 
 

@@ -51,7 +51,7 @@ def test_no_leak_in_bfloat16(name):
 @pytest.mark.parametrize("name", CLASSES)
 def test_the_row_scan_draws_what_the_network_says(name, head):
     """By each method, in one program and in several, with the row captured in the first batch or in the second."""
-    model = build(name, channels=3, hidden=18, height=6, width=5, head=head).cuda().eval()
+    model = build(name, channels=3, hidden=18, height=4, width=5, head=head).cuda().eval()
     uniforms = noise(0, range(60), model.shape).cuda()
     naive = sample(model, 60, method="naive", uniforms=[uniforms])
     for method, batch_size in itertools.product(METHODS, (15, 20, 60)):

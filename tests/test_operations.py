@@ -2,7 +2,7 @@
 
 The operations, their sizes and the comparison are in `tests/operations.py`; what the LSTM scans mean is in
 `tests/test_scans.py`. The torch forms run on the CPU. The Triton forms run on a GPU where there is one, else in
-Triton's interpreter, watched for races (`tests.races`); of layouts the compiler alone knows, which `bench.compile` runs.
+Triton's interpreter, watched for races (`tests.races`); of layouts the compiler alone knows: see `bench.compile`.
 """
 
 import pytest
