@@ -93,14 +93,14 @@ def steps(names: list[str], out: Path, quick: bool = False, compiled: bool = Fal
     tests = pytest
     if workers > 1:  # each with its part of the cores, for what the GPU is compared with
         tests = ["env", f"OMP_NUM_THREADS={cores // workers}", *pytest, "-n", str(workers)]
-    chosen = "test_gpu and not training_in or test_row_kernel and draws or test_triton"
-    training, scans = "training_in", "scan and b3 or convolution and (3 or 2)"
+    chosen = "test_operations or test_gpu and not training_in or test_row_kernel and draws"
+    training, layouts = "training_in", "any_layout and not torch"
     if quick:
         chosen, training = (
             "two_runs and gate or pixels_of_the_naive and 3-gated_pixel_cnn-skip",
             "learns and RowLSTM-False",
         )
-    files = ["tests/test_gpu.py", "tests/test_row_kernel.py", "tests/test_triton.py"]
+    files = ["tests/test_operations.py", "tests/test_gpu.py", "tests/test_row_kernel.py"]
     # Memory that torch keeps for itself would hide what is read beyond a tensor's end.
     sanitizer = ["env", "PYTORCH_NO_CUDA_MEMORY_CACHING=1", "compute-sanitizer", "--error-exitcode", "9"]
     commands = {
@@ -110,8 +110,8 @@ def steps(names: list[str], out: Path, quick: bool = False, compiled: bool = Fal
         "sampling": benchmark("sampling", repeats=2),
         "training": benchmark("training", repeats=10),
         "kernels": benchmark("kernels", *["--compile"] * compiled, repeats=10),
-        "tests-training": [*tests, files[0], "-k", training],
-        "sanitizer": [*sanitizer, *pytest, files[2], "-k", scans],
+        "tests-training": [*tests, "tests/test_gpu.py", "-k", training],
+        "sanitizer": [*sanitizer, *pytest, "tests/test_operations.py", "-k", layouts],
     }
     return [Step(name, commands[name], limits[name], name in cases) for name in names]
 

@@ -118,6 +118,7 @@ class StandIn:
     def __init__(self, target: str = "sm_90"):
         assert not triton.knobs.runtime.interpret, "TRITON_INTERPRET=1: nothing would be compiled"
         self.driver, self.found, self.name = Driver(target), {}, ""
+        self.kernels, self.launched_before = {}, {}
 
     @property
     def variants(self) -> list[Variant]:
@@ -132,7 +133,9 @@ class StandIn:
         def run(kernel, *arguments, **named):
             named_before = dict(zip(kernel.arg_names, arguments, strict=False)) | named
             stand_in.launched = {name: x for name, x in named_before.items() if isinstance(x, torch.Tensor)}
-            kernel.device_caches.pop(0, None)  # made for another target, or by a real driver
+            if id(kernel) not in stand_in.kernels:
+                kernel.device_caches.pop(0, None)  # made for another target, or by a real driver
+                stand_in.kernels[id(kernel)] = kernel
             return stand_in.run(kernel, *arguments, **named)
 
         JITFunction.run = run
@@ -144,9 +147,18 @@ class StandIn:
 
         JITFunction.run, triton.runtime.driver._active = self.run, self.driver_before
         triton.knobs.runtime.jit_cache_hook = self.hook
+        for kernel in self.kernels.values():
+            kernel.device_caches.pop(0, None)
 
-    def record(self, *, fn, compile: dict, **_) -> bool:
-        """Triton is about to compile a kernel. It does not where this is true, nor does it run it."""
+    def record(self, *, fn, key: str, compile: dict, **_) -> bool:
+        """Triton is about to compile a kernel. It does not where this is true, nor does it run it.
+
+        Args:
+            key: Triton's own, which is the same for all launches of a kernel that it would compile alike.
+        """
+        if variant := self.launched_before.get((fn.module, fn.name, key)):
+            variant.launches += 1
+            return True
         options = json.loads(compile["specialization_data"])["options"]
         variant = Variant(
             fn.module,
@@ -158,7 +170,8 @@ class StandIn:
             same_memory(self.launched),
             self.name,
         )
-        self.found.setdefault(variant.key, variant).launches += 1
+        variant = self.launched_before[fn.module, fn.name, key] = self.found.setdefault(variant.key, variant)
+        variant.launches += 1
         return True
 
 
@@ -185,11 +198,37 @@ class Compiled:
     error: str | None = None
 
 
-def compile_variant(variant: Variant, target: str) -> Compiled:
+made: dict[str, str] = {}  # the last variant's key → what Triton's front end made of it
+
+
+def source_of(variant: Variant):
+    """What Triton compiles, which its front end makes once for one GPU after another: it asks nothing of them.
+
+    That takes a third of the time of a large kernel. `tests/test_launches.py` compares what it makes for each GPU.
+    """
+    from triton._C.libtriton import ir
     from triton.compiler import ASTSource
 
-    kernel, start = getattr(importlib.import_module(variant.module), variant.kernel), time.perf_counter()
-    source = ASTSource(kernel, variant.signature, variant.constants, variant.attributes)
+    class Source(ASTSource):
+        def make_ir(self, target, options, codegen_fns, module_map, context):
+            if variant.key in made:
+                with tempfile.NamedTemporaryFile("w", suffix=".ttir") as file:
+                    file.write(made[variant.key])
+                    file.flush()
+                    module = ir.parse_mlir_module(file.name, context)
+                module.context = context
+                return module
+            module = super().make_ir(target, options, codegen_fns, module_map, context)
+            made.clear()
+            made[variant.key] = str(module)
+            return module
+
+    kernel = getattr(importlib.import_module(variant.module), variant.kernel)
+    return Source(kernel, variant.signature, variant.constants, variant.attributes)
+
+
+def compile_variant(variant: Variant, target: str) -> Compiled:
+    source, start = source_of(variant), time.perf_counter()
     try:
         compiled = triton.compile(source, target=gpu_target(target), options=dict(variant.options))
     except Exception as error:  # whatever the compiler meets is something to report
@@ -200,14 +239,18 @@ def compile_variant(variant: Variant, target: str) -> Compiled:
     return Compiled(time.perf_counter() - start, texts, registers, stack, compiled.metadata.shared)
 
 
-def in_processes(function, *arguments: Iterable) -> list:
-    """`map`, in as many processes as there are cores; each imports Triton anew, not in the interpreter."""
+def in_processes(function, *arguments: Iterable, together: int = 1) -> list:
+    """`map`, in as many processes as there are cores; each imports Triton anew, not in the interpreter.
+
+    Args:
+        together: how many calls in a row one process does.
+    """
     work = list(zip(*arguments, strict=True))
     workers = max(1, min(len(work), len(os.sched_getaffinity(0))))
     # A fresh process has no threads of torch that a fork would copy; it has the environment of now.
     with mock.patch.dict(os.environ), ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
         os.environ.pop("TRITON_INTERPRET", None)
-        return list(pool.map(partial(_call, function), work, chunksize=1))
+        return list(pool.map(partial(_call, function), work, chunksize=together))
 
 
 def _call(function, arguments: tuple):
@@ -217,4 +260,5 @@ def _call(function, arguments: tuple):
 def compile_all(variants: list[Variant], targets: list[str]) -> list[tuple[Variant, str, Compiled]]:
     """Every variant for every target."""
     work = list(product(variants, targets))
-    return [(*of, out) for of, out in zip(work, in_processes(compile_variant, *zip(*work, strict=True)), strict=True)]
+    found = in_processes(compile_variant, *zip(*work, strict=True), together=len(targets))
+    return [(*of, out) for of, out in zip(work, found, strict=True)]

@@ -1,18 +1,21 @@
 """Everything that is launched on a GPU, launched without one, through Triton's own path: see `tests/fake_gpu`.
 
-All of the GPU's tests, the Triton tests, the benchmarks and `sample.py` run to their end on a fake GPU, numbers apart,
-and what they launched is compiled.
+The tests of operations, of the row kernel and of a GPU, the benchmarks and `sample.py` run to their end on a fake GPU,
+numbers apart, and what they launched is compiled.
 """
 
 import os
 import pickle
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
 
+from bench.compile import judged
+from bench.stand_in import Variant, compile_variant, gpu_target, in_processes, source_of
 from kernels.jit import jit, launch
 from tests.commands import REPOSITORY, SHORT
 
@@ -55,49 +58,80 @@ def pytest_on_the_fake_gpu(out: Path, *arguments: str, **others) -> subprocess.P
     return on_the_fake_gpu(out, *plugin, *arguments, **others)
 
 
-def compiled(out: Path) -> list[dict]:
-    """What was launched, each variant once, compiled for three chips and held against the rules of `bench.compile`."""
-    from bench.compile import judge
+def judge_for_each(variant: Variant, *targets: str) -> list[dict]:
+    return [judged(variant, target, compile_variant(variant, target)) for target in targets]
 
+
+def launched(out: Path) -> dict[str, Variant]:
+    """What was launched, each variant once, by its key."""
     found = [variant for file in out.glob("*.pickle") for variant in pickle.loads(file.read_bytes())]
-    return judge(list({variant.key: variant for variant in found}.values()), ["sm_80", "sm_90", "sm_100"])
+    return {variant.key: variant for variant in found}
 
 
-def assert_unbroken(rows: list[dict]) -> None:
-    """No register on the stack, no more shared memory than there is, …"""
-    broken = [f"{row['kernel']}: {', '.join(row['broken'])}" for row in rows if row["broken"]]
+def front_end(variant: Variant) -> list[str]:
+    """What Triton makes of a kernel for each chip, before its compiler's first pass."""
+    from triton.compiler.compiler import ASTSource, ir, make_backend
+
+    texts = []
+    for target in map(gpu_target, ("sm_80", "sm_90", "sm_100")):
+        source, backend, context = source_of(variant), make_backend(target), ir.context()
+        ir.load_dialects(context)
+        backend.load_dialects(context)
+        options = backend.parse_options({**variant.options, **source.parse_options()})
+        given = target, options, backend.get_codegen_implementation(options), backend.get_module_map(), context
+        texts.append(str(ASTSource.make_ir(source, *given)))
+    return texts
+
+
+PROGRAMS = {  # what is run, and kernels that it launches at least
+    "tests/test_gpu.py": "lstm_scan_fwd lstm_scan_bwd masked_conv masked_conv_weight cross_entropy_fwd gate_bwd "
+    "draw_row",
+    "tests/test_operations.py": "lstm_scan_fwd lstm_scan_bwd masked_conv masked_conv_weight cross_entropy_fwd "
+    "cross_entropy_bwd gate_fwd gate_bwd",
+    "tests/test_row_kernel.py": "draw_row gate_fwd masked_conv lstm_scan_fwd",
+    "bench.kernels": "",
+    "bench.training": "",
+    "bench.sampling": "",
+}
+
+
+def run_program(name: str, out: Path) -> tuple[str, int, str]:
+    """Its name, exit status and text."""
+    if name.startswith("tests/"):
+        process = pytest_on_the_fake_gpu(out, name)
+    else:
+        command = ["-m", name, "--quick", "--device", "cuda", "--out", str(out / "results")]
+        process = on_the_fake_gpu(out, *command, everywhere=True)
+    text = process.communicate()[0]
+    return name, process.returncode, text
+
+
+def test_programs_run_to_their_end_and_what_they_launch_compiles(tmp_path):
+    """It keeps the rules of `bench.compile`, on three chips: no register on the stack, no more shared memory, …
+
+    Each variant is compiled once, whichever programs launch it.
+    """
+    folders = {name: tmp_path / name.replace("/", "-") for name in PROGRAMS}
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        for name, status, text in pool.map(run_program, folders.keys(), folders.values()):
+            assert status == 0, f"{name}\n{text[-5000:]}"
+            if name == "tests/test_gpu.py":  # else: some are about the interpreter alone
+                assert "skipped" not in text
+    variants = {}
+    for name, expected in PROGRAMS.items():
+        found = launched(folders[name])
+        kernels = {variant.kernel for variant in found.values()}
+        assert kernels and {f"{kernel}_kernel" for kernel in expected.split()} <= kernels, name
+        variants |= found
+    largest_first = sorted(variants.values(), key=lambda variant: -len(variant.signature))
+    targets = ([target] * len(variants) for target in ("sm_80", "sm_90", "sm_100"))
+    rows = [row for rows in in_processes(judge_for_each, largest_first, *targets) for row in rows]
+    assert len(rows) == 3 * len(variants)
+    broken = [f"{row['kernel']}, {row['target']}: {', '.join(row['broken'])}" for row in rows if row["broken"]]
     assert not broken, "\n".join(broken)
-
-
-@pytest.mark.parametrize(
-    ("file", "kernels"),
-    [
-        ("test_gpu", "lstm_scan_fwd lstm_scan_bwd masked_conv masked_conv_weight cross_entropy_fwd gate_bwd draw_row"),
-        ("test_triton", "lstm_scan_fwd lstm_scan_bwd masked_conv masked_conv_weight cross_entropy_bwd gate_fwd"),
-        ("test_row_kernel", "draw_row gate_fwd masked_conv lstm_scan_fwd"),
-    ],
-)
-def test_tests_run_to_their_end(tmp_path, file, kernels):
-    """And what they launch, which is at least these kernels, compiles and keeps the rules."""
-    process = pytest_on_the_fake_gpu(tmp_path, f"tests/{file}.py")
-    text = process.communicate()[0]
-    assert process.returncode == 0, text[-5000:]
-    if file == "test_gpu":  # else: some are about the interpreter alone
-        assert "skipped" not in text
-    rows = compiled(tmp_path)
-    assert {f"{kernel}_kernel" for kernel in kernels.split()} <= {row["kernel"].split(": ")[-1] for row in rows}
-    assert_unbroken(rows)
-
-
-@pytest.mark.parametrize("name", ["kernels", "training", "sampling"])
-def test_benchmarks_run_to_their_end(tmp_path, name):
-    command = ["-m", f"bench.{name}", "--quick", "--device", "cuda", "--out", str(tmp_path / "results")]
-    process = on_the_fake_gpu(tmp_path, *command, everywhere=True)
-    text = process.communicate()[0]
-    assert process.returncode == 0, text[-5000:]
-    rows = compiled(tmp_path)
-    assert rows
-    assert_unbroken(rows)
+    one_of_each = {variant.kernel: variant for variant in variants.values()}
+    for texts in in_processes(front_end, one_of_each.values()):
+        assert len(set(texts)) == 1, "bench.stand_in takes Triton's front end to ask nothing of a GPU"
 
 
 @pytest.mark.parametrize("index", [0, 1])
