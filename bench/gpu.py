@@ -45,8 +45,8 @@ START = time.monotonic()  # before torch is imported, which takes its time
 import torch  # noqa: E402
 
 from bench.measure import LOST  # noqa: E402
+from cli.machine import environment  # noqa: E402
 from models.checkpoint import write_atomically  # noqa: E402
-from report import environment  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 PARTS = {"1": ("figures", "sweep", "tests"), "2": ("sampling", "training", "kernels", "tests-training", "sanitizer")}

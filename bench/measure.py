@@ -21,8 +21,8 @@ import numpy as np
 import torch
 
 import models
+from cli.machine import environment, keep_freed_memory
 from models.checkpoint import write_atomically
-from report import environment, keep_freed_memory
 
 LOST = 3  # exit status: the GPU answers this process no more; another goes on with --resume
 
