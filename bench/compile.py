@@ -249,7 +249,7 @@ def main(argv: list[str] | None = None) -> int:
         options.error("Triton must be installed, and TRITON_INTERPRET not be 1: nothing is compiled there")
     for text in args.set:
         if not re.fullmatch(r"\w+=\d+", text):
-            options.error(f"--set: {text!r} is not allowed: NAME=N is, N an integer")
+            options.error(f"--set={text}: expected NAME=N, N an integer")
     other = {name: int(value) for name, value in (text.split("=") for text in args.set)}
     chosen = [changed(variant, other) for variant in variants(args.only, args.widths and range(1, args.widths + 1))]
     if not chosen:

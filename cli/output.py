@@ -147,7 +147,7 @@ def share(images: list[int]) -> list[int]:
 
 
 def wait_for(path: Path, seconds: float = 60.0) -> None:
-    """Wait until another process has made a file; FileNotFoundError after so many seconds."""
+    """Wait until another process has made a file; FileNotFoundError after `seconds`."""
     end = time.monotonic() + seconds
     while not path.exists():
         if time.monotonic() > end:

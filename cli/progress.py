@@ -71,7 +71,7 @@ class Throughput:
         self.start = time.perf_counter()
 
     def add(self, nats: Tensor, images: int) -> None:
-        """Count a step on so many images, with their mean nats, a scalar."""
+        """Count a step: how many images it had, and their mean nats, a scalar."""
         self.nats += nats.detach()
         self.steps += 1
         self.images += images

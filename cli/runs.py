@@ -16,7 +16,7 @@ def key_of(override: str) -> str:
 
 
 def own_overrides(overrides: list[str]) -> list[str]:
-    """Return the arguments that say what a run computes, without those that say where it lies or how it began."""
+    """Return the arguments that say what a run computes, without those that give its folder or say how it began."""
     return [o for o in overrides if key_of(o) != "resume" and not key_of(o).startswith("hydra.")]
 
 

@@ -59,7 +59,7 @@ def test_a_broken_rule_ends_with_status_1(only, other, broken):
     ("arguments", "said"),
     [
         (["--only", "no such kernel"], "no kernel's name holds 'no such kernel'"),
-        (["--set", "num_warps"], "'num_warps' is not allowed"),
+        (["--set", "num_warps"], "--set=num_warps: expected NAME=N"),
         (["--target", "sm_70"], "invalid choice"),
     ],
 )

@@ -219,7 +219,7 @@ class TestGivenImages:
 
     def test_damage_is_named(self, tmp_path):
         (tmp_path / "a.png").write_text("no picture")
-        with pytest.raises(ValueError, match=r"a\.png cannot be read"):
+        with pytest.raises(ValueError, match=r"a\.png: expected a picture"):
             read_images(tmp_path, (3, 8, 8), 256)
 
 
