@@ -37,7 +37,7 @@ def check_writable(path: Path, suffix: str) -> None:
     if path.is_dir():
         raise ValueError(f"{path}: expected a file, found a folder")
     if not path.parent.is_dir():
-        raise FileNotFoundError(f"{path}: expected a folder {path.parent}, found none")
+        raise FileNotFoundError(f"{path.parent}: expected a folder for {path.name}, found none")
     if not os.access(path.parent, os.W_OK) or (path.exists() and not os.access(path, os.W_OK)):
         raise PermissionError(f"{path}: expected a place to write to, found no permission")
     write_atomically(path.with_name(f".{path.name}.probe"), lambda file: None)

@@ -56,5 +56,5 @@ def build(config: Mapping) -> Dataset:
     allowed = inspect.signature(LOADERS[name]).parameters
     for key in options:
         if key not in allowed:
-            raise ValueError(f"dataset.{key}: expected an option of {name}, which are {', '.join(allowed)}")
+            raise ValueError(f"dataset.{key}: expected an option of {name}: {', '.join(allowed)}")
     return LOADERS[name](**options)

@@ -29,7 +29,7 @@ def folder(root: str | os.PathLike | None, name: str) -> Path:
 def source(option: str, path: object, name: str, what: str) -> Path:
     """Return an option of data set `name` that is a path, to `what`; ValueError if there is none."""
     if not isinstance(path, (str, os.PathLike)) or path in ("", "???"):
-        raise unexpected(f"dataset.{option}", path, f"{what}, which {name} needs")
+        raise unexpected(f"dataset.{option}", path, f"{what}, for dataset={name}")
     return Path(path).expanduser()
 
 
