@@ -1,74 +1,74 @@
 """Draw images from a trained model: `python sample.py [checkpoint=…] [n=64] [out=samples.png]`."""
 
-import math
 import time
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from einops import rearrange
-from PIL import Image
 from torch import Tensor
 
-from checks import check
-from conf.command import run
+from checks import check, unexpected
+from cli import command
+from cli.machine import choose_device, commit, version
+from cli.output import (
+    Memory,
+    NpyFile,
+    PngFolder,
+    Sink,
+    check_writable,
+    completions_in_rows,
+    digest,
+    labels_in_rows,
+    rank_and_world,
+    save_grid,
+    share,
+)
+from cli.progress import Bar
+from cli.runs import dataset_of
 from data.arrays import open_integers
 from data.given import read_images
 from data.splits import SPLITS
-from evaluate import check_writable, choose_device, dataset_of
 from models.base import ImageModel
-from models.checkpoint import find, read, rebuild, write_atomically
+from models.checkpoint import find, read, rebuild
 from models.sampling import batches
-from output import NpyFile, PngFolder, digest, rank_and_world, share
-from report import Bar, commit, version
 
 PICTURED = 4096  # of more images than these, the picture shows the first
 
 
-def grid(x: Tensor, levels: int, columns: int | None = None) -> Image.Image:
-    """Images x (n c h w) of `levels` values → one picture of them, small ones enlarged, in `columns` columns.
+class Request(NamedTuple):
+    """The images to draw, and how many columns their picture has.
 
-    One colour is shown as grey, three as RGB; of another number of colours, the first as grey.
+    Legend: n images · c channel (colour) · h w rows, columns.
     """
-    n, c, h, w = x.shape
-    columns = min(n, columns or math.ceil(n**0.5))
-    rows = math.ceil(n / columns)
-    scale = max(1, 56 // max(h, w))
-    pixels = (x if c == 3 else x[:, :1]).double().mul(255 / (levels - 1)).round().to(torch.uint8)
-    pixels = pixels.repeat_interleave(scale, 2).repeat_interleave(scale, 3)
-    canvas = torch.full((rows * columns, pixels.shape[1], h * scale + 2, w * scale + 2), 96, dtype=torch.uint8)
-    canvas[:n, :, 1:-1, 1:-1] = pixels
-    canvas = rearrange(canvas, "(row column) c h w -> (row h) (column w) c", column=columns).numpy()
-    return Image.fromarray(canvas if c == 3 else canvas[:, :, 0])
+
+    n: int
+    label: Tensor | None = None  # (n,): the class of each
+    known: tuple[Tensor, Tensor] | None = None  # x (n c h w), and which of its sub-pixels are kept (n c h w)
+    columns: int | None = None  # None: as square as possible
+    completions: int = 0  # of each image to complete, one after another; 0: no images are completed
+
+    def of(self, images: list[int]) -> dict:
+        """Return what `batches` takes to draw these of the images."""
+        label = None if self.label is None else self.label[images]
+        known = None if self.known is None else (self.known[0][images], self.known[1][images])
+        return {"n": len(images), "images": images, "label": label, "known": known}
 
 
-def save_grid(path: Path, x: Tensor, levels: int, columns: int | None = None) -> None:
-    """Write `grid` as a PNG, whole or not at all."""
-    write_atomically(path, lambda file: grid(x, levels, columns).save(file, format="PNG"))
+def request_of(cfg, model: ImageModel, checkpoint: dict) -> Request:
+    """Build the request from the command line."""
+    if cfg.complete is not None:
+        return completion_of(cfg, model, checkpoint)
+    n, columns = 64 if cfg.n is None else cfg.n, cfg.columns
+    check("n", n, int, 1)
+    if cfg.label is not None:
+        return Request(n, torch.full((n,), cfg.label), columns=columns)
+    label, in_rows = labels_in_rows(model.classes, cfg.n)
+    return Request(n if label is None else len(label), label, columns=columns or in_rows)
 
 
-def labels_in_rows(classes: int, n: int | None) -> tuple[Tensor | None, int | None]:
-    """Which class each of n images is drawn from, and how many columns make a row a class: (n,), or None without.
-
-    Where n is None, as many as fill whole rows, about 64.
-    """
-    if not classes:
-        return None, None
-    columns = max(1, (64 if n is None else n) // classes)
-    return torch.arange(columns * min(classes, 64) if n is None else n) // columns % classes, columns
-
-
-class Completion(NamedTuple):
-    """Images to complete: x (n c h w), which sub-pixels are known (n c h w), and the images' labels (n,) or None."""
-
-    x: Tensor
-    known: Tensor
-    label: Tensor | None
-
-
-def to_complete(cfg, model: ImageModel, checkpoint: dict) -> Completion:
-    """What `complete`, `keep` and `mask` say."""
+def completion_of(cfg, model: ImageModel, checkpoint: dict) -> Request:
+    """Build the request that completes images of a split or a file, several times each."""
     n, label = 8 if cfg.n is None else cfg.n, None
     check("n", n, int, 1)
     check("completions", cfg.completions, int, 1)
@@ -81,111 +81,103 @@ def to_complete(cfg, model: ImageModel, checkpoint: dict) -> Completion:
     if cfg.label is not None:
         label = torch.full((len(x),), cfg.label)
     if model.classes and label is None:
-        raise ValueError(f"label is missing: complete={cfg.complete} has no labels, and the model has classes")
+        raise unexpected("label", cfg.label, f"0 to {model.classes - 1}, as complete={cfg.complete} has no labels")
+    x, known, label = (
+        None if tensor is None else tensor.repeat_interleave(cfg.completions, 0)
+        for tensor in (x, known_of(cfg, model, x), label)
+    )
+    return Request(len(x), label, (x, known), 2 + cfg.completions, cfg.completions)
+
+
+def known_of(cfg, model: ImageModel, x: Tensor) -> Tensor:
+    """Return which sub-pixels of images x (n c h w) `keep` or `mask` keeps: (n c h w) bool."""
     if cfg.mask is None:
         check("keep", cfg.keep, float, 0, 1)
         known = torch.zeros_like(x, dtype=torch.bool)
         known[:, :, : round(cfg.keep * model.height)] = True
-        return Completion(x, known, label)
+        return known
     known = torch.from_numpy(np.array(open_integers(Path(cfg.mask), "mask"))).bool()
     c, h, w = model.shape
     if tuple(known.shape) not in ((h, w), (c, h, w), tuple(x.shape)):
-        allowed = f"({h}, {w}), ({c}, {h}, {w}) or {tuple(x.shape)}"
-        raise ValueError(f"mask={cfg.mask} has the shape {tuple(known.shape)}: {allowed} is allowed")
-    return Completion(x, known.expand_as(x), label)
+        shapes = f"({h}, {w}), ({c}, {h}, {w}) or {tuple(x.shape)}"
+        raise ValueError(f"{cfg.mask}: expected shape {shapes}, found {tuple(known.shape)}")
+    return known.expand_as(x)
 
 
-def beside(given: Completion, drawn: Tensor, completions: int, levels: int) -> Tensor:
-    """A row for each image: the image, what is known of it on grey, and its completions (n·completions c h w)."""
-    shown = torch.where(given.known, given.x, (levels - 1) // 2)
-    rows = torch.cat([given.x[:, None], shown[:, None], drawn.long().unflatten(0, (-1, completions))], dim=1)
-    return rows.flatten(0, 1)
-
-
-def sink_of(cfg, n: int, model: ImageModel, path: Path) -> NpyFile | PngFolder | None:
-    """What `npy` or `pngs` says: where the images go as they come."""
-    keys = ("seed", "temperature", "bf16", "label", "complete", "keep", "mask", "completions")
-    what = {"n": n, "checkpoint": digest(path), **{key: cfg[key] for key in keys}}
-    what |= {"versions": {name: version(name) for name in ("torch", "triton", "numpy")} | {"commit": commit()}}
-    if cfg.npy is not None:
-        dtype = np.dtype(np.uint8 if model.levels <= 256 else np.int64)
-        return NpyFile(Path(cfg.npy), n, model.shape, dtype, what)
-    return None if cfg.pngs is None else PngFolder(Path(cfg.pngs), n, model.levels, what)
-
-
-def main(cfg) -> None:
-    out, (rank, world) = Path(cfg.out), rank_and_world()
+def check_places(cfg, out: Path) -> None:
+    """Raise ValueError or OSError unless the picture and the images can go where the command line says."""
     check_writable(out, ".png")
     if cfg.npy is not None:
         check_writable(Path(cfg.npy), ".npy")
     if cfg.npy is not None and cfg.pngs is not None:
-        raise ValueError(f"npy={cfg.npy} and pngs={cfg.pngs} are given: one of them is allowed")
+        raise unexpected("pngs", cfg.pngs, f"null with npy={cfg.npy}")
+    world = rank_and_world()[1]
     if world > 1 and cfg.npy is None and cfg.pngs is None:
-        raise ValueError(f"{world} processes draw into one place: npy=FILE.npy or pngs=FOLDER is needed")
-    if cfg.columns is not None and cfg.columns < 1:
-        raise ValueError(f"columns={cfg.columns} is not allowed: at least 1 is")
-    path, device = find(cfg.checkpoint), choose_device(cfg.device)
-    checkpoint = read(path, device)
-    model = rebuild(checkpoint)
-    print(f"{path} · {type(model).__name__}, {model.channels}×{model.height}×{model.width}, {model.levels} levels")
-    columns, known = cfg.columns, None
-    if cfg.complete is not None:
-        given = to_complete(cfg, model, checkpoint)
-        known = given.x.repeat_interleave(cfg.completions, 0), given.known.repeat_interleave(cfg.completions, 0)
-        label = None if given.label is None else given.label.repeat_interleave(cfg.completions)
-        n, columns = len(known[0]), 2 + cfg.completions
-    else:
-        n, label = 64 if cfg.n is None else cfg.n, cfg.label
-        check("n", n, int, 1)
-        if label is None and model.classes:
-            label, in_rows = labels_in_rows(model.classes, cfg.n)
-            n, columns = len(label), columns or in_rows
-    label = torch.full((n,), label) if isinstance(label, int) else label
-    sink = sink_of(cfg, n, model, path)
-    images = list(range(n)) if sink is None else share(sink.missing())
-    rows, start, drawn = sum(net.height for net in model.nets), time.perf_counter(), []
+        raise unexpected("WORLD_SIZE", world, "npy=FILE.npy or pngs=FOLDER with it, one place for all processes")
+    if cfg.columns is not None:
+        check("columns", cfg.columns, int, 1)
+
+
+def sink_of(cfg, n: int, model: ImageModel, path: Path) -> Sink:
+    """Open the place for n images that `npy` or `pngs` names, or else keep them in memory."""
+    if cfg.npy is None and cfg.pngs is None:
+        return Memory(n)
+    keys = ("seed", "temperature", "bf16", "label", "complete", "keep", "mask", "completions")
+    what = {"n": n, "checkpoint": digest(path), **{key: cfg[key] for key in keys}}
+    what |= {"versions": {name: version(name) for name in ("torch", "triton", "numpy")} | {"commit": commit()}}
+    if cfg.npy is None:
+        return PngFolder(Path(cfg.pngs), n, model.levels, what)
+    return NpyFile(Path(cfg.npy), n, model.shape, np.dtype(np.uint8 if model.levels <= 256 else np.int64), what)
+
+
+def draw(cfg, model: ImageModel, request: Request, images: list[int], sink: Sink) -> float:
+    """Draw these of the request's images into the sink; return the seconds that it took."""
+    rows, start, at = sum(net.height for net in model.nets), time.perf_counter(), 0
     with Bar("sample rows", max(len(images), 1) * rows) as bar:
 
         def tell(done: int) -> None:
             bar.advance(done)
             bar.text(f"{bar.done / rows / (time.perf_counter() - start):.1f} images/s")
 
-        at = 0
-        parts = batches(
-            model,
-            len(images),
-            seed=cfg.seed,
-            method=cfg.method,
-            bf16=cfg.bf16,
-            temperature=cfg.temperature,
-            label=None if label is None else label[images],
-            known=None if known is None else (known[0][images], known[1][images]),
-            images=images,
-            batch_size=cfg.batch_size,
-            tell=tell,
-        )
-        for x in parts if images else ():
-            if sink is None:
-                drawn.append(x)
-            else:
-                sink.put(images[at : at + len(x)], x)
+        options = {key: cfg[key] for key in ("seed", "method", "bf16", "temperature", "batch_size")}
+        for x in batches(model, **request.of(images), **options, tell=tell) if images else ():
+            sink.put(images[at : at + len(x)], x)
             at += len(x)
-    seconds = time.perf_counter() - start
+    return time.perf_counter() - start
+
+
+def save_picture(out: Path, request: Request, x: Tensor, levels: int) -> None:
+    """Write the picture of images x (n c h w), each row of it an image and its completions if there are any."""
+    if request.completions:
+        given, known = (tensor[:: request.completions] for tensor in request.known)
+        x = completions_in_rows(given, known, x, levels)
+    save_grid(out, x, levels, request.columns)
+
+
+def main(cfg) -> None:
+    out = Path(cfg.out)
+    check_places(cfg, out)
+    path, device = find(cfg.checkpoint), choose_device(cfg.device)
+    checkpoint = read(path, device)
+    model = rebuild(checkpoint)
+    print(f"{path} · {type(model).__name__}, {model.channels}×{model.height}×{model.width}, {model.levels} levels")
+
+    request = request_of(cfg, model, checkpoint)
+    sink = sink_of(cfg, request.n, model, path)
+    images = share(sink.missing())
+    seconds = draw(cfg, model, request, images, sink)
+
     said = f"{len(images)} images in {seconds:.2f} s ({len(images) / seconds:.1f} images/s)"
-    if sink is not None and not sink.finish():
-        print(f"{said}: the share of process {rank} of {world}, {cfg.npy or cfg.pngs} is not whole yet")
+    if not sink.finish():
+        rank, world = rank_and_world()
+        print(f"{said}: the share of process {rank} of {world}, {sink.path} is not whole yet")
         return
-    if sink is not None and cfg.npy is not None and Path(cfg.npy).exists():
-        drawn = [torch.from_numpy(np.load(cfg.npy))]
-    if drawn:
-        x = torch.cat(drawn)
-        picture = x[:PICTURED] if cfg.complete is None else beside(given, x, cfg.completions, model.levels)
-        save_grid(out, picture, model.levels, columns)
-        said += f": {out}" + (f", {cfg.npy}" if cfg.npy else "")
-    else:
-        said += f": {cfg.pngs}"
-    print(said)
+    x = sink.first(request.n if request.completions else PICTURED)
+    if x is not None:
+        save_picture(out, request, x, model.levels)
+    places = [None if x is None else out, sink.path]
+    print(f"{said}: {', '.join(str(place) for place in places if place is not None)}")
 
 
 if __name__ == "__main__":
-    run("sample", main)
+    command.run("sample", main)

@@ -198,7 +198,7 @@ def held_against(name: str, args: argparse.Namespace) -> list[dict]:
 def on_a_gpu(options: argparse.ArgumentParser, argv: list[str] | None) -> argparse.Namespace:
     args = parse(options, argv)
     if args.device.type != "cuda":
-        options.error(f"--device: {args.device.type} is not allowed: cuda is")
+        options.error(f"--device={args.device.type}: expected cuda")
     return args
 
 

@@ -22,7 +22,7 @@ What hangs is killed with all that it started. DIR gets
     gpu-1.log       all that they print, which this command prints too
     STEP-cuda.json  what a benchmark measured, each row as soon as it is there
 
-(gpu-2 for part 2, gpu without --part.) Exit status 1 if any step failed. No Hydra is needed.
+(gpu-2 for part 2, gpu without --part.) Exit status 1 if any step failed. It needs no Hydra.
 """
 
 import argparse
@@ -45,8 +45,8 @@ START = time.monotonic()  # before torch is imported, which takes its time
 import torch  # noqa: E402
 
 from bench.measure import LOST  # noqa: E402
+from cli.machine import environment  # noqa: E402
 from models.checkpoint import write_atomically  # noqa: E402
-from report import environment  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 PARTS = {"1": ("figures", "sweep", "tests"), "2": ("sampling", "training", "kernels", "tests-training", "sanitizer")}
@@ -291,7 +291,7 @@ def main(argv: list[str] | None = None) -> int:
     names = args.only.split(",") if args.only else list(PARTS[args.part]) if args.part else known
     for name in names:
         if name not in known:
-            options.error(f"--only: {name!r} is not allowed: {', '.join(known)} are")
+            options.error(f"--only={name}: expected {', '.join(known)}")
     if args.out.exists() and not args.out.is_dir():
         options.error(f"--out: {args.out} is not a folder")
     if not torch.cuda.is_available():

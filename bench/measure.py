@@ -21,8 +21,8 @@ import numpy as np
 import torch
 
 import models
+from cli.machine import environment, keep_freed_memory
 from models.checkpoint import write_atomically
-from report import environment, keep_freed_memory
 
 LOST = 3  # exit status: the GPU answers this process no more; another goes on with --resume
 
@@ -71,7 +71,7 @@ def describe(name: str, model: torch.nn.Module, b: int) -> dict:
 
 def positive(text: str) -> int:
     if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not allowed: an integer of at least 1 is")
+        raise argparse.ArgumentTypeError(f"{text}: expected an integer of at least 1")
     return int(text)
 
 
@@ -104,11 +104,11 @@ def parse(options: argparse.ArgumentParser, argv: list[str] | None) -> argparse.
     args.names = args.names.split(",")
     for name in args.names:
         if name not in args.allowed:
-            options.error(f"--{args.what}: {name!r} is not allowed: {', '.join(args.allowed)} are")
+            options.error(f"--{args.what}={name}: expected {', '.join(args.allowed)}")
     if args.device == "auto":
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
     if args.device == "cuda" and not torch.cuda.is_available():
-        options.error("--device: cuda is not allowed: torch finds no GPU here")
+        options.error("--device=cuda: expected cpu, as torch finds no GPU")
     if Path(args.out).exists() and not Path(args.out).is_dir():
         options.error(f"--out: {args.out} is not a folder")
     if args.threads:

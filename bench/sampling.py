@@ -293,7 +293,7 @@ def main(argv: list[str] | None = None) -> int:
     parts = args.parts.split(",")
     for part in parts:
         if part not in PARTS:
-            options.error(f"--parts: {part!r} is not allowed: {', '.join(PARTS)} are")
+            options.error(f"--parts={part}: expected {', '.join(PARTS)}")
     args.batch, args.hidden, args.layers, args.sides, args.batches = BATCH, None, None, (16, 32, 64), (1, 16, 64, 256)
     args.side, args.colour, args.weight_bytes = 28, (32, 256, 32, 5), {}
     if args.device.type == "cuda":

@@ -1,6 +1,6 @@
-"""The keys of each command's config, with their types: a misspelt key or a value of another type is refused.
+"""The keys of each command's config, with their types: Hydra refuses a misspelt key and a value of another type.
 
-What stands inside `model` and `dataset` is checked by the constructors that it is for.
+The keys inside `model`, `dataset` and `optimizer` are checked where they are used.
 """
 
 from dataclasses import dataclass

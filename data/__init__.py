@@ -1,4 +1,4 @@
-"""Data sets by name: whatever the source, integer images (n c h w) with labels, in train, val and test.
+"""Data sets by name: from any source, integer images (n c h w) with labels, in train, val and test.
 
     dataset = data.build({"name": "mnist", "root": None, "binarize": "none"})
     x, labels = dataset.train.batch(index)
@@ -9,6 +9,7 @@ One file a kind of source; each loader is a function whose keyword arguments are
 import inspect
 from collections.abc import Mapping
 
+from checks import check_one_of
 from data.amat import binary_mnist
 from data.arrays import npy
 from data.cifar import cifar10
@@ -16,7 +17,7 @@ from data.digits import digits
 from data.folder import image_folder
 from data.idx import fashion_mnist, mnist
 from data.imagenet import imagenet32, imagenet64
-from data.splits import Dataset, Split, choice
+from data.splits import Dataset, Split
 
 LOADERS = {
     loader.__name__: loader
@@ -43,16 +44,17 @@ def build(config: Mapping) -> Dataset:
         config: `name`, one of LOADERS, and any of that loader's keyword arguments.
 
     Raises:
-        ValueError: an unknown name, option or value, or a damaged file; it names that and what is allowed.
+        ValueError: an unknown name, option or value, or a damaged file; it says what was expected.
         FileNotFoundError: files are missing and cannot be downloaded; it says which to put where.
 
     Either is a single line.
     """
     # get, not items: a Hydra config raises an error of several lines on a value that is still "???".
     options = {key: config.get(key) for key in config}
-    name = choice("dataset.name", options.pop("name", None), LOADERS)
+    name = options.pop("name", None)
+    check_one_of("dataset.name", name, LOADERS)
     allowed = inspect.signature(LOADERS[name]).parameters
     for key in options:
         if key not in allowed:
-            raise ValueError(f"dataset.{key}: {name} has no such option; it has {', '.join(allowed)}")
+            raise ValueError(f"dataset.{key}: expected an option of {name}: {', '.join(allowed)}")
     return LOADERS[name](**options)

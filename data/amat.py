@@ -27,7 +27,7 @@ def read_amat(path: Path, n: int) -> np.ndarray:
         (n 1 28 28) uint8.
 
     Raises:
-        ValueError: another number of values, or something else than 0 and 1.
+        ValueError: another number of values, or a character other than 0 and 1.
     """
     text, count = np.fromfile(path, np.uint8), n * SIDE**2
     paired = len(text) == 2 * count and (text[1::2] <= SPACE).all()  # digit, space, …: the published files
@@ -44,10 +44,10 @@ def read_amat(path: Path, n: int) -> np.ndarray:
 
 
 def binary_mnist(*, root: str | os.PathLike | None = None) -> Dataset:
-    """The binarized MNIST of Salakhutdinov and Murray (2008) in Larochelle's files: 2 levels, no labels.
+    """Load the binarized MNIST of Salakhutdinov and Murray (2008) in Larochelle's files: 2 levels, no labels.
 
     50,000 + 10,000 + 10,000 images (1 28 28) in the files' own split; they lie in, or are downloaded to,
-    root/binary_mnist. The test part is sorted by class: its first images do not stand for all.
+    root/binary_mnist. The test part is sorted by class: its first images are not typical of all.
     """
     folder = cache.folder(root, "binary_mnist")
     fetch(folder, BASES, FILES)

@@ -6,28 +6,37 @@ from pathlib import Path
 
 import numpy as np
 
+from checks import check
 from data import cache
-from data.splits import Dataset, integer, shuffled, sizes, three_way
+from data.splits import Dataset, shuffled, sizes, three_way
 
 BLOCK = 1 << 24  # values in memory at a time
 
 
-def open_integers(path: Path, option: object) -> np.ndarray:
-    """Memory-map a user's .npy file of integers; FileNotFoundError or ValueError with one line, of `option`."""
+def open_integers(path: Path, option: str | None = None) -> np.ndarray:
+    """Memory-map a .npy file of integers.
+
+    Args:
+        option: the name of the argument that gave the path, if it is known.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is damaged, or does not hold integers.
+    """
     if not path.is_file():
-        raise FileNotFoundError(f"{option}: there is no file {path}")
+        raise FileNotFoundError(f"{path if option is None else f'{option}={path}'}: expected a .npy file, found none")
     try:
         array = np.lib.format.open_memmap(path, mode="r")
     except (ValueError, OSError) as error:
         reason = str(error).splitlines()[0]
-        raise ValueError(f"{path}: not a whole .npy file of numbers ({reason})") from None
+        raise ValueError(f"{path}: expected a whole .npy file of numbers ({reason})") from None
     if array.dtype.kind not in "iub":
         raise ValueError(f"{path}: expected integers, found {array.dtype}")
     return array
 
 
 def _blocks(images: np.ndarray) -> Iterator[slice]:
-    """Slices of rows with about BLOCK values each."""
+    """Cut the rows into slices of about BLOCK values each."""
     step = max(1, BLOCK // max(1, images[0].size))
     return (slice(start, start + step) for start in range(0, len(images), step))
 
@@ -40,8 +49,8 @@ def count_levels(images: np.ndarray, levels: int | None, path: Path) -> int:
         largest = max(largest, high)
         for value in (low, high):
             if value < 0 or (levels is not None and value >= levels):
-                allowed = "integers from 0 on" if levels is None else f"0..{levels - 1} with levels={levels}"
-                raise ValueError(f"{path}: holds the value {value}; allowed are {allowed}")
+                expected = "integers from 0 on" if levels is None else f"0..{levels - 1} with levels={levels}"
+                raise ValueError(f"{path}: expected {expected}, found the value {value}")
     return max(2, largest + 1) if levels is None else levels
 
 
@@ -78,7 +87,7 @@ def npy(
     seed: int = 0,
     root: str | os.PathLike | None = None,
 ) -> Dataset:
-    """An integer array (n h w) or (n h w c) from a .npy file.
+    """Load an integer array (n h w) or (n h w c) from a .npy file.
 
     Args:
         path: the file. It is converted once to root/npy/KEY.npy, (n c h w) uint8 (int64 where levels > 256)
@@ -90,13 +99,13 @@ def npy(
         root: see `path`; None is ~/.cache/pixelrnn.
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: not such an array; or a value outside 0..levels-1, which it names.
+        FileNotFoundError: there is no such file.
+        ValueError: the array has another shape, or a value outside 0..levels-1.
     """
     path = cache.source("path", path, "npy", "FILE.npy")
     if levels is not None:
-        integer("dataset.levels", levels, 2)
-    integer("dataset.seed", seed, 0)
+        check("dataset.levels", levels, int, 2)
+    check("dataset.seed", seed, int, 0)
     raw = open_integers(path, "dataset.path")
     if raw.ndim not in (3, 4) or 0 in raw.shape:
         raise ValueError(f"{path}: expected shape (n h w) or (n h w c), found {raw.shape}")

@@ -1,4 +1,4 @@
-"""Where data lies on disk, and how a source is converted once into a memory-mapped .npy file."""
+"""The folders of data on disk, and the conversion of a source, once, into a memory-mapped .npy file."""
 
 import hashlib
 import os
@@ -9,6 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
+from checks import unexpected
+
 try:
     import fcntl
 except ImportError:  # Windows: processes that start together may then do the same work twice
@@ -18,27 +20,27 @@ CACHE = "~/.cache/pixelrnn"
 
 
 def folder(root: str | os.PathLike | None, name: str) -> Path:
-    """The folder of data set `name`: root/name, or ~/.cache/pixelrnn/name where root is None."""
+    """Return the folder of data set `name`: root/name, or ~/.cache/pixelrnn/name if root is None."""
     if not isinstance(root, (str, os.PathLike, type(None))) or root == "":
-        raise ValueError(f"dataset.root: {root!r} is not a folder's path; null means {CACHE}")
+        raise unexpected("dataset.root", root, f"a folder, or null for {CACHE}")
     return Path(CACHE if root is None else root).expanduser() / name
 
 
 def source(option: str, path: object, name: str, what: str) -> Path:
-    """Check an option of data set `name` that is a path to `what`; ValueError where it is not given."""
+    """Return an option of data set `name` that is a path, to `what`; ValueError if there is none."""
     if not isinstance(path, (str, os.PathLike)) or path in ("", "???"):
-        raise ValueError(f"dataset.{option}: {name} needs dataset.{option}={what}, got {path!r}")
+        raise unexpected(f"dataset.{option}", path, f"{what}, for dataset={name}")
     return Path(path).expanduser()
 
 
 def stamp(path: Path) -> tuple[int, int]:
-    """What tells a changed file from the same file: its size in bytes and its time in ns."""
+    """Return size in bytes and time in ns of a file, which tell whether it has changed."""
     status = path.stat()
     return status.st_size, status.st_mtime_ns
 
 
 def key(*parts: object) -> str:
-    """A name for a converted file, of 16 hexadecimal digits, that depends on all it was made from."""
+    """Make a name of 16 hexadecimal digits for a converted file, from everything that it depends on."""
     text = repr([str(part) if isinstance(part, Path) else part for part in parts])
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -51,7 +53,9 @@ def exclusive(where: Path) -> Iterator[None]:
         (where / ".lock").touch()
     except OSError as error:
         reason = error.strerror or error
-        raise ValueError(f"{where}: cannot write there ({reason}); set dataset.root to another folder") from None
+        raise ValueError(
+            f"{where}: expected a folder to write to ({reason}); set dataset.root to another folder"
+        ) from None
     with open(where / ".lock") as lock:
         if fcntl is not None:
             fcntl.flock(lock, fcntl.LOCK_EX)
@@ -59,7 +63,7 @@ def exclusive(where: Path) -> Iterator[None]:
 
 
 def _header(dtype: np.dtype, shape: tuple[int, ...]) -> bytes:
-    """The head of a .npy file (format 1.0), 128 bytes whatever the shape: it can be rewritten in place."""
+    """Make the head of a .npy file (format 1.0), 128 bytes for any shape, so that it can be rewritten in place."""
     text = f"{{'descr': '{dtype.str}', 'fortran_order': False, 'shape': {shape}, }}"
     return b"\x93NUMPY\x01\x00" + struct.pack("<H", 118) + text.ljust(117).encode() + b"\n"
 
@@ -91,7 +95,7 @@ def store(path: Path, blocks: Iterable[np.ndarray]) -> None:
 
 
 def load(path: Path) -> np.ndarray:
-    """Memory-map a .npy file that `store` wrote; ValueError where it is damaged."""
+    """Memory-map a .npy file that `store` wrote; ValueError if it is damaged."""
     try:
         return np.lib.format.open_memmap(path, mode="r")
     except ValueError as error:

@@ -37,29 +37,29 @@ def _extract(archive: Path, names: tuple[str, ...]) -> None:
                     member = tar.getmember(f"{FOLDER}/{name}")
                     content = tar.extractfile(member) if member.size == COUNT * RECORD else None
                     if content is None:
-                        raise KeyError(f"{name} is not a file of {COUNT * RECORD:,} bytes")
+                        raise KeyError(f"expected {name} of {COUNT * RECORD:,} bytes, found {member.size:,}")
                     temporary = folder / f".{name}.{os.getpid()}.tmp"
                     temporary.write_bytes(content.read())
                     os.replace(temporary, folder / name)
         except (tarfile.TarError, EOFError, KeyError, zlib.error, gzip.BadGzipFile) as error:
             reason = error.args[0] if error.args else type(error).__name__
-            raise ValueError(f"{archive}: damaged ({reason}); delete it to get it anew") from None
+            raise ValueError(f"{archive}: damaged ({reason}); delete it and it is downloaded again") from None
 
 
 def read_records(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Read one file: images (n 3 32 32) uint8, labels (n,) int64; ValueError where it is damaged."""
+    """Read one file: images (n 3 32 32) uint8, labels (n,) int64; ValueError if it is damaged."""
     size = path.stat().st_size
     if size != COUNT * RECORD:
         raise ValueError(f"{path}: damaged: expected {COUNT * RECORD:,} bytes ({COUNT:,} records), found {size:,}")
     records = np.fromfile(path, np.uint8).reshape(COUNT, RECORD)
     labels = records[:, 0].astype(np.int64)
     if labels.max() >= CLASSES:
-        raise ValueError(f"{path}: damaged: label {labels.max()} is not in 0..{CLASSES - 1}")
+        raise ValueError(f"{path}: damaged: expected labels in 0..{CLASSES - 1}, found {labels.max()}")
     return records[:, 1:].reshape(COUNT, *PIXELS), labels
 
 
 def cifar10(*, root: str | os.PathLike | None = None) -> Dataset:
-    """CIFAR-10 (Krizhevsky 2009): 45,000 + 5,000 + 10,000 images (3 32 32), 256 levels, 10 classes.
+    """Load CIFAR-10 (Krizhevsky 2009): 45,000 + 5,000 + 10,000 images (3 32 32), 256 levels, 10 classes.
 
     val is held out of the 50,000 training images in a fixed order; test is the official one. The files lie in
     root/cifar10/cifar-10-batches-bin, or come from the archive beside that folder, downloaded where needed.

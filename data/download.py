@@ -1,4 +1,4 @@
-"""Fetching published files: mirrors, digests, resuming, and one line that says what to do when offline."""
+"""Fetch published files: from mirrors, with digests, resumed, and with one line that says what to do when offline."""
 
 import hashlib
 import http.client
@@ -19,14 +19,14 @@ TIMEOUT = 30  # seconds without a byte
 
 
 def matches(path: Path, digest: str) -> bool:
-    """Whether a file has the digest, written "sha256:…" or "md5:…"."""
+    """Tell whether a file has the digest, written "sha256:…" or "md5:…"."""
     algorithm, value = digest.split(":")
     with open(path, "rb") as file:
         return hashlib.file_digest(file, algorithm).hexdigest() == value
 
 
 def _open(url: str, have: int) -> tuple[http.client.HTTPResponse, bool]:
-    """Ask for `url` from byte `have` on; return the answer and whether it does start there."""
+    """Ask for `url` from byte `have` on; return the answer and whether it starts there."""
     headers = {"User-Agent": "pixelrnn"} | ({"Range": f"bytes={have}-"} if have else {})
     answer = urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=TIMEOUT)
     span = answer.headers.get("Content-Range", "")
@@ -34,7 +34,7 @@ def _open(url: str, have: int) -> tuple[http.client.HTTPResponse, bool]:
 
 
 def _transfer(url: str, part: Path) -> None:
-    """Append what `part` lacks of `url` to it, or start anew where the server does not resume; OSError."""
+    """Append what `part` lacks of `url` to it, or start again if the server does not resume; OSError."""
     have = part.stat().st_size if part.exists() else 0
     answer, resumed = _open(url, have)
     have = have if resumed else 0
@@ -59,7 +59,7 @@ def _transfer(url: str, part: Path) -> None:
 def _fetch_from(url: str, target: Path, digest: str) -> str | None:
     """Bring `url` to `target` if its digest is right; return None, or in a few words why not."""
     part = target.with_name(f"{target.name}.part")
-    for _ in range(2):  # what was left of an earlier try may be of another file: then once more from the start
+    for _ in range(2):  # the rest of an earlier try may be of another file: then once more from the start
         fresh = not part.exists()
         try:
             _transfer(url, part)

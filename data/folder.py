@@ -8,8 +8,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
+from checks import check, unexpected
 from data import cache
-from data.splits import Dataset, integer, shuffled, sizes, three_way
+from data.splits import Dataset, shuffled, sizes, three_way
 
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 BLOCK = 1 << 26  # bytes in memory at a time
@@ -22,14 +23,14 @@ def read_picture(path: Path, height: int, width: int, channels: int) -> np.ndarr
         (c h w) uint8: RGB for 3 channels, grey for 1. Transparency is dropped.
 
     Raises:
-        whatever Pillow raises for a file that it cannot read; ValueError for pixels that are no bytes.
+        any error of Pillow's for a file that it cannot read; ValueError for pixels that are not bytes.
     """
     with Image.open(path) as picture:
         picture = ImageOps.exif_transpose(picture)
         if picture.mode.startswith("I;16"):  # Pillow's own conversion would clip 16 bits, not scale them
             picture = Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
         if picture.mode in ("I", "F"):
-            raise ValueError(f"pixels of mode {picture.mode} have no fixed range")
+            raise ValueError(f"expected pixels of a fixed range, found the mode {picture.mode}")
         if "transparency" in picture.info:
             picture = picture.convert("RGBA")
         picture = picture.convert("RGB" if channels == 3 else "L")
@@ -51,17 +52,19 @@ def _blocks(folder: Path, names: Sequence[str], shape: tuple[int, int, int]) -> 
             yield np.stack(block)
             block, empty = [], False
     if empty:
-        raise ValueError(f"{folder}: none of its {len(names)} pictures can be read")
+        raise ValueError(f"{folder}: expected pictures that can be read, found none in {len(names)} files")
 
 
 def _shape(size: int | Sequence[int], channels: int) -> tuple[int, int, int]:
-    """Check the options: returns (channels, height, width)."""
+    """Check the options; return (channels, height, width)."""
     if channels not in (1, 3) or isinstance(channels, bool):
-        raise ValueError(f"dataset.channels: {channels!r} is not 3 (RGB) or 1 (grey)")
+        raise unexpected("dataset.channels", channels, "3 (RGB) or 1 (grey)")
     pair = [size, size] if isinstance(size, int) else list(size) if isinstance(size, Sequence) else []
     if len(pair) != 2 or isinstance(size, str):
-        raise ValueError(f"dataset.size: {size!r} is not an integer or [height, width]")
-    return channels, integer("dataset.size", pair[0], 1), integer("dataset.size", pair[1], 1)
+        raise unexpected("dataset.size", size, "an integer or [height, width]")
+    for side in pair:
+        check("dataset.size", side, int, 1)
+    return channels, *pair
 
 
 def image_folder(
@@ -74,7 +77,7 @@ def image_folder(
     seed: int = 0,
     root: str | os.PathLike | None = None,
 ) -> Dataset:
-    """All pictures below a folder: 256 levels, no labels.
+    """Load all pictures below a folder: 256 levels, no labels.
 
     Args:
         path: the folder, searched with all folders in it. The pictures are converted once to
@@ -87,18 +90,18 @@ def image_folder(
         root: see `path`; None is ~/.cache/pixelrnn.
 
     Raises:
-        FileNotFoundError: no such folder, or no picture in it.
-        ValueError: an option's value is not allowed, or no picture can be read.
+        FileNotFoundError: there is no such folder, or no picture in it.
+        ValueError: an option's value is not as expected, or no picture can be read.
     """
     path = cache.source("path", path, "image_folder", "FOLDER")
     shape = _shape(size, channels)
-    integer("dataset.seed", seed, 0)
+    check("dataset.seed", seed, int, 0)
     if not path.is_dir():
-        raise FileNotFoundError(f"dataset.path: there is no folder {path}")
+        raise FileNotFoundError(f"dataset.path={path}: expected a folder, found none")
     found = (file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file())
     names = sorted(file.relative_to(path).as_posix() for file in found)
     if not names:
-        raise FileNotFoundError(f"dataset.path: there is no picture below {path} ({' '.join(SUFFIXES)})")
+        raise FileNotFoundError(f"dataset.path={path}: expected pictures ({' '.join(SUFFIXES)}), found none")
     sizes(len(names), val, test, path)
     folder = cache.folder(root, "image_folder")
     files = [(name, *cache.stamp(path / name)) for name in names]

@@ -1,4 +1,4 @@
-"""Images that a user hands to a trained model: from a .npy file, a picture, or a folder of pictures."""
+"""Images for a trained model to complete: from a .npy file, a picture, or a folder of pictures."""
 
 from pathlib import Path
 
@@ -18,7 +18,7 @@ def read_images(path: Path, shape: tuple[int, int, int], levels: int, n: int | N
 
     Raises:
         FileNotFoundError: nothing is there.
-        ValueError: not such images; it names what was found.
+        ValueError: the images are not as expected; it says what was found.
     """
     if path.suffix.lower() == ".npy":
         x = read_array(path, shape)[:n]
@@ -26,37 +26,37 @@ def read_images(path: Path, shape: tuple[int, int, int], levels: int, n: int | N
     else:
         x = read_pictures(path, shape, levels, n)
     if not len(x):
-        raise ValueError(f"{path} holds no images")
+        raise ValueError(f"{path}: expected images, found none")
     low, high = int(x.min()), int(x.max())
     if low < 0 or high >= levels:
-        raise ValueError(f"{path} has values from {low} to {high}: the model's are from 0 to {levels - 1}")
+        raise ValueError(f"{path}: expected values from 0 to {levels - 1}, found {low} to {high}")
     return x
 
 
 def read_array(path: Path, shape: tuple[int, int, int]) -> np.ndarray:
-    """Memory-map images of `shape` (c h w) from a .npy file, whatever the place of the colours: (n c h w)."""
-    x, (c, h, w) = open_integers(path, path), shape
+    """Memory-map images of `shape` (c h w) from a .npy file, with the colours before or after the sides: (n c h w)."""
+    x, (c, h, w) = open_integers(path), shape
     if x.shape[1:] == shape:
         return x
     if x.shape[1:] == (h, w, c):
         return np.moveaxis(x, 3, 1)
     if c == 1 and x.shape[1:] == (h, w):
         return x[:, None]
-    raise ValueError(f"{path} has the shape {x.shape}: (n, {c}, {h}, {w}) or (n, {h}, {w}, {c}) is needed")
+    raise ValueError(f"{path}: expected shape (n, {c}, {h}, {w}) or (n, {h}, {w}, {c}), found {x.shape}")
 
 
 def read_pictures(path: Path, shape: tuple[int, int, int], levels: int, n: int | None) -> torch.Tensor:
     """Read a picture, or the first n of a folder in the order of their names: (n c h w) int64."""
     if levels != 256 or shape[0] not in (1, 3):
-        raise ValueError(f"{path}: pictures are of 256 levels, grey or RGB; this model needs a .npy file")
+        raise ValueError(f"{path}: expected a .npy file, as pictures have 256 levels and are grey or RGB")
     if path.is_dir():
         files = sorted(file for file in path.iterdir() if file.suffix.lower() in SUFFIXES)[:n]
     elif path.is_file():
         files = [path]
     else:
-        raise FileNotFoundError(f"there is no file or folder {path}")
+        raise FileNotFoundError(f"{path}: expected a file or a folder, found none")
     if not files:
-        raise FileNotFoundError(f"there is no picture in {path} ({' '.join(SUFFIXES)})")
+        raise FileNotFoundError(f"{path}: expected pictures ({' '.join(SUFFIXES)}), found none")
     c, h, w = shape
     pictures = []
     for file in files:
@@ -64,5 +64,5 @@ def read_pictures(path: Path, shape: tuple[int, int, int], levels: int, n: int |
             pictures.append(read_picture(file, h, w, c))
         except Exception as error:  # decoders meet damage with errors of nearly every type
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise ValueError(f"{file} cannot be read as a picture ({reason})") from None
+            raise ValueError(f"{file}: expected a picture, found none that can be read ({reason})") from None
     return torch.from_numpy(np.stack(pictures)).long()

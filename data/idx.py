@@ -9,9 +9,10 @@ from pathlib import Path
 
 import numpy as np
 
+from checks import check_one_of
 from data import cache
 from data.download import fetch
-from data.splits import BINARIZE, Dataset, Split, choice, hold_out
+from data.splits import BINARIZE, Dataset, Split, hold_out
 
 COUNTS = {"train": 60_000, "t10k": 10_000}
 HELD_OUT = 10_000  # of train, for val: as many as the fixed binarized MNIST holds out
@@ -45,22 +46,24 @@ def read_idx(path: Path, shape: tuple[int | None, ...]) -> np.ndarray:
 
     Args:
         path: the file.
-        shape: what its header has to say; None leaves an axis free.
+        shape: expected in its header; None leaves an axis free.
 
     Returns:
-        the array, uint8, read-only.
+        The array, uint8, read-only.
 
     Raises:
-        ValueError: damaged: gzip's checksum, the header, or the length is wrong.
+        ValueError: gzip's checksum, the header or the length is wrong.
     """
     try:
         with gzip.open(path) as file:
             data = file.read()
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise ValueError(f"{path}: damaged gzip file ({error}); get it anew") from None
+        raise ValueError(f"{path}: damaged gzip file ({error}); delete it and it is downloaded again") from None
     start = 4 + 4 * len(shape)
     if data[:4] != bytes([0, 0, 8, len(shape)]) or len(data) < start:
-        raise ValueError(f"{path}: not an IDX file of bytes with {len(shape)} axes (starts with {data[:4].hex()})")
+        raise ValueError(
+            f"{path}: expected an IDX file of bytes with {len(shape)} axes, found first bytes {data[:4].hex() or None}"
+        )
     found = struct.unpack(f">{len(shape)}I", data[4:start])
     if any(want not in (None, got) for want, got in zip(shape, found, strict=True)):
         wanted = " ".join("any" if want is None else str(want) for want in shape)
@@ -77,7 +80,7 @@ def _part(folder: Path, prefix: str) -> tuple[np.ndarray, np.ndarray]:
     path = folder / f"{prefix}-labels-idx1-ubyte.gz"
     labels = read_idx(path, (n,))
     if labels.max() >= CLASSES:
-        raise ValueError(f"{path}: label {labels.max()} is not in 0..{CLASSES - 1}")
+        raise ValueError(f"{path}: expected labels in 0..{CLASSES - 1}, found {labels.max()}")
     return images[:, None], labels.astype(np.int64)
 
 
@@ -93,7 +96,7 @@ def _load(name: str, folder: Path, binarize: str) -> Dataset:
 
 
 def mnist(*, root: str | os.PathLike | None = None, binarize: str = "none") -> Dataset:
-    """MNIST: 50,000 + 10,000 + 10,000 images (1 28 28), 10 classes.
+    """Load MNIST: 50,000 + 10,000 + 10,000 images (1 28 28), 10 classes.
 
     val is held out of the 60,000 training images in a fixed order; test is the official one.
 
@@ -102,15 +105,15 @@ def mnist(*, root: str | os.PathLike | None = None, binarize: str = "none") -> D
         binarize: "none" (256 levels), or with 2 levels "threshold" (a pixel is 1 from 128 on) or "stochastic"
             (1 with probability value/255, drawn each time a batch is fetched).
     """
-    choice("dataset.binarize", binarize, BINARIZE)
+    check_one_of("dataset.binarize", binarize, BINARIZE)
     folder = cache.folder(root, "mnist")
     fetch(folder, MNIST_BASES, MNIST_FILES)
     return _load("mnist", folder, binarize)
 
 
 def fashion_mnist(*, root: str | os.PathLike | None = None, binarize: str = "none") -> Dataset:
-    """Fashion-MNIST (Xiao, Rasul, Vollgraf 2017, arXiv:1708.07747): sizes and options as for `mnist`."""
-    choice("dataset.binarize", binarize, BINARIZE)
+    """Load Fashion-MNIST (Xiao, Rasul, Vollgraf 2017, arXiv:1708.07747): sizes and options as for `mnist`."""
+    check_one_of("dataset.binarize", binarize, BINARIZE)
     folder = cache.folder(root, "fashion_mnist")
     fetch(folder, FASHION_BASES, FASHION_FILES)
     return _load("fashion_mnist", folder, binarize)

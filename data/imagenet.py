@@ -22,13 +22,13 @@ ARCHIVES = {
 
 
 def read_batch(path: Path, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Read one .npz batch: images (n 3 size size) uint8, labels (n,) int64 in 0..999; ValueError: damaged."""
+    """Read one .npz batch: images (n 3 size size) uint8, labels (n,) int64 in 0..999; ValueError if it is damaged."""
     try:
         with open(path, "rb") as file, np.load(file, allow_pickle=False) as arrays:
             data, labels = arrays["data"], arrays["labels"]
     except (ValueError, KeyError, TypeError, EOFError, OSError, zipfile.BadZipFile, zlib.error) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"{path}: not an npz file with arrays data and labels ({reason})") from None
+        raise ValueError(f"{path}: expected an npz file with arrays data and labels ({reason})") from None
     pixels = 3 * size * size
     if data.dtype != np.uint8 or data.ndim != 2 or data.shape[1] != pixels or labels.shape != data.shape[:1]:
         raise ValueError(
@@ -36,7 +36,7 @@ def read_batch(path: Path, size: int) -> tuple[np.ndarray, np.ndarray]:
             f"found {data.shape} {data.dtype} and {labels.shape}"
         )
     if labels.dtype.kind not in "iu" or (len(labels) and not 1 <= labels.min() <= labels.max() <= CLASSES):
-        raise ValueError(f"{path}: labels are not integers in 1..{CLASSES}")
+        raise ValueError(f"{path}: expected labels that are integers in 1..{CLASSES}, found others")
     return data.reshape(-1, 3, size, size), labels.astype(np.int64) - 1
 
 
@@ -61,7 +61,7 @@ def _convert(folder: Path, part: str, names: tuple[str, ...], size: int) -> None
 
 
 def _load(folder: Path, part: str, size: int) -> Split:
-    """Memory-map a converted part; ValueError where it is damaged."""
+    """Memory-map a converted part; ValueError if it is damaged."""
     path = folder / f"{part}.npy"
     images, labels = cache.load(path), cache.load(folder / f"{part}_labels.npy")
     if images.shape[1:] != (3, size, size) or labels.shape != images.shape[:1]:
@@ -71,7 +71,7 @@ def _load(folder: Path, part: str, size: int) -> Split:
 
 
 def _imagenet(size: int, root: str | os.PathLike | None) -> Dataset:
-    """Build the data set. The end of train can be val, as its authors shuffled it before they cut it."""
+    """Load the data set. The end of train can be val because its authors shuffled it before they cut it."""
     name = f"imagenet{size}"
     folder = cache.folder(root, name)
     todo = {part: names for part, names in PARTS.items() if not _converted(folder, part)}
@@ -85,7 +85,7 @@ def _imagenet(size: int, root: str | os.PathLike | None) -> Dataset:
         _convert(folder, part, names, size)
     train = _load(folder, "train", size)
     if len(train) <= HELD_OUT:
-        raise ValueError(f"{folder}: {len(train):,} training images; more than {HELD_OUT:,} are needed")
+        raise ValueError(f"{folder}: expected more than {HELD_OUT:,} training images, found {len(train):,}")
     return Dataset(
         name,
         levels=256,
@@ -97,16 +97,16 @@ def _imagenet(size: int, root: str | os.PathLike | None) -> Dataset:
 
 
 def imagenet32(*, root: str | os.PathLike | None = None) -> Dataset:
-    """Downsampled ImageNet (Chrabaszcz, Loshchilov, Hutter 2017, arXiv:1707.08819), 32×32.
+    """Load downsampled ImageNet (Chrabaszcz, Loshchilov, Hutter 2017, arXiv:1707.08819), 32×32.
 
     1,271,167 + 10,000 + 50,000 images (3 32 32), 256 levels, 1,000 classes: val is the end of the training
     images, test is the official validation set, which papers report. The batches have to be put into
     root/imagenet32 by hand; they are converted once, after which they are no longer needed. The first papers
-    (1601.06759) used another downsampling, no longer offered: bits per dimension of the two do not compare.
+    (1601.06759) used another downsampling, no longer offered: bits per dimension of the two cannot be compared.
     """
     return _imagenet(32, root)
 
 
 def imagenet64(*, root: str | os.PathLike | None = None) -> Dataset:
-    """Downsampled ImageNet, 64×64: images (3 64 64), in root/imagenet64; all else as for `imagenet32`."""
+    """Load downsampled ImageNet, 64×64: images (3 64 64), in root/imagenet64; all else as for `imagenet32`."""
     return _imagenet(64, root)

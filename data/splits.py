@@ -1,13 +1,14 @@
-"""What every data set comes out as: three parts of integer images, fetched a batch at a time.
+"""The form of every data set: three parts of integer images, fetched a batch at a time.
 
 n images · b batch · c channels · h w rows, columns · v levels (the values a sub-pixel takes)
 """
 
-from collections.abc import Collection
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+
+from checks import check_one_of, unexpected
 
 SPLITS = ("train", "val", "test")
 BINARIZE = ("none", "threshold", "stochastic")
@@ -20,7 +21,7 @@ class Split:
     Args:
         images: (n c h w) uint8, or int64 where v > 256; in memory or memory-mapped.
         labels: (n,) int64, or None.
-        binarize: "stochastic" turns grey values 0..255 into bits, anew each time a batch is fetched
+        binarize: "stochastic" turns grey values 0..255 into bits, drawn each time a batch is fetched
             (a threshold is applied on loading).
     """
 
@@ -38,7 +39,7 @@ class Split:
 
         Args:
             index: (b,) integers, or a slice.
-            generator: a CPU generator, drawn from only where binarize is "stochastic". A fresh one with a
+            generator: a CPU generator, used only if binarize is "stochastic". A fresh one with a
                 fixed seed makes an evaluation repeatable.
 
         Returns:
@@ -46,7 +47,7 @@ class Split:
         """
         if isinstance(index, torch.Tensor):
             index = index.cpu().numpy()
-        # A copy: the memory map is read-only, and its pages should not be what the model works on.
+        # A copy: the memory map is read-only, and the model should not work on its pages.
         x = torch.from_numpy(np.array(self.images[index], order="C"))
         if self.binarize == "stochastic":
             x = (torch.rand(x.shape, generator=generator) < x / 255).to(torch.uint8)
@@ -56,7 +57,7 @@ class Split:
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
-    """A data set: `levels` values a sub-pixel, `classes` labels (None where there are none), three parts."""
+    """A data set: `levels` values a sub-pixel, `classes` labels (None if there are none), three parts."""
 
     name: str
     levels: int
@@ -67,31 +68,18 @@ class Dataset:
 
     @property
     def shape(self) -> dict[str, int]:
-        """The part of a model's arguments that the data decides: channels, height, width, levels."""
+        """The arguments of a model that the data decides: channels, height, width, levels."""
         channels, height, width = self.train.images.shape[1:]
         return {"channels": channels, "height": height, "width": width, "levels": self.levels}
 
     def split(self, name: str) -> Split:
         """Return the part called `name`; ValueError unless it is train, val or test."""
-        return getattr(self, choice("split", name, SPLITS))
-
-
-def choice(option: str, value: object, allowed: Collection[str]) -> str:
-    """Return `value` where it is one of `allowed`, else raise a ValueError that names it and them."""
-    if not isinstance(value, str) or value not in allowed:
-        raise ValueError(f"{option}: {value!r} is not one of {', '.join(allowed)}")
-    return value
-
-
-def integer(option: str, value: object, least: int) -> int:
-    """Return `value` where it is an integer and at least `least`, else raise a ValueError that names it."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise ValueError(f"{option}: {value!r} is not an integer of at least {least}")
-    return value
+        check_one_of("split", name, SPLITS)
+        return getattr(self, name)
 
 
 def shuffled(n: int, seed: int) -> np.ndarray:
-    """A fixed order of n rows: (n,) int64."""
+    """Return a fixed random order of n rows: (n,) int64."""
     # RandomState, not default_rng: numpy promises that its numbers never change, so a split stays as it is.
     return np.random.RandomState(seed).permutation(n)
 
@@ -108,10 +96,10 @@ def sizes(n: int, val: float, test: float, source: object) -> tuple[int, int]:
     """Turn the fractions of an n-image data set into numbers of (val, test) images, at least one each."""
     for option, fraction in (("val", val), ("test", test)):
         if not isinstance(fraction, (int, float)) or isinstance(fraction, bool) or not 0 < fraction < 1:
-            raise ValueError(f"dataset.{option}: {fraction!r} is not a fraction between 0 and 1")
+            raise unexpected(f"dataset.{option}", fraction, "a fraction between 0 and 1")
     counts = max(1, round(n * val)), max(1, round(n * test))
     if sum(counts) >= n:
-        raise ValueError(f"{source}: {n} images leave none for training with val={val} and test={test}")
+        raise ValueError(f"{source}: expected more images than val={val} and test={test} take, found {n}")
     return counts
 
 

@@ -39,7 +39,7 @@ def no_hazards():
 @pytest.fixture
 def call(monkeypatch, tmp_path, capsys):
     """call("train", *arguments) → (exit status, stdout, stderr), in an empty folder of its own."""
-    from conf import command
+    from cli import command
     from tests.commands import COMMANDS
 
     monkeypatch.chdir(tmp_path)

@@ -58,7 +58,7 @@ def test_damaged_conversion_is_named(tmp_path):
 def test_a_root_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").touch()
     np.save(tmp_path / "x.npy", np.zeros((30, 2, 2), np.uint8))
-    with pytest.raises(ValueError, match=r"file/npy: cannot write there .*dataset\.root") as error:
+    with pytest.raises(ValueError, match=r"file/npy: expected a folder to write to .*dataset\.root") as error:
         data.build({"name": "npy", "path": tmp_path / "x.npy", "root": tmp_path / "file"})
     one_line(error)
 
@@ -143,9 +143,9 @@ def test_npy_is_converted_once_and_anew_when_the_file_changes(tmp_path, monkeypa
         (np.zeros((30, 2, 2)), {}, ["integer", "float64"]),
         (np.zeros((30, 4), int), {}, ["(n h w)", "(n h w c)", "(30, 4)"]),
         (np.zeros((30, 0, 4), int), {}, ["(30, 0, 4)"]),
-        (np.zeros((2, 2, 2), int), {}, ["2 images", "val=0.1"]),
+        (np.zeros((2, 2, 2), int), {}, ["found 2", "val=0.1"]),
         (np.zeros((30, 2, 2), int), {"val": 1.5}, ["dataset.val", "1.5", "between 0 and 1"]),
-        (np.zeros((30, 2, 2), int), {"val": 0.5, "test": 0.5}, ["30 images", "val=0.5", "test=0.5"]),
+        (np.zeros((30, 2, 2), int), {"val": 0.5, "test": 0.5}, ["found 30", "val=0.5", "test=0.5"]),
         (np.array([{}] * 30, object), {}, ["images.npy"]),
     ],
 )
@@ -158,7 +158,7 @@ def test_bad_npy_is_named(tmp_path, raw, options, words):
 
 def test_an_npz_in_place_of_npy_is_named(tmp_path):
     np.savez(tmp_path / "images.npz", images=np.zeros((30, 2, 2), np.uint8))
-    with pytest.raises(ValueError, match=r"images\.npz: not a whole \.npy file") as error:
+    with pytest.raises(ValueError, match=r"images\.npz: expected a whole \.npy file") as error:
         data.build({"name": "npy", "path": tmp_path / "images.npz"})
     one_line(error)
 
@@ -166,10 +166,10 @@ def test_an_npz_in_place_of_npy_is_named(tmp_path):
 def test_truncated_or_missing_npy_is_named(tmp_path):
     config = save(tmp_path, np.zeros((30, 2, 2), np.uint8))
     os.truncate(config["path"], 200)
-    with pytest.raises(ValueError, match=r"images\.npy: not a whole") as error:
+    with pytest.raises(ValueError, match=r"images\.npy: expected a whole") as error:
         data.build(config)
     one_line(error)
-    with pytest.raises(FileNotFoundError, match=r"dataset\.path: there is no file .*none\.npy"):
+    with pytest.raises(FileNotFoundError, match=r"dataset\.path=.*none\.npy: expected a \.npy file"):
         data.build({**config, "path": str(tmp_path / "none.npy")})
 
 
@@ -274,11 +274,14 @@ def test_image_folder_is_converted_once_and_anew_when_it_changes(pictures, monke
 
 def test_image_folder_without_pictures_is_named(tmp_path, pictures, capsys):
     (tmp_path / "empty").mkdir()
-    cases = [("empty", FileNotFoundError, "no picture below"), ("none", FileNotFoundError, "no folder")]
+    cases = [
+        ("empty", FileNotFoundError, "expected pictures .*found none"),
+        ("none", FileNotFoundError, "expected a folder, found none"),
+    ]
     (tmp_path / "bad").mkdir()
     for k in range(5):
         (tmp_path / "bad" / f"{k}.png").write_bytes(b"not a picture")
-    for name, kind, words in [*cases, ("bad", ValueError, "none of its 5 pictures can be read")]:
+    for name, kind, words in [*cases, ("bad", ValueError, "that can be read, found none in 5 files")]:
         with pytest.raises(kind, match=words) as error:
             data.build({**pictures, "path": str(tmp_path / name)})
         assert name in one_line(error)
@@ -362,9 +365,9 @@ def test_missing_imagenet_batches_are_listed_with_their_source(batches):
         ({"labels": np.array([1, 2, 1001])}, r"1\.\.1000"),
         (
             {"labels": np.array([1, 2, 3], object)},
-            "not an npz file with arrays data and labels .*allow_pickle=False",
+            "expected an npz file with arrays data and labels .*allow_pickle=False",
         ),
-        ({"labels": None}, "not an npz file with arrays data and labels"),
+        ({"labels": None}, "expected an npz file with arrays data and labels"),
     ],
 )
 def test_bad_imagenet_batch_is_named(tmp_path, change, expected):
@@ -379,6 +382,6 @@ def test_bad_imagenet_batch_is_named(tmp_path, change, expected):
 def test_a_pickle_in_place_of_a_batch_is_refused(tmp_path):
     path = tmp_path / "val_data.npz"
     path.write_bytes(pickle.dumps({"data": [1], "labels": [1]}))
-    with pytest.raises(ValueError, match=r"val_data\.npz: not an npz file") as error:
+    with pytest.raises(ValueError, match=r"val_data\.npz: expected an npz file") as error:
         imagenet.read_batch(path, 32)
     one_line(error)

@@ -72,7 +72,7 @@ def composed(*overrides: str):
 
 
 def built(cfg) -> models.base.ImageModel:
-    """The model of a config, for its data set's shape: shapes alone, no numbers."""
+    """The model of a config, for its data set's shape: only shapes, no numbers."""
     shape = dict(zip(("channels", "height", "width", "levels"), SHAPES[cfg.dataset.name], strict=True))
     with torch.device("meta"):
         return models.build({**cfg.model, **shape})

@@ -1,7 +1,8 @@
-"""Runs a command under Hydra so that a user's mistake ends in one line and exit status 2, without a traceback."""
+"""Run a command under Hydra: a mistake ends in one line and exit status 2, and a signal stops it between two steps."""
 
 import os
 import shutil
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -15,19 +16,43 @@ from omegaconf.errors import OmegaConfBaseException
 
 from conf import schema
 
+CONF = Path(schema.__file__).resolve().parent
 MISTAKES = (ValueError, OSError, HydraException, OmegaConfBaseException)
 
 
 class Stopped(Exception):
-    """The command was stopped on purpose, or cannot go on: its text is the last line, `status` the exit status."""
+    """The command was stopped on purpose, or cannot go on; the text is printed last, `status` is the exit status."""
 
     def __init__(self, text: str, status: int):
         super().__init__(text)
         self.status = status
 
 
+class StopSignal:
+    """Note in `caught` that SIGINT or SIGTERM asks the command to save and stop; a second one ends it at once."""
+
+    def __enter__(self) -> "StopSignal":
+        self.caught = 0
+        numbers = signal.SIGINT, signal.SIGTERM
+        self.before = {number: signal.signal(number, self.catch) for number in numbers}
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.restore()
+
+    def catch(self, number: int, frame) -> None:
+        """Note the signal's number; the next one has the effect that it had before."""
+        self.caught = number
+        self.restore()
+
+    def restore(self) -> None:
+        """Set the handlers of before."""
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+
 def one_line(error: BaseException) -> str:
-    """What an error says, in one line; Hydra says some of it in the error's cause, and adds lists of folders."""
+    """Return the text of an error in one line, with its cause if it is Hydra's, without Hydra's lists of folders."""
     texts = [str(error)]
     if isinstance(error, HydraException) and error.__cause__ is not None:
         texts.append(str(error.__cause__))
@@ -48,11 +73,13 @@ def one_line(error: BaseException) -> str:
 def run(name: str, main: Callable[[DictConfig], None], prepare: Callable[[list[str]], list[str]] = list) -> None:
     """Compose conf/NAME.yaml with the command line, call main(cfg), and end the process.
 
-    Exit status: 0, or 2 after a mistake of the user's (one line on stderr), or what `Stopped` says.
+    The exit status is 0, or 2 after a mistake of the user's (one line on stderr), or that of `Stopped`.
     HYDRA_FULL_ERROR=1 shows the traceback instead of the line.
 
     Args:
-        prepare: maps the command line's arguments to those that Hydra is to see.
+        name: of the command and of its config.
+        main: the command; it raises one of MISTAKES for a mistake of the user's.
+        prepare: maps the command line's arguments to those that Hydra sees.
     """
     before = os.environ.get("HYDRA_FULL_ERROR")
     show_traceback = before == "1"
@@ -67,10 +94,10 @@ def run(name: str, main: Callable[[DictConfig], None], prepare: Callable[[list[s
             leave(error)
 
     try:
-        os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra is to raise its errors, not to print them
+        os.environ["HYDRA_FULL_ERROR"] = "1"  # so Hydra raises its errors and does not print them
         schema.register()
         sys.argv[1:] = prepare(sys.argv[1:])
-        hydra.main(version_base="1.3", config_path=str(Path(__file__).parent), config_name=name)(task)()
+        hydra.main(version_base="1.3", config_path=str(CONF), config_name=name)(task)()
     except (*MISTAKES, Stopped) as error:
         if show_traceback:
             raise
@@ -84,7 +111,7 @@ def run(name: str, main: Callable[[DictConfig], None], prepare: Callable[[list[s
 
 
 def drop_if_unused(folder: Path) -> None:
-    """Remove a run's folder where the run failed before it wrote anything: only Hydra's own files are in it."""
+    """Remove the folder of a run that failed before it wrote anything: it holds only Hydra's own files."""
     if (folder / ".hydra").is_dir() and [path.name for path in folder.iterdir()] == [".hydra"]:
         shutil.rmtree(folder)
 

@@ -1,4 +1,4 @@
-"""The commands on models with classes, on Multi-Scale, and what completes images."""
+"""The commands on models with classes and on Multi-Scale, and how they complete images."""
 
 import json
 import re
@@ -12,9 +12,10 @@ from PIL import Image
 import data
 import evaluate
 import models
-import sample
+from cli.output import labels_in_rows
 from data.given import read_images
 from models.checkpoint import load, read
+from models.likelihood import summarise
 from tests.commands import SHORT, process, refused
 
 CLASSES = [*SHORT, "model=pixel_cnn", "model.classes=10", "model.hidden=8", "steps=20"]
@@ -76,13 +77,13 @@ class TestClasses:
         assert size_of("run/samples/step_000002.png") == (2 * 58, 10 * 58)
 
     def test_labels_in_rows(self):
-        label, columns = sample.labels_in_rows(10, None)
+        label, columns = labels_in_rows(10, None)
         assert columns == 6 and label.tolist() == [k for k in range(10) for _ in range(6)]
-        label, columns = sample.labels_in_rows(1000, None)
+        label, columns = labels_in_rows(1000, None)
         assert columns == 1 and label.tolist() == list(range(64))
-        label, columns = sample.labels_in_rows(3, 8)
+        label, columns = labels_in_rows(3, 8)
         assert columns == 2 and label.tolist() == [0, 0, 1, 1, 2, 2, 0, 0]
-        assert sample.labels_in_rows(0, 8) == (None, None)
+        assert labels_in_rows(0, 8) == (None, None)
 
     @pytest.mark.parametrize(
         ("name", "arguments", "words"),
@@ -114,7 +115,7 @@ class TestMultiScale:
         assert status == 0, err
         assert f"base_4x4: {base:.4f}" in out and f"conditional_8x8: {conditional:.4f}" in out
 
-    def test_the_base_alone_is_trained(self, call):
+    def test_only_the_base_is_trained(self, call):
         status, _, err = call("train", *SHORT, "model=multi_scale", "model.train=base", "ema=0", "hydra.run.dir=run")
         assert status == 0, err
         trained = load("run/last.pt")
@@ -218,10 +219,10 @@ class TestGivenImages:
 
     def test_damage_is_named(self, tmp_path):
         (tmp_path / "a.png").write_text("no picture")
-        with pytest.raises(ValueError, match=r"a\.png cannot be read"):
+        with pytest.raises(ValueError, match=r"a\.png: expected a picture"):
             read_images(tmp_path, (3, 8, 8), 256)
 
 
-def test_line_of_a_summary():
-    text = evaluate.line(evaluate.summarise(torch.tensor([1.0, 3.0]), (1, 1, 1)))
+def test_a_summary_in_words():
+    text = evaluate.in_words(summarise(torch.tensor([1.0, 3.0]), (1, 1, 1)))
     assert text == "2.0000 ± 1.0000 nats, 2.8854 ± 1.4427 bits/dim"

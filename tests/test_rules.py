@@ -1,0 +1,37 @@
+"""Imports run one way: kernels ← models ← cli ← commands, with data beside the models."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+from tests.commands import COMMANDS, REPOSITORY
+
+
+def imported(path: Path) -> set[str]:
+    """The top-level packages and modules that a file imports, anywhere in it."""
+    nodes = [*ast.walk(ast.parse(path.read_text()))]
+    names = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
+    names += [node.module for node in nodes if isinstance(node, ast.ImportFrom) and not node.level]
+    return {name.partition(".")[0] for name in names}
+
+
+@pytest.mark.parametrize(
+    ("files", "forbidden"),
+    [
+        ("kernels/*.py", {"models", "data", "cli", "conf", *COMMANDS}),
+        ("models/**/*.py", {"data", "cli", "conf", *COMMANDS}),
+        ("data/*.py", {"kernels", "models", "cli", "conf", *COMMANDS}),
+        ("cli/*.py", {*COMMANDS}),
+        *((f"{name}.py", {*COMMANDS}) for name in COMMANDS),
+        ("checks.py", {"kernels", "models", "data", "cli", "conf"}),
+        ("cli/[mop]*.py", {"hydra", "omegaconf", "conf"}),  # machine, output, progress: bench/ has no Hydra everywhere
+    ],
+)
+def test_imports_run_one_way(files, forbidden):
+    paths = [*REPOSITORY.glob(files)]
+    assert paths and not {(path.name, name) for path in paths for name in imported(path) & forbidden}
+
+
+def test_conf_holds_no_program_but_the_schema():
+    assert [path.name for path in (REPOSITORY / "conf").rglob("*.py")] == ["schema.py"]
