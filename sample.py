@@ -139,7 +139,7 @@ def draw(cfg, model: ImageModel, request: Request, images: list[int], sink: Sink
             bar.advance(done)
             bar.text(f"{bar.done / rows / (time.perf_counter() - start):.1f} images/s")
 
-        options = {key: cfg[key] for key in ("seed", "method", "bf16", "temperature", "batch_size")}
+        options = {key: cfg[key] for key in ("seed", "method", "backend", "bf16", "temperature", "batch_size")}
         for x in batches(model, **request.of(images), **options, tell=tell) if images else ():
             sink.put(images[at : at + len(x)], x)
             at += len(x)

@@ -47,6 +47,7 @@ class Sample:
     completions: int = MISSING
     root: str | None = None
     method: str = MISSING
+    backend: str | None = None
     bf16: bool = MISSING
     temperature: float = MISSING
     seed: int = MISSING

@@ -33,5 +33,13 @@ def test_imports_run_one_way(files, forbidden):
     assert paths and not {(path.name, name) for path in paths for name in imported(path) & forbidden}
 
 
+def test_one_file_of_the_models_knows_the_layout_of_the_row_kernel():
+    knowing = {path.name for path in (REPOSITORY / "models").rglob("*.py") if "draw_row" in path.read_text()}
+    imports = {
+        path.name for path in (REPOSITORY / "models").rglob("*.py") if "from kernels.draw_row" in path.read_text()
+    }
+    assert imports == {"triton_row.py"} and knowing <= {"triton_row.py", "rules.py"}  # a rule's docstring names it
+
+
 def test_conf_holds_no_program_but_the_schema():
     assert [path.name for path in (REPOSITORY / "conf").rglob("*.py")] == ["schema.py"]

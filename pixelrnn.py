@@ -1,0 +1,31 @@
+"""PixelRNN as a library, from any folder: `import pixelrnn`, after `pip install -e .` in the checkout.
+
+The names are those of `models`, `models.sampling` and `models.checkpoint`, which are packages of the checkout: they can
+be imported too, once this module is.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # where models, kernels and data are
+
+from data import build as dataset
+from kernels import use
+from models import DiagBiLSTM, GatedPixelCNN, MultiScale, PixelCNN, RowLSTM, build
+from models.checkpoint import find, load
+from models.sampling import batches, sample
+
+__all__ = [
+    "DiagBiLSTM",
+    "GatedPixelCNN",
+    "MultiScale",
+    "PixelCNN",
+    "RowLSTM",
+    "batches",
+    "build",
+    "dataset",
+    "find",
+    "load",
+    "sample",
+    "use",
+]
