@@ -1,217 +1,120 @@
-"""Four figures that a model of the kernels' cost gives for an H100, beside the GPU's: `python -m bench.figures`.
+"""The README's figures: `python -m bench.figures` writes docs/sees.png and docs/row.png.
 
-    scan_forward    µs a step of the Diagonal BiLSTM's scan, 16 images of 32×33, 128 features, bfloat16
-    scan_backward   the same, backward
-    row_kernel      ms a pixel of the row kernel: 16 images of 32×32×3, a PixelCNN of 15 blocks, h = 128, bfloat16
-    graph_node      µs a node of one captured row of the same, operation by operation
-
-The model counts the instructions, barriers and bytes of one step in the compiled kernels and issues them at an H100's
-rates, at 1.755 GHz; it gives a range. `ratio` is what was measured over the middle of that range. Kernels are cut as
-they were for the model (`cut`), whatever `form_of` and `form_for` choose today; `bench.sweep` compares the cuts.
-
-Legend: b batch · h w rows, columns · f features.
+sees    what one pixel's conditional depends on, in each architecture: from the definitions of `tests/cases.py`,
+        which the tests hold the models to
+row     how the cached sampler computes a row
 """
 
 import argparse
-import ctypes
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from functools import partial
+from pathlib import Path
 
-import torch
+from PIL import Image, ImageDraw, ImageFont
 
-import kernels.draw_row
-import kernels.lstm_scan
-from bench.measure import Results, interleave, parse, parser, spread, table, whole
-from bench.sampling import large
-from kernels.lstm_scan import lstm_scan
-from models.sampling import PixelLoop
-from models.sampling.rules import Draw
+from tests.cases import ARCHITECTURES
 
-SCAN = (16, 32, 33, 128)  # b h w f: the paper's CIFAR-10 size
-QUICK_SCAN = (1, 3, 4, 16)
-ROUNDS = 10  # launches of a scan between two events: one alone takes no longer than the host needs for it
-
-
-@contextmanager
-def cut(module, choice: str, **changes) -> Iterator[None]:
-    """Within, the form that `module.choice` chooses has these fields instead."""
-    choose = getattr(module, choice)
-    setattr(module, choice, lambda *arguments, **named: choose(*arguments, **named)._replace(**changes))
-    try:
-        yield
-    finally:
-        setattr(module, choice, choose)
-
-
-class Launches:
-    """Within, what a module launches is kept: `again()` does it once more, in the same memory, without the rest.
-
-    Args:
-        options: of the compiler, above those that the module names.
-    """
-
-    def __init__(self, module, **options: int):
-        self.module, self.calls, self.options = module, [], options
-
-    def __enter__(self) -> "Launches":
-        self.launch = self.module.launch
-        self.module.launch = self.keep
-        return self
-
-    def __exit__(self, *_) -> None:
-        self.module.launch = self.launch
-
-    def keep(self, kernel, grid: tuple, *arguments, **named) -> None:
-        named |= self.options
-        self.launch(kernel, grid, *arguments, **named)
-        self.calls.append((kernel, grid, arguments, named))
-
-    def again(self) -> None:
-        for kernel, grid, arguments, named in self.calls:
-            self.launch(kernel, grid, *arguments, **named)
-
-    def compiled(self) -> dict[str, int]:
-        """What the first kernel takes: registers of a thread, bytes that spill, bytes of shared memory."""
-        kernel, grid, arguments, named = self.calls[0]
-        one = kernel[grid](*arguments, **named)
-        if one is None or not hasattr(one, "n_regs"):  # where nothing was compiled
-            return {}
-        return {"registers": one.n_regs, "spills": one.n_spills, "shared_bytes": one.metadata.shared}
-
-
-def scan_launches(size: tuple, backward: bool, form: str = "auto", **changes) -> tuple[Launches, int]:
-    """The launches of the Diagonal BiLSTM's scan, one way, in bfloat16, and how many steps they are."""
-    b, h, w, f = size
-    new = partial(torch.randn, device="cuda", dtype=torch.bfloat16)
-    pre = new(b, h, w, 2, 4 * f).requires_grad_(backward)
-    weight = (new(2, 4 * f, 2 * f) * f**-0.5 / 2).requires_grad_(backward)
-    # Registers are 65,536: all threads of a program share them.
-    options = {"maxnreg": min(255, 2048 // changes["warps"])} if "warps" in changes else {}
-    hidden = lstm_scan(pre, weight, True, form) if backward else None  # as it is usually cut
-    with cut(kernels.lstm_scan, "form_of", **changes), Launches(kernels.lstm_scan, **options) as launches:
-        if backward:
-            torch.autograd.grad(hidden, [pre, weight], torch.randn_like(hidden))
-        else:
-            lstm_scan(pre, weight, True, form)
-    return launches, h + w - 1
-
-
-def drawn_rows(model, backend: str, b: int, rounds: int) -> PixelLoop:
-    """A loop that did the first row and the second, each so many times."""
-    uniforms = torch.rand(b, *model.shape, device=model.device)
-    loop = PixelLoop(model, "cached", Draw(uniforms), b, backend=backend)
-    with loop.drawing():
-        for i in [0] * rounds + [1] * rounds:
-            loop.evaluator.load(i)
-            loop.rule.load(i)
-            loop.row(first=i == 0)
-    return loop
-
-
-def times_of(run: Callable[[], None], args: argparse.Namespace, rounds: int = 1) -> list[float]:
-    """Milliseconds of one of `rounds` calls, as often as `args.repeats` says."""
-
-    def several() -> None:
-        for _ in range(rounds):
-            run()
-
-    return [t / rounds for t in interleave({"": whole(several)}, args.device, args.repeats, warmup=2)[""]["total"]]
-
-
-def scan_step(args: argparse.Namespace, backward: bool) -> dict:
-    """Cut in blocks of 32 features forward and 128 backward, by 8 warps."""
-    changes = {"block_n": 128 if backward else 32, "warps": 8}
-    size = QUICK_SCAN if args.quick else SCAN
-    launches, steps = scan_launches(size, backward, **changes)
-    ms = times_of(launches.again, args, ROUNDS)
-    return {"shape": list(size), "form": changes, "measured": spread(ms, 1e3 / steps), **launches.compiled()}
-
-
-def pixel_cnn(args: argparse.Namespace):
-    return large("pixel_cnn", args).eval().bfloat16()
-
-
-def row_kernel(args: argparse.Namespace) -> dict:
-    changes, b = {"images": 16, "block_n": 64, "block_k": 64, "warps": 4}, 2 if args.quick else 16
-    return {"form": changes, **timed_row_kernel(pixel_cnn(args), b, args, changes)}
-
-
-def timed_row_kernel(model, b: int, args: argparse.Namespace, changes: dict) -> dict:
-    """A row of pixels, without what the rows above give: "measured" in ms a pixel of all images."""
-    with cut(kernels.draw_row, "form_for", **changes), Launches(kernels.draw_row) as launches:
-        loop = drawn_rows(model, "triton", b, rounds=1)
-    with loop.drawing():
-        launches.calls = launches.calls[-1:]
-        ms = times_of(launches.again, args)
-        return {"shape": [b, *model.shape], "measured": spread(ms, 1 / model.width), **launches.compiled()}
-
-
-def graph_node(args: argparse.Namespace) -> dict:
-    """Of any row but the first, captured after one such row ran as it is."""
-    model, b = pixel_cnn(args), 2 if args.quick else 16
-    loop = drawn_rows(model, "torch", b, rounds=1)
-    with loop.drawing():
-        graph = torch.cuda.CUDAGraph(keep_graph=True)
-        with torch.cuda.graph(graph, stream=loop.stream):
-            loop.evaluator.row(loop.rule, loop.values, False)
-        graph.instantiate()
-        nodes = nodes_of(graph)
-        ms = times_of(graph.replay, args)
-    row = {"shape": [b, *model.shape], "nodes": nodes, "row_ms": spread(ms)}
-    return row | {"measured": spread(ms, 1e3 / (nodes or NODES))}
-
-
-NODES = 11722  # of a row of the PixelCNN, by count of its operations: where the graph itself does not say
-
-
-def nodes_of(graph) -> int | None:
-    """How many nodes a captured graph has; None where neither torch nor CUDA says."""
-    count = ctypes.c_size_t()
-    try:
-        status = ctypes.CDLL("libcuda.so.1").cuGraphGetNodes(
-            ctypes.c_void_p(graph.raw_cuda_graph()), None, ctypes.byref(count)
-        )
-    except (OSError, AttributeError, RuntimeError):
-        return None
-    return count.value if status == 0 else None
-
-
-FIGURES = {  # what measures it, unit, the model's range
-    "scan_forward": (partial(scan_step, backward=False), "µs a step", (31.0, 33.0)),
-    "scan_backward": (partial(scan_step, backward=True), "µs a step", (15.0, 16.5)),
-    "row_kernel": (row_kernel, "ms a pixel", (0.28, 0.34)),  # 0.49–0.60 million cycles
-    "graph_node": (graph_node, "µs a node", (1.6, 2.4)),
+DOCS = Path(__file__).resolve().parent.parent / "docs"
+SCALE = 2  # pixels of the file for one of the drawing: sharp on fine screens
+WHITE, INK, GREY, LINE = "#ffffff", "#1f2328", "#6e7781", "#d0d7de"
+SEEN, UNSEEN, LATER, HERE = "#4a90d9", "#f2b56b", "#f3f4f6", "#1f2328"
+NAMES = {
+    "pixel_cnn": "PixelCNN",
+    "gated_pixel_cnn": "Gated PixelCNN",
+    "row_lstm": "Row LSTM",
+    "diag_bilstm": "Diagonal BiLSTM",
 }
 
 
-def held_against(name: str, args: argparse.Namespace) -> list[dict]:
-    """One row: what was measured, beside the model's range and its middle."""
-    measure, unit, model = FIGURES[name]
-    row = measure(args)
-    middle = sum(model) / 2
-    out = {"figure": name, "unit": unit, "measured": row.pop("measured"), "model": {"low": model[0], "high": model[1]}}
-    return [out | {"ratio": out["measured"]["median"] / middle, "ratio_to": "the middle of the model's range", **row}]
+class Drawing:
+    """A picture in units that SCALE enlarges."""
+
+    def __init__(self, width: int, height: int):
+        self.image = Image.new("RGB", (width * SCALE, height * SCALE), WHITE)
+        self.pen = ImageDraw.Draw(self.image)
+
+    def box(self, x: float, y: float, width: float, height: float, fill: str, outline: str = WHITE) -> None:
+        corners = [x * SCALE, y * SCALE, (x + width) * SCALE, (y + height) * SCALE]
+        self.pen.rectangle(corners, fill=fill, outline=outline, width=SCALE)
+
+    def text(self, x: float, y: float, text: str, size: float = 13, fill: str = INK, anchor: str = "mm") -> None:
+        font = ImageFont.load_default(size * SCALE)
+        self.pen.text((x * SCALE, y * SCALE), text, fill=fill, font=font, anchor=anchor)
+
+    def arrow(self, x0: float, y0: float, x1: float, y1: float) -> None:
+        """Along an axis, with its head at the second point."""
+        self.pen.line([x0 * SCALE, y0 * SCALE, x1 * SCALE, y1 * SCALE], fill=INK, width=2 * SCALE)
+        dx, dy = (x1 > x0) - (x1 < x0), (y1 > y0) - (y1 < y0)
+        back, side = 7, 4
+        head = [(x1, y1), (x1 - back * dx - side * dy, y1 - back * dy - side * dx)]
+        head.append((x1 - back * dx + side * dy, y1 - back * dy + side * dx))
+        self.pen.polygon([(x * SCALE, y * SCALE) for x, y in head], fill=INK)
+
+    def save(self, path: Path) -> None:
+        self.image.quantize(64).save(path, optimize=True)
 
 
-def on_a_gpu(options: argparse.ArgumentParser, argv: list[str] | None) -> argparse.Namespace:
-    args = parse(options, argv)
-    if args.device.type != "cuda":
-        options.error(f"--device={args.device.type}: expected cuda")
-    return args
+def sees(path: Path, height: int = 11, width: int = 15, layers: int = 3, at: tuple[int, int] = (7, 7)) -> None:
+    """Draw a panel an architecture: the pixel, what its conditional depends on, and what is before it but unseen."""
+    cell, gap, top, bottom = 14, 26, 30, 34
+    panel = width * cell
+    drawing = Drawing(len(NAMES) * panel + (len(NAMES) + 1) * gap, top + height * cell + bottom)
+    here = at[0] * width + at[1]
+    for k, (name, title) in enumerate(NAMES.items()):
+        seen, left = ARCHITECTURES[name][1](height, width, 1, layers)[here], gap + k * (panel + gap)
+        drawing.text(left + panel / 2, top / 2, title, 14)
+        for n in range(height * width):
+            fill = HERE if n == here else LATER if n > here else SEEN if seen[n] else UNSEEN
+            drawing.box(left + n % width * cell, top + n // width * cell, cell, cell, fill)
+    legend = {"the pixel": HERE, "seen": SEEN, "before it, but not seen": UNSEEN, "later": LATER}
+    x, y = gap, top + height * cell + bottom / 2
+    for text, fill in legend.items():
+        drawing.box(x, y - 6, 12, 12, fill, LINE)
+        drawing.text(x + 18, y, text, 12, GREY, "lm")
+        x += 36 + 7 * len(text)
+    drawing.text(drawing.image.width / SCALE - gap, y, f"a stem of 7 by 7 and {layers} layers", 12, GREY, "rm")
+    drawing.save(path)
+
+
+def row(path: Path) -> None:
+    """Draw the rows above, the row's cached left part, the pixel and what is to come, and what each costs."""
+    cell, width, above, at, left, top = 34, 12, 3, 5, 24, 46
+    drawing = Drawing(790, top + (above + 2) * cell + 50)
+    for i in range(above + 2):
+        for j in range(width):
+            here = (i, j) == (above, at)
+            done = i < above or (i == above and j < at)
+            fill = HERE if here else LATER if not done else SEEN if i < above else "#9cc5ec"
+            drawing.box(left + j * cell, top + i * cell, cell, cell, fill)
+    right, middle = left + width * cell, top + (above + 0.5) * cell
+    drawing.text(left + width * cell / 2, top - 20, "an image, drawn row by row", 14)
+    drawing.text(right + 24, top + above * cell / 2 - 10, "rows above: finished", 14, anchor="lm")
+    said = "one product a layer for the whole row, once a row"
+    drawing.text(right + 24, top + above * cell / 2 + 12, said, 12, GREY, "lm")
+    drawing.text(right + 24, middle - 10, "this row: a short step a sub-pixel", 14, anchor="lm")
+    said = "gates = above + weights · [left, here]"
+    drawing.text(right + 24, middle + 12, said, 12, GREY, "lm")
+    x = left + (at + 0.5) * cell
+    drawing.arrow(x, top + (above - 0.5) * cell, x, top + above * cell - 1)
+    drawing.arrow(x - cell, middle, x - cell / 2 - 1, middle)
+    y = top + (above + 2) * cell + 30
+    for text, fill, where in (
+        ("left: every activation is kept", "#9cc5ec", left),
+        ("here: red, then green, then blue", HERE, left + 240),
+        ("not drawn yet", LATER, left + 500),
+    ):
+        drawing.box(where, y - 6, 12, 12, fill, LINE)
+        drawing.text(where + 18, y, text, 12, GREY, "lm")
+    drawing.save(path)
 
 
 def main(argv: list[str] | None = None) -> int:
-    description = "Hold four figures of a model of the kernels' cost against the GPU."
-    args = on_a_gpu(parser("figures", description, repeats=10, names=FIGURES), argv)
-    results = Results(args, ("figure", "measured", "unit", "model", "ratio", "nodes", "row_ms"))
-    for name in args.names:
-        results.case({"figure": name}, partial(held_against, name, args))
-    columns = ("figure", "measured", "unit", "model", "ratio", "nodes", "row_ms", "registers", "spills")
-    table("Measured beside the model; ratio: measured over the middle of the model's range", results.rows, columns)
-    return results.finish()
+    options = argparse.ArgumentParser(prog="python -m bench.figures", description="Draw the README's figures.")
+    options.add_argument("--out", type=Path, default=DOCS, help="the folder for sees.png and row.png (docs)")
+    out = options.parse_args(argv).out
+    sees(out / "sees.png")
+    row(out / "row.png")
+    print(f"{out / 'sees.png'}, {out / 'row.png'}")
+    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(main())

@@ -2,7 +2,7 @@
 
 Part 1, whether the kernels are right, and as quick as a model of their cost says:
 
-    figures         python -m bench.figures: four figures beside the model's
+    cost            python -m bench.cost: four figures beside the model's
     sweep           python -m bench.sweep: the kernels cut in other ways
     tests           the tests of kernels and samplers on the GPU, side by side where pytest-xdist is installed
 
@@ -49,9 +49,9 @@ from cli.machine import environment  # noqa: E402
 from models.checkpoint import write_atomically  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
-PARTS = {"1": ("figures", "sweep", "tests"), "2": ("sampling", "training", "kernels", "tests-training", "sanitizer")}
+PARTS = {"1": ("cost", "sweep", "tests"), "2": ("sampling", "training", "kernels", "tests-training", "sanitizer")}
 LIMITS = {  # seconds; those of a part are 285 together
-    "figures": 55,
+    "cost": 55,
     "sweep": 115,
     "tests": 115,
     "sampling": 95,
@@ -60,7 +60,7 @@ LIMITS = {  # seconds; those of a part are 285 together
     "tests-training": 45,
     "sanitizer": 35,
 }
-CASES = {"figures": 20, "sweep": 20, "sampling": 30, "training": 30, "kernels": 30}  # seconds for one case of each
+CASES = {"cost": 20, "sweep": 20, "sampling": 30, "training": 30, "kernels": 30}  # seconds for one case of each
 COMPILE = 240  # seconds more for the kernels, where loops are compiled too
 LOG = 15 << 17  # bytes that a step may print: those of eight steps are less than 16 MiB
 
@@ -104,7 +104,7 @@ def steps(names: list[str], out: Path, quick: bool = False, compiled: bool = Fal
     # Memory that torch keeps for itself would hide what is read beyond a tensor's end.
     sanitizer = ["env", "PYTORCH_NO_CUDA_MEMORY_CACHING=1", "compute-sanitizer", "--error-exitcode", "9"]
     commands = {
-        "figures": benchmark("figures"),
+        "cost": benchmark("cost"),
         "sweep": benchmark("sweep"),
         "tests": [*tests, *files, "-k", chosen],
         "sampling": benchmark("sampling", repeats=2),
@@ -193,7 +193,7 @@ class Run:
                     path.unlink()
             self.say(f"──── {step.name}: {said(row)}")
         text = self.log.read_text(errors="replace").splitlines()
-        self.say("\n" + "\n".join(line for line in text if line.startswith("figures: ")))  # the end is what is read
+        self.say("\n" + "\n".join(line for line in text if line.startswith("cost: ")))  # the end is what is read
         self.say("\n".join(f"{row['step']:15} {said(row)}" for row in self.rows))
         self.say(f"{self.path}")
         return int(any(row["status"] not in (0, "not installed") for row in self.rows))

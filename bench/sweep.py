@@ -16,7 +16,7 @@ import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 
-from bench.figures import QUICK_SCAN, ROUNDS, SCAN, on_a_gpu, pixel_cnn, scan_launches, timed_row_kernel, times_of
+from bench.cost import QUICK_SCAN, ROUNDS, SCAN, on_a_gpu, pixel_cnn, scan_launches, timed_row_kernel, times_of
 from bench.measure import Results, parser, spread, table, text_of
 
 SMALL_SCAN = (16, 28, 29, 16)

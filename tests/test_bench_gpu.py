@@ -104,11 +104,11 @@ def test_a_part_runs_to_its_end(part, tmp_path, tmp_path_factory):
         assert result["device"] == "no GPU: a fake"
     assert out == (tmp_path / f"gpu-{part}.log").read_text()
     if part == "1":
-        figures = rows_of(tmp_path / "figures-cuda-quick.json")
+        figures = rows_of(tmp_path / "cost-cuda-quick.json")
         assert [row["figure"] for row in figures] == ["scan_forward", "scan_backward", "row_kernel", "graph_node"]
         for row in figures:
             assert row["ratio"] == pytest.approx(2 * row["measured"]["median"] / sum(row["model"].values()))
-        assert out.count("figures:  graph_node") == 2  # when it was measured, and at the end, which is what is read
+        assert out.count("cost:  graph_node") == 2  # when it was measured, and at the end, which is what is read
     else:
         rows = rows_of(tmp_path / "sampling-cuda-quick.json")
         order = [(r["backend"], r["bf16"]) for r in rows if r["part"] == "throughput"]
@@ -139,7 +139,7 @@ def status_of(folder: Path) -> str | int | None:
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)
 def test_ended_in_the_middle_it_leaves_what_was_measured(number, rows, tmp_path):
     """Of the command's group alone: a step has one of its own."""
-    process = start("-m", "bench.gpu", "--only", "sampling,figures", "--quick", "--out", str(tmp_path))
+    process = start("-m", "bench.gpu", "--only", "sampling,cost", "--quick", "--out", str(tmp_path))
     path = tmp_path / "sampling-cuda-quick.json"
     wait_for(lambda: status_of(tmp_path) == "runs" and len(rows_of(path)) >= rows, "no rows")
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
@@ -157,7 +157,7 @@ def test_ended_in_the_middle_it_leaves_what_was_measured(number, rows, tmp_path)
 
 
 BENCHMARKS = {  # some of each
-    "figures": ["--figures", "scan_forward,scan_backward,row_kernel"],
+    "cost": ["--cost", "scan_forward,scan_backward,row_kernel"],
     "sweep": ["--sweep", "scan"],
     "kernels": ["--kernels", "gate,cross_entropy", "--device", "cpu"],
     "training": ["--models", "pixel_cnn", "--device", "cpu"],
@@ -275,7 +275,7 @@ def test_a_part_takes_less_than_five_minutes():
 
 @pytest.mark.parametrize(
     "arguments, said",
-    [(["--only", "speed"], "--only=speed: expected figures, "), (["--part", "1", "--only", "tests"], "one of them")],
+    [(["--only", "speed"], "--only=speed: expected cost, "), (["--part", "1", "--only", "tests"], "one of them")],
 )
 def test_a_wrong_option_ends_in_one_line(arguments, said, capsys):
     with pytest.raises(SystemExit) as stopped:
