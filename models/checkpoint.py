@@ -54,21 +54,21 @@ def read(path: str | os.PathLike, device: str | torch.device = "cpu") -> dict[st
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: there is no such checkpoint")
+        raise FileNotFoundError(f"{path}: expected a checkpoint, found none")
     try:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()  # compares every record with its checksum, which torch.load does not
         if damaged:
-            raise ValueError(f"{path} is damaged: its record {damaged} is not what was written")
+            raise ValueError(f"{path}: expected a whole checkpoint, found its record {damaged} damaged")
         checkpoint = torch.load(path, map_location=device, weights_only=True)
     except zipfile.BadZipFile:
-        raise ValueError(f"{path} is no checkpoint, or it was cut short") from None
+        raise ValueError(f"{path}: expected a checkpoint, found a file of another kind, or one cut short") from None
     except ValueError:
         raise
     except Exception as error:  # torch.load raises whatever its unpickler meets
-        raise ValueError(f"{path} is no checkpoint: {str(error).splitlines()[0]}") from None
+        raise ValueError(f"{path}: expected a checkpoint, found {str(error).splitlines()[0]}") from None
     if not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT:
-        raise ValueError(f"{path} is no checkpoint of the format {FORMAT}")
+        raise ValueError(f"{path}: expected a checkpoint of the format {FORMAT}, found another")
     return checkpoint
 
 
@@ -80,17 +80,17 @@ def rebuild(checkpoint: dict[str, Any]) -> "models.base.ImageModel":
         model.load_state_dict(weights)
     except RuntimeError as error:
         lines = " ".join(str(error).split())
-        raise ValueError(f"the checkpoint's weights do not fit its model: {lines}") from None
+        raise ValueError(f"the checkpoint's weights: expected those of its model, found others: {lines}") from None
     return model.to(next(iter(weights.values())).device).eval()
 
 
 def load(path: str | os.PathLike, device: str | torch.device = "cpu") -> "models.base.ImageModel":
-    """Rebuild the model of a checkpoint from what that says alone; errors as in `read`."""
+    """Rebuild the model of a checkpoint from what that says, and nothing else; errors as in `read`."""
     return rebuild(read(path, device))
 
 
 def find(path: str | os.PathLike | None, runs: str | os.PathLike = "runs") -> Path:
-    """The checkpoint that is meant: a file, a run's folder (its best, else its last), or None for the newest run.
+    """Find the checkpoint that is meant: a file, a run's folder (its best, else its last), or None for the newest run.
 
     Raises:
         FileNotFoundError: there is none.
@@ -100,8 +100,8 @@ def find(path: str | os.PathLike | None, runs: str | os.PathLike = "runs") -> Pa
     folders = [Path(path)] if path is not None else {file.parent for file in Path(runs).rglob("last.pt")}
     found = [file for folder in folders if (file := best_or_last(folder))]
     if not found:
-        where = f"{path} holds no best.pt or last.pt" if path is not None else f"no trained model below {runs}/"
-        raise FileNotFoundError(f"{where}: run `python train.py` first, or name a checkpoint")
+        where = f"{path}: expected best.pt or last.pt" if path is not None else f"{runs}/: expected a trained model"
+        raise FileNotFoundError(f"{where}, found none: run `python train.py` first, or name a checkpoint")
     return max(found, key=lambda file: file.stat().st_mtime_ns)
 
 
