@@ -238,7 +238,7 @@ def masked_conv_op(u: Tensor, weight: Tensor, bias: Tensor, relu: bool, extra: i
     b, h, w, _ = u.shape
     taps = weight.to(u.dtype).flatten(2)[:, :, :live].permute(2, 1, 0).contiguous()  # (live k f)
     shape = b, h, w + extra, weight.shape[0]
-    return product(u.contiguous(), taps, bias, None, shape, weight.shape[2:], TURNED=False, RELU=relu)
+    return product(u.contiguous(), taps, bias.contiguous(), None, shape, weight.shape[2:], TURNED=False, RELU=relu)
 
 
 @masked_conv_op.register_fake

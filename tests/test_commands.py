@@ -418,11 +418,11 @@ class TestMistakes:
     IN_BOTH: ClassVar = [
         (["batch_size=0"], ["batch_size=0"]),
         (["checkpoint=nothing.pt"], ["nothing.pt"]),
-        (["checkpoint=text.pt"], ["text.pt", "no checkpoint"]),
+        (["checkpoint=text.pt"], ["text.pt", "expected a checkpoint"]),
         (["checkpoint=cut.pt"], ["cut.pt", "cut short"]),
         (["checkpoint=damaged.pt"], ["damaged.pt", "damaged"]),
-        (["checkpoint=pickle.pt"], ["pickle.pt", "no checkpoint"]),
-        (["checkpoint=other.pt"], ["other.pt", "no checkpoint"]),
+        (["checkpoint=pickle.pt"], ["pickle.pt", "expected a checkpoint"]),
+        (["checkpoint=other.pt"], ["other.pt", "expected a checkpoint"]),
         (["checkpoint=folder.png"], ["folder.png", "train.py"]),
     ]
 

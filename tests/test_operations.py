@@ -55,8 +55,6 @@ def takes_seconds(name: str, backend: str, size: tuple) -> bool:
 def case(name: str, backend: str, *rest, size: tuple | None = None):
     """A case of a test: (name, backend, *rest), and the size where there is one."""
     marks = [] if backend == "torch" else [needs_triton]
-    if rest == ("strange",) and (name, backend) == ("masked_conv", "triton"):
-        marks.append(pytest.mark.xfail(reason="the kernel reads a bias as if it were contiguous"))
     if DEVICE.type == "cpu" and takes_seconds(name, backend, size or OPERATIONS[name].small):
         marks.append(pytest.mark.slow)
     words = [name, backend, *map(str, rest), *([] if size is None else [text_of(size)])]
