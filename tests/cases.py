@@ -134,6 +134,7 @@ every_kind = every(plain)  # class × head × conditioned or not
 every_conditioned = every(lambda case: "classes" in case.extra)  # class × head
 every_mapped = every(lambda case: "map_features" in case.extra)  # architecture × head
 every_target = every(lambda case: not case.extra)  # one case a class
+every_checker = every(lambda case: not case.extra and case.target in ("PixelCNN", "MultiScale"))  # of arguments
 every_net = every(lambda case: not case.extra and case.reach is not None)  # one case an architecture
 
 

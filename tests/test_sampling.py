@@ -26,6 +26,7 @@ from tests.cases import (
     assert_methods_agree,
     build,
     every_case,
+    every_checker,
     every_conditioned,
     every_kind,
     every_state,
@@ -39,31 +40,42 @@ from tests.cases import (
 )
 
 every_method = pytest.mark.parametrize("method", ["cached", "naive"])
-every_shape = pytest.mark.parametrize("height, width", [(4, 7), (7, 4), (1, 6), (6, 1), (1, 1), (2, 2)], ids=str)
-every_small_shape = pytest.mark.parametrize("height, width", [(3, 5), (5, 2), (1, 6), (6, 1), (1, 1)], ids=str)
+
+
+def at_sizes(sizes: list, of_all: list):
+    """Every class without switches at all of `sizes` (h w c); the other cases at those of `of_all`."""
+    return pytest.mark.parametrize(
+        "case, size",
+        [
+            pytest.param(case, size, id=f"{name}-{size[0]}x{size[1]}x{size[2]}")
+            for name, case in CASES.items()
+            for size in (of_all if case.extra else sizes)
+        ],
+    )
+
+
+WIDE_HIGH_THIN = [(4, 7), (7, 4), (1, 6), (6, 1), (1, 1), (2, 2)]
 
 
 # ------------------------------------------------------------------------------------------- scan and network
 
 
-@every_case
-@every_shape
-@pytest.mark.parametrize("channels", [1, 2, 3])
-def test_the_cached_sampler_is_the_network(case, height, width, channels):
+@at_sizes([(*shape, c) for shape in WIDE_HIGH_THIN for c in (1, 2, 3)], [(4, 7, 3), (2, 2, 1)])
+def test_the_cached_sampler_is_the_network(case, size):
     """At every sub-pixel, on images wider than high, higher than wide, of one row, one column, one pixel."""
+    height, width, channels = size
     assert_cached_equals_forward(build(case, channels=channels, levels=5, height=height, width=width, hidden=7))
 
 
-@every_case
-@every_small_shape
-@pytest.mark.parametrize("channels", [1, 3])
-def test_cached_and_naive_draw_the_same_pixels(case, height, width, channels):
+@at_sizes([(*shape, c) for shape in WIDE_HIGH_THIN[1:] for c in (1, 3)], [(3, 5, 3)])
+def test_cached_and_naive_draw_the_same_pixels(case, size):
+    height, width, channels = size
     model = build(case, channels=channels, levels=5, height=height, width=width, hidden=7)
     drawn = assert_methods_agree(model, seed=3)
     assert drawn.unique().numel() > 1 or height * width == 1
 
 
-@every_case
+@every_kind
 @every_state
 def test_the_cached_sampler_is_the_network_in_every_state_of_life(case, state):
     """After training, a reload, a copy, and with huge numbers under the masks."""
@@ -372,7 +384,7 @@ def test_progress_tells_every_row_of_every_image(case):
     assert told == [2] * rows + [2] * rows + [1] * rows and rows == (6 if case.target == "MultiScale" else 3)
 
 
-@every_target
+@every_checker
 @pytest.mark.parametrize("wrong, named", [
     (lambda x: {"n": 0}, ["n=0", "at least 1"]),
     (lambda x: {"n": 2.0}, ["n=2.0", "integer"]),
