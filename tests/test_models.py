@@ -31,6 +31,7 @@ from tests.cases import (
     every_mapped,
     every_net,
     every_softmax,
+    every_state,
     every_target,
     given,
     given_alike,
