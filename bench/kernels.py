@@ -75,7 +75,7 @@ def beside(args: argparse.Namespace, loop: nn.Module, u: Tensor, compile: bool) 
 
 
 def diagonal(args: argparse.Namespace, b: int, h: int, w: int, f: int) -> Work:
-    layer, pixels = DiagonalLSTMLayer(f, 1, 0), b * h * w
+    layer, pixels = DiagonalLSTMLayer(Stretch(f), Stretch(2 * f), []), b * h * w
     u = leaf(args, torch.randn(b, h, w, 2 * f))
     given = [u, *(leaf(args, x) for x in (layer.masked_input_weight(), layer.bias, layer.state_weight))]
     things = {"ours": (lambda: kernels.diagonal_lstm(*given), given)}
