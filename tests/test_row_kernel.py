@@ -1,4 +1,4 @@
-"""What the row kernel promises: the row scan's pixels and conditionals, in one launch a row.
+"""What the row kernel promises: the cached sampler's pixels and conditionals, in one launch a row.
 
 On a machine without a GPU it runs in Triton's interpreter, watched for races (`tests.races`); `bench.compile` compiles
 it.
