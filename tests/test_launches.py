@@ -103,7 +103,7 @@ def test_benchmarks_run_to_their_end(tmp_path, name):
 @pytest.mark.parametrize("index", [0, 1])
 def test_launches_and_captures_are_where_the_tensors_are(tmp_path, index):
     """Also where another device is the current one, as for a process of torchrun that has not been told its own."""
-    process = pytest_on_the_fake_gpu(tmp_path, "tests/fake_gpu/checks.py", index=index)
+    process = pytest_on_the_fake_gpu(tmp_path, "tests/fake_gpu/gpu_checks.py", index=index)
     text = process.communicate()[0]
     assert process.returncode == 0, text[-5000:]
 
