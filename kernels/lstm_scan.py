@@ -341,9 +341,11 @@ def lstm_scan_bwd_kernel(
             handed = d_cells + scratch[:, None] * f + n[None, :]
             dc = tl.load(handed, mask=mask, other=0.0) + dh * o * (1 - tanh_cell * tanh_cell)
             tl.store(handed, dc * forget, mask=mask)
-            d_o, d_forget = dh * tanh_cell * o * (1 - o), dc * cell_before * forget * (1 - forget)
-            d_i, d_g = dc * g * i * (1 - i), dc * i * (1 - g * g)
-            store_gates(d_pre + at, f, mask, d_o, d_forget, d_i, d_g)
+            type = d_pre.dtype.element_ty  # each is stored before the next is computed: registers are few
+            tl.store(d_pre + at, (dh * tanh_cell * o * (1 - o)).to(type), mask=mask)
+            tl.store(d_pre + at + f, (dc * cell_before * forget * (1 - forget)).to(type), mask=mask)
+            tl.store(d_pre + at + 2 * f, (dc * g * i * (1 - i)).to(type), mask=mask)
+            tl.store(d_pre + at + 3 * f, (dc * i * (1 - g * g)).to(type), mask=mask)
         tl.debug_barrier()
 
 
