@@ -1,4 +1,4 @@
-"""What all models share: p(x) = Π p(x_k | x_<k) over sub-pixels in raster order, red before green before blue.
+"""The base of all models: p(x) = Π p(x_k | x_<k) over sub-pixels in raster order, red before green before blue.
 
 Legend: b batch · c channel (colour) · h w rows, columns · f features · v levels · d features of the condition.
 
@@ -37,7 +37,7 @@ class Stage(NamedTuple):
 
 
 class ImageModel(nn.Module):
-    """What can be done with any model of images (b c h w) of integers in [0, levels)."""
+    """A model of images (b c h w) of integers in [0, levels)."""
 
     channels: int
     levels: int
@@ -114,7 +114,7 @@ class ImageModel(nn.Module):
 
     @property
     def nets(self) -> list["AutoregressiveModel"]:
-        """What draws an image, from the smallest to the largest; all models but Multi-Scale have one."""
+        """The networks that draw an image, from the smallest to the largest; all models but Multi-Scale have one."""
         raise NotImplementedError
 
     def stage(self, k: int, smaller: Tensor | None, label: Tensor | None, cond: Tensor | None) -> Stage:
@@ -195,7 +195,7 @@ class AutoregressiveModel(ImageModel):
             self.embedding = nn.Embedding(classes, hidden)
 
     def condition(self, label: Tensor | None = None, cond: Tensor | None = None) -> Tensor | None:
-        """What reaches every layer: labels (b,), maps (b d h w) → (b h w d), (b 1 1 d) for labels alone, or None."""
+        """The condition of labels (b,), maps (b d h w) or both: (b h w d), (b 1 1 d) for labels only, or None."""
         parts = []
         if cond is not None:
             cond = cond.permute(0, 2, 3, 1).to(self.stem.weight.dtype)
@@ -238,7 +238,7 @@ class AutoregressiveModel(ImageModel):
 
 
 def check_label(classes: int, b: int, label: Tensor | None) -> None:
-    """Raise ValueError unless `label` (b,) is of a model with so many classes (0: none)."""
+    """Raise ValueError unless `label` (b,) is of a model with that number of classes (0: none)."""
     if not classes and label is not None:
         raise ValueError("label: expected none, as the model was built without classes")
     if classes and label is None:

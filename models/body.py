@@ -1,4 +1,4 @@
-"""What the bodies of all architectures share: how a layer's output joins the residual stream and the head's input.
+"""The base of all architectures' bodies: how a layer's output joins the residual stream and the head's input.
 
 Legend: b batch · h w rows, columns · f = hidden features · d features of the condition · g group.
 

@@ -83,7 +83,7 @@ class DiagonalLSTMs(Body):
         gates, before = [self.narrow] * 4, self.narrow.of_pixels_before()
 
         def direction(d: int) -> tuple[Weights, Weights, Weights, Weights | None]:
-            """What reads the left neighbour's hidden state, the upper one's, u, and the condition."""
+            """Weights from the left neighbour's hidden state, the upper one's, u, and the condition."""
             left, up = stack(lstm.state_weight[d] for lstm in self.lstm).chunk(2, dim=2)
             inputs = stack(lstm.masked_input_weight()[d] for lstm in self.lstm)
             bias = stack(lstm.bias[d] for lstm in self.lstm)

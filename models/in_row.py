@@ -51,7 +51,7 @@ class Weights(NamedTuple):
         return self.weight[:, rows], None if self.bias is None else self.bias[:, rows]
 
     def part(self, outputs: slice = slice(None), inputs: slice = slice(None)) -> "Weights":
-        """What some stretches of the inputs give to some of the outputs; the bias goes with the first inputs."""
+        """The product from some stretches of the inputs to some of the outputs; the bias goes with the first inputs."""
 
         def features(stretches: Stretches, chosen: slice) -> slice:
             start, stop, _ = chosen.indices(len(stretches))

@@ -117,7 +117,7 @@ class LogisticMixtureHead(nn.Module):
     def posterior(self, log_weights: Tensor, x: Tensor, mean: Tensor, sharpness: Tensor) -> Tensor:
         """The weights' logarithms (… m) once a centred value x (…) of the mixture is known.
 
-        They are normalized anew after each colour: sums of far values' logarithms would leave no digits to the rest.
+        They are normalized again after each colour: sums of far values' logarithms would leave no digits to the rest.
         """
         return (log_weights + log_mass(x[..., None], mean, sharpness, self.highest)).log_softmax(-1)
 

@@ -8,7 +8,7 @@ The small image is the large one's pixels in even rows and columns (counted from
 
 Each net of the larger images is any of the models, conditioned on the smaller image, which transposed convolutions
 bring to its size. With `copy_known` its pixels in even rows and columns are known: they cost no nats and are copied
-when an image is drawn. All probabilities then sum to one. Without it (the paper's form) a net predicts them anew, and
+when an image is drawn. All probabilities then sum to one. Without it (the paper's form) a net predicts them again, and
 mass is lost on images that disagree with the smaller one: p(x) is then no normalized likelihood.
 """
 
@@ -53,7 +53,7 @@ class MultiScale(ImageModel):
         base_hidden, base_layers: of the net of the smallest images; None: hidden, layers.
         doublings: how often the image is doubled.
         copy_known: whether pixels of the smaller image are known in the larger one (else: the paper's form).
-        train: "joint" trains all nets, "base" that of the smallest images alone.
+        train: "joint" trains all nets, "base" only that of the smallest images.
         residual, skip, head, head_features, mixtures, dropout, classes: of every net, see `AutoregressiveModel`.
 
     Raises:
@@ -123,7 +123,7 @@ class MultiScale(ImageModel):
         return [x[:, :, :: self.height // net.height, :: self.width // net.width] for net in self.nets]
 
     def from_smaller(self, k: int, smaller: Tensor) -> Tensor:
-        """What `nets[k]` is conditioned on, made of smaller images (b c h/2 w/2): (b d h w)."""
+        """The maps that `nets[k]` is conditioned on, made of smaller images (b c h/2 w/2): (b d h w)."""
         return self.upsample[k - 1](self.scale(smaller))
 
     def known(self, x: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ Legend: b batch · c channel (colour) · w columns of features · v levels · g 
 Rows above are finished, so what they give to a row is one product a layer, once a row. What is left is a chain along
 the row: column after column, group after group, layer after layer. `models.in_row` says what a layer computes there;
 here that becomes a list of calls for each column and group, bound to static memory and to weights, which a step only
-has to make. A row reads and writes this memory alone, and does the same each time: on a GPU it is a CUDA graph.
+has to make. A row reads and writes only this memory, and does the same each time: on a GPU it is a CUDA graph.
 """
 
 from collections.abc import Callable
@@ -211,7 +211,7 @@ class CachedLayers:
         return self.slots[layer, :, j + 2, s] if self.left_is_hidden else joined, joined, behind_ones
 
     def weights(self, layer: int, g: int) -> tuple:
-        """What a layer multiplies with for the features of group g, in all columns."""
+        """The weights of a layer for the features of group g, the same in all columns."""
         row, down = self.in_row, None
         if row.down:
             weight, bias = row.down.of_group(g)
@@ -221,7 +221,7 @@ class CachedLayers:
     def calls(
         self, layer: int, j: int, g: int, down: Tensor | None, main: Tensor, join: tuple, tanh: Tensor | None
     ) -> list[Call]:
-        """What one layer computes at column j, for the features of group g."""
+        """The calls of one layer at column j, for the features of group g."""
         n, w, act, out = self.narrow.slices[g], self.wide.slices[g], self.in_row.act, []
         if down is not None:  # here = ReLU(down(ReLU(u))); the stream is one pixel's, changed in place
             u = following = self.join.stream[g]
@@ -252,7 +252,7 @@ class CachedLayers:
         return out + self.join.calls(g, u, behind_ones, following, *join)
 
     def views_handed_down(self, taps: int) -> Tensor:
-        """What `above` reads of the row above: (layers b w taps features), a view."""
+        """The inputs of `above` in the row above: (layers b w taps features), a view."""
         if self.vertical:
             return self.vertical.out[:, :, :, None]
         if self.hands_down_hidden:

@@ -1,6 +1,6 @@
-"""What chooses the values of sub-pixels: draw them, take given ones, keep known ones, record how likely they are.
+"""Rules choose the values of sub-pixels: draw them, take given ones, keep known ones, record how likely they are.
 
-A rule reads and writes static memory alone between `load` and `store`, so that a row can be a CUDA graph.
+A rule reads and writes only static memory between `load` and `store`, so that a row can be a CUDA graph.
 
 Legend: b batch · c channel · h w rows, columns · v levels · g group · i j a row, a column.
 """
@@ -15,7 +15,7 @@ from models.layers import state_dtype
 
 
 class Rule:
-    """What chooses values: `load(i)` before a row, then a call for each of its sub-pixels, then `store(i)`.
+    """Chooses values: `load(i)` before a row, then a call for each of its sub-pixels, then `store(i)`.
 
     What a call answers holds until the next call: it may be the same memory each time.
     """
