@@ -97,7 +97,7 @@ def steps(names: list[str], out: Path, quick: bool = False, compiled: bool = Fal
     training, layouts = "training_in", "any_layout and not torch"
     if quick:
         chosen, training = (
-            "two_runs and gate or pixels_of_the_naive and 3-gated_pixel_cnn-skip",
+            "two_runs and gate or pixels_of_the_naive and gated_pixel_cnn-skip",
             "learns and RowLSTM-False",
         )
     files = ["tests/test_operations.py", "tests/test_gpu.py", "tests/test_row_kernel.py"]

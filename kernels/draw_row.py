@@ -127,11 +127,12 @@ def form_for(b: int, itemsize: int) -> Form:
 def constants(form: Form, levels: int, mixtures: int, state: torch.dtype) -> dict:
     """Choose the constexpr arguments and options that follow from the form, the levels and the type of sums."""
     padded = max(2, next_power_of_2(levels))
+    chosen = 8 if mixtures else form.images  # of a mixture, 16 take a register too many on sm_90
     return {
         "MIXTURE": max(2, next_power_of_2(mixtures)) if mixtures else 0,
         "LEVELS": padded,
         "IMAGES": form.images,
-        "CHOSEN": min(form.images, max(1, (128 if mixtures else 256) * form.warps // padded)),
+        "CHOSEN": min(chosen, max(1, (128 if mixtures else 256) * form.warps // padded)),
         "BLOCK_N": form.block_n,
         "BLOCK_K": form.block_k,
         "STAGES": form.stages,

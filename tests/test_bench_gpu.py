@@ -126,7 +126,7 @@ def test_why_a_test_failed_is_in_the_log(tmp_path):
     (row,) = rows_of(tmp_path / "gpu.json")
     assert row["status"] == 1
     log = (tmp_path / "gpu.log").read_text()
-    assert "test_float32_is_exact_and_two_runs_are_equal" in log and "E   Assertion" in log and out == log
+    assert "test_float32_is_exact_and_two_runs_are_equal" in log and "E   assert" in log and out == log
 
 
 def status_of(folder: Path) -> str | int | None:
