@@ -1,4 +1,4 @@
-"""Rules about the compiler's text of a kernel, Triton's ttir and ttgir: what may go wrong on a GPU alone.
+"""Rules about the compiler's text of a kernel, Triton's ttir and ttgir: mistakes that show only on a GPU.
 
 `bench.compile` holds every kernel against them.
 """
@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 
 class Line(NamedTuple):
-    """An operation in the compiler's text, with the loops that it stands in, outermost first."""
+    """An operation in the compiler's text, with the loops around it, outermost first."""
 
     at: int
     name: str  # what it defines
@@ -73,7 +73,7 @@ def hasty_copies(text: str, same: dict[str, str] | None = None) -> list[str]:
         same: arguments that are views of others' memory.
 
     A pipelined loop copies ahead what its next turns load, its first turns' before it begins. That is right where the
-    loop stores nothing there, and a barrier stands between the last store and the loop.
+    loop stores nothing there, and there is a barrier between the last store and the loop.
     """
     lines, same = lines_of(text), same or {}
     walls, out = barriers(lines), []

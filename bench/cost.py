@@ -31,7 +31,7 @@ from models.sampling.rules import Draw
 
 SCAN = (16, 32, 33, 128)  # b h w f: the paper's CIFAR-10 size
 QUICK_SCAN = (1, 3, 4, 16)
-ROUNDS = 10  # launches of a scan between two events: one alone takes no longer than the host needs for it
+ROUNDS = 10  # launches of a scan between two events: a single one is over before the host has launched the next
 
 
 @contextmanager
@@ -99,7 +99,7 @@ def scan_launches(size: tuple, backward: bool, form: str = "auto", **changes) ->
 
 
 def drawn_rows(model, backend: str, b: int, rounds: int) -> PixelLoop:
-    """A loop that did the first row and the second, each so many times."""
+    """Draw the first row and the second, `rounds` times each, and return the loop that did."""
     uniforms = torch.rand(b, *model.shape, device=model.device)
     loop = PixelLoop(model, "cached", Draw(uniforms), b, backend=backend)
     with loop.drawing():

@@ -5,16 +5,16 @@ preparation of its buffers included:
 
     throughput  images/s by batch size, and on a GPU by backend and precision (there for two models of the papers'
                 size), beside the floor: arithmetic and weights over what this machine was just measured to reach.
-                Noise is made before; how long that takes is a row of its own
+                Noise is made before; the time for that has its own row
     methods     28×28 binary images: the cached sampler, and the naive one that re-runs the network a sub-pixel
     growth      the cached sampler at 16², 32² and 64²: the time a pixel should not depend on the size, and what it
-                keeps should grow with the width alone
+                keeps should grow only with the width
     colour      32×32×3 images of 256 levels: both methods, for small models and for a PixelCNN of 15 blocks, h = 128
-    products    what the cached sampler's matrix products alone take: those of a row, recorded with the memory that they
-                read and write, done again without anything in between; and what its calls take, of Python and torch,
-                where there is next to nothing to compute: one image, one feature a colour
+    products    the time of the cached sampler's matrix products by themselves: those of a row, recorded with the memory
+                that they read and write, done again without anything in between; and the time of its calls, of Python
+                and torch, where there is next to nothing to compute: one image, one feature a colour
 
-The naive sampler does the same work at every sub-pixel. So it is timed for the first few alone and the time
+The naive sampler does the same work at every sub-pixel. So it is timed for the first few only, and the time
 is multiplied; such a row says `extrapolated: true` and how many were timed. --full-naive draws whole images.
 """
 

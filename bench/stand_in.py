@@ -202,9 +202,9 @@ made: dict[str, str] = {}  # the last variant's key → what Triton's front end 
 
 
 def source_of(variant: Variant):
-    """What Triton compiles, which its front end makes once for one GPU after another: it asks nothing of them.
+    """The source that Triton compiles. Its front end runs once for all GPUs, as it asks nothing of them.
 
-    That takes a third of the time of a large kernel. `tests/test_launches.py` compares what it makes for each GPU.
+    The front end takes a third of the time of a large kernel. `tests/test_launches.py` compares its outputs.
     """
     from triton._C.libtriton import ir
     from triton.compiler import ASTSource
@@ -240,7 +240,7 @@ def compile_variant(variant: Variant, target: str) -> Compiled:
 
 
 def in_processes(function, *arguments: Iterable, together: int = 1) -> list:
-    """`map`, in as many processes as there are cores; each imports Triton anew, not in the interpreter.
+    """Map in as many processes as there are cores; each imports Triton itself, without the interpreter.
 
     Args:
         together: how many calls in a row one process does.

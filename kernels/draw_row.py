@@ -66,7 +66,7 @@ class Stem(NamedTuple):
 
 
 class Choice(NamedTuple):
-    """How values are chosen and what is recorded of it, in the row in hand."""
+    """The rule of the present row: how to choose values, and what to record of the choice."""
 
     uniforms: Tensor | None = None  # (b c w): draw with them
     temperature: float = 1.0

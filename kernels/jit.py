@@ -1,4 +1,4 @@
-"""Triton, or a stand-in with which the kernels' files can be imported where it is not installed: it is for Linux only.
+"""Triton, or a stand-in so that the kernels' files can be imported without it: Triton is for Linux only.
 
 `jit` makes a kernel and `launch` runs one: all launches pass here, so the rules for every launch are in one place.
 """

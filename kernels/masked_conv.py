@@ -171,7 +171,7 @@ def block(size: int, most: int) -> int:
 
 
 def by_number(k: int, f: int) -> dict:
-    """Choose options where sixteen does not divide k or f, so that each number has a load and an address of its own.
+    """Choose options where sixteen does not divide k or f, so that each number needs its own load and address.
 
     Unless told how many registers there are, the assembler puts some of these many addresses on the stack, to make room
     for another program.
