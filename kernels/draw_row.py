@@ -119,8 +119,8 @@ def form_for(b: int, itemsize: int) -> Form:
     """
     few = b <= 16 * 132
     if itemsize > 2:  # without matrix instructions, all operands are in registers
-        block_n, warps = (32, 4) if itemsize == 4 else (16, 8)
-        return Form(16, block_n, 16, 1, warps) if few else Form(64, block_n, 16, 1, 8)
+        block_n = 32 if itemsize == 4 else 16
+        return Form(16 if few else 64, block_n, 16, 1, 8)
     return Form(16, 64, 64, 3, 4) if few else Form(64, 32, 32, 3, 8)
 
 
