@@ -504,14 +504,15 @@ def draw_row_kernel(
     of_first = Weights(first_weight, first_bias, first_k, first_n)
     of_last = Weights(last_weight, last_bias, last_k, last_n)
 
-    for j in range(0, columns):
-        for g in range(0, GROUPS):
+    # Each stage computes its addresses anew: kept for the whole walk, they took more registers than there are.
+    for j in tl.range(0, columns, disable_licm=True):
+        for g in tl.range(0, GROUPS, disable_licm=True):
             stem(
                 u, stem_above, rows, of_stem, image, live, j, g, (reach + 1) * COLOURS, WIDE, BLOCK_N, BLOCK_K, STAGES,
                 STATE,
             )  # fmt: skip
             tl.debug_barrier()
-            for layer in range(0, layers):
+            for layer in tl.range(0, layers, disable_licm=True):
                 if down_weight is not None:
                     upto = num_inputs - f + (g + 1) * NARROW
                     down(
@@ -543,7 +544,7 @@ def draw_row_kernel(
                     BLOCK_N, BLOCK_K, STAGES, STATE,
                 )  # fmt: skip
                 tl.debug_barrier()
-                for chunk in range(0, IMAGES // CHOSEN):
+                for chunk in tl.range(0, IMAGES // CHOSEN, disable_licm=True):
                     some = tl.program_id(0).to(tl.int64) * IMAGES + chunk * CHOSEN + tl.arange(0, CHOSEN)
                     there = some < b
                     if MIXTURE == 0:
