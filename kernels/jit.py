@@ -20,7 +20,7 @@ except ImportError:
 
 __all__ = ["cdiv", "has_triton", "jit", "launch", "next_power_of_2", "tl", "triton"]
 
-OPTIONS = {"num_warps", "num_stages", "maxnreg"}  # what a launch may tell the compiler
+OPTIONS = {"num_warps", "num_stages", "maxnreg", "enable_fp_fusion"}  # what a launch may tell the compiler
 # What Triton takes from a launch for itself. A kernel's argument of such a name would never reach the kernel.
 TAKEN = OPTIONS | {"grid", "warmup", "stream", "device", "device_type", "debug", "instrumentation_mode", "num_ctas"}
 
@@ -63,6 +63,7 @@ def launch(kernel, grid: tuple[int, ...], *arguments, **named) -> None:
         raise TypeError(f"{kernel.__name__}: arguments missing: {missing}, unknown: {unknown}, of {len(given)} given")
     if torch.version.hip is not None:
         named.pop("maxnreg", None)  # a limit that the compiler for AMD's GPUs does not have
+    named.setdefault("enable_fp_fusion", True)  # x·y + z in one instruction; from 3.10 on, Triton asks to be told
     device = next(x.device for x in (*arguments, *named.values()) if isinstance(x, Tensor))
     # Triton launches on the current device, whatever device the tensors are on.
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():

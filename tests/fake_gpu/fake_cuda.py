@@ -83,6 +83,9 @@ class Stream:
     def wait_stream(self, stream) -> None:
         pass
 
+    def is_capturing(self) -> bool:
+        return state["capturing"]
+
     synchronize = synchronize
 
 
@@ -152,6 +155,8 @@ def install():
     cuda.manual_seed_all = lambda seed: None
     cuda.synchronize, cuda.device, cuda.Stream, cuda.Event = synchronize, Device, Stream, Event
     cuda.current_stream, cuda.stream, cuda.CUDAGraph, cuda.graph = Stream, on_stream, Graph, graph
+    cuda.is_current_stream_capturing = lambda: state["capturing"]
+    torch.accelerator.current_stream = Stream
     tensor.is_cuda = property(lambda x: real_device.__get__(x).type == "cpu")
     tensor.device = property(lambda x: HERE if real_device.__get__(x).type == "cpu" else real_device.__get__(x))
     tensor.cuda = tensor.cpu = lambda x, *_, **__: x
