@@ -81,11 +81,8 @@ class Training:
         self.ema = averaged(self.model, cfg.ema) if cfg.ema else None
         self.optimizer = build_optimizer(self.config["optimizer"], self.model.parameters())
         self.binarizer = torch.Generator().manual_seed(cfg.seed)
-        self.step, self.seconds, self.best_val = (
-            0,
-            0.0,
-            {},
-        )  # best_val: the `summarise` of best.pt on the validation split
+        self.step, self.seconds = 0, 0.0
+        self.best_val = {}  # what `summarise` says of best.pt on the validation split
 
     @property
     def evaluated(self) -> nn.Module:

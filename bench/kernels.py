@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 import kernels
 from bench.measure import Clock, Results, ceilings, interleave, parse, parser, spread, table
-from bench.training import DenseConv, DenseRowLSTM, SkewedLSTM
+from bench.plain import DenseConv, DenseRowLSTM, SkewedLSTM
 from models.diag_bilstm import DiagonalLSTMLayer
 from models.features import Stretch
 from models.layers import MaskedConv

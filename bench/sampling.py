@@ -29,7 +29,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench.measure import Clock, Results, build, ceilings, describe, interleave, parse, parser, spread, table, whole
-from bench.training import live_multiply_adds
+from bench.plain import live_multiply_adds
 from models.sampling import PixelLoop, noise, sample
 from models.sampling.cached import Cached
 from models.sampling.loop import threads_for

@@ -11,6 +11,7 @@ import torch
 import models
 from bench import sampling, training
 from bench.measure import MODELS, interleave, spread, whole
+from bench.plain import baseline, live_multiply_adds
 from bench.sampling import kept_bytes
 from models.sampling.cached import Cached
 
@@ -73,7 +74,7 @@ def test_products_of_a_row_are_the_live_weights_and_what_is_packed_beside_them(n
     model = models.build({"_target_": MODELS[name][0], **sizes})
     one, two = (sampling.products_of_a_row(model, b) for b in (1, 2))
     assert two.operations == 2 * one.operations and two.weight_bytes == one.weight_bytes
-    live = 2 * training.live_multiply_adds(model) / model.height
+    live = 2 * live_multiply_adds(model) / model.height
     assert live <= one.operations < 1.3 * live  # biases of the join, masked inputs of the stem
 
 
@@ -112,7 +113,7 @@ def test_a_baseline_computes_what_its_model_does(name, channels, height, width):
     with torch.no_grad():
         for parameter in model.parameters():  # biases too: padding must not evolve a state through them
             parameter.copy_(torch.randn_like(parameter) * 0.4)
-    plain, x = training.baseline(model), torch.randint(0, 4, (2, channels, height, width))
+    plain, x = baseline(model), torch.randint(0, 4, (2, channels, height, width))
     torch.testing.assert_close(plain.outputs(x), model.outputs(x), atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(plain(x), model(x), atol=1e-4, rtol=1e-5)
     plain(x).sum().backward()
@@ -123,7 +124,7 @@ def test_a_baseline_computes_what_its_model_does(name, channels, height, width):
 def test_multiply_adds_are_those_of_live_weights():
     sizes = {"channels": 1, "levels": 2, "height": 3, "width": 5, "hidden": 4, "layers": 2}
     counts = {
-        m: training.live_multiply_adds(m(**sizes, head_features=7))
+        m: live_multiply_adds(m(**sizes, head_features=7))
         for m in (models.PixelCNN, models.GatedPixelCNN, models.RowLSTM, models.DiagBiLSTM)
     }
     stem, head = 24 * 8, 8 * 7 + 7 * 2  # a 7×7 of mask A has 24 live taps
