@@ -18,7 +18,7 @@ Without --part, both. Nothing that was measured is lost, whatever happens and wh
 is a process of its own, and may take until the time of all steps up to it is over: what one leaves is the next one's.
 What hangs is killed with all that it started. DIR gets
 
-    gpu-1.json      part 1: which steps ran, their commands, exit status and seconds, written anew at each change
+    gpu-1.json      part 1: which steps ran, their commands, exit status and seconds, rewritten at each change
     gpu-1.log       all that they print, which this command prints too
     STEP-cuda.json  what a benchmark measured, each row as soon as it is there
 

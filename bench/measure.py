@@ -24,7 +24,7 @@ import models
 from cli.machine import environment, keep_freed_memory
 from models.checkpoint import write_atomically
 
-LOST = 3  # exit status: the GPU answers this process no more; another goes on with --resume
+LOST = 3  # exit status: the GPU no longer answers this process; another one goes on with --resume
 
 MODELS = {  # class, hidden, layers
     "pixel_cnn": ("models.PixelCNN", 16, 15),
@@ -166,7 +166,7 @@ def interleave(
         things: name → what to call with a `Clock`; it ends laps as it likes, and one at its end.
         warmup: how many rounds are thrown away first.
         errors: where it is given, a thing that raises an exception is left out from then on, and its error goes there,
-            by name; unless all do, or the device answers no more.
+            by name; unless all do, or the device no longer answers.
 
     Returns:
         name → lap → its milliseconds in each round.
@@ -190,7 +190,7 @@ def interleave(
 
 
 def whole(thing: Callable[[], object]) -> Callable[[Clock], None]:
-    """What takes no clock, as one lap."""
+    """Wrap what takes no clock: all of it is one lap."""
 
     def run(clock: Clock) -> None:
         thing()
@@ -213,7 +213,7 @@ def ceilings(device: torch.device, dtype: torch.dtype, n: int, megabytes: int, r
     left, right = torch.randn(2, n, n, device=device).to(dtype)
     source = torch.zeros(megabytes << 18, device=device)
     target = torch.empty_like(source)
-    rounds = 20 if device.type == "cuda" else 1  # one alone takes a GPU no longer than its launch
+    rounds = 20 if device.type == "cuda" else 1  # a GPU computes one in less time than its launch takes
 
     def products() -> None:
         for _ in range(rounds):
@@ -264,7 +264,7 @@ class Results:
     def case(self, about: dict, measure: Callable[[], Iterable[dict]]) -> None:
         """Add the rows of `measure()`, each when it is known; an exception is one more row, `about` and "error".
 
-        Ends the process with status `LOST` where the GPU answers no more, or after --case-limit seconds.
+        Ends the process with status `LOST` where the GPU no longer answers, or after --case-limit seconds.
         """
         self.number += 1
         if self.number <= self.done:
@@ -286,7 +286,7 @@ class Results:
             if self.rows:
                 self.save(unfinished=self.done)
         if failed and not answers(self.args.device):
-            print(f"{self.args.command}: the GPU answers no more", flush=True)
+            print(f"{self.args.command}: the GPU no longer answers", flush=True)
             sys.stdout.flush()
             os._exit(LOST)  # without destructors, which would ask the GPU
         gc.collect()
@@ -328,7 +328,7 @@ def text_of(error: Exception) -> str:
 
 
 def answers(device: torch.device) -> bool:
-    """Whether the device still computes for this process: after some errors a GPU does not."""
+    """Tell whether the device still computes for this process: after some errors a GPU does not."""
     if device.type != "cuda":
         return True
     try:

@@ -40,7 +40,7 @@ BATCH, TIMED = 16, 4  # images drawn side by side; sub-pixels that the naive sam
 
 
 def naive_start(model, b: int, count: int):
-    """What visits the first `count` sub-pixels as the naive sampler does."""
+    """Make a function that visits the first `count` sub-pixels as the naive sampler does."""
     evaluator = Naive(model, b)
     rule = draw_rule(model, b)
     c, _, w = model.shape
@@ -115,7 +115,7 @@ PRODUCTS = ("addmm", "addmm_", "baddbmm", "baddbmm_", "mm")
 
 
 class Products(TorchDispatchMode):
-    """Records matrix products: what does each again, their multiplications and additions, and their weights' bytes."""
+    """Records matrix products: a call that repeats each, their multiplications and additions, their weights' bytes."""
 
     def __init__(self):
         super().__init__()
@@ -174,14 +174,8 @@ def products_alone(name: str, model, args: argparse.Namespace) -> dict:
     times = interleave(things, args.device, args.repeats, warmup=1)
     h, gflop = model.height, products.operations * model.height / 1e9
     ms, alone, calls = (spread(times[thing]["total"], h if thing == "products" else 1) for thing in things)
-    out = {
-        "part": "products",
-        **describe(name, model, b),
-        "method": "cached",
-        "backend": "torch",
-        "ms": ms,
-        "products_ms": alone,
-    }
+    out = {"part": "products", **describe(name, model, b), "method": "cached", "backend": "torch"}
+    out |= {"ms": ms, "products_ms": alone}
     out |= {"products_of_a_row": len(products.again), "gflop": gflop, "gflops": gflop / alone["median"] * 1e3}
     out |= {"weight_gigabytes": products.weight_bytes * h / 1e9, "calls_ms": calls}
     return out | {"share": alone["median"] / ms["median"], "share_of_calls": calls["median"] / ms["median"]}
@@ -257,14 +251,8 @@ def throughput(name: str, make, backend: str, bf16: bool, b: int, noises: Noise,
     gflop = 2 * live_multiply_adds(model) * b / 1e9
     read = args.weight_bytes[name] / (2 if bf16 else 1) / 1e9
     floor = gflop / c["gflops"]
-    row = {
-        "part": "throughput",
-        **describe(name, model, b),
-        "method": "cached",
-        "backend": backend,
-        "bf16": bf16,
-        "ms": ms,
-    }
+    row = {"part": "throughput", **describe(name, model, b), "method": "cached"}
+    row |= {"backend": backend, "bf16": bf16, "ms": ms}
     row |= {"images_per_second": b / ms["median"] * 1e3, "gflop": gflop, "weight_gigabytes": read}
     row |= {"floor_seconds": floor, "share": floor / ms["median"] * 1e3}
     row |= {"weights_seconds": read / c["gigabytes_per_second"]}

@@ -32,7 +32,7 @@ ON_A_GPU = [  # model, side, colours, levels, h, layers, features of the head, b
 
 
 def step_of(model: nn.Module, x: Tensor):
-    """A training step of a model on images x, as what takes a clock and ends three laps."""
+    """A training step of a model on images x, as a function of a clock, with three laps."""
     optimizer = torch.optim.RMSprop(model.parameters(), lr=1e-3, alpha=0.95, eps=1e-8, momentum=0.9, foreach=True)
     sub_pixels, half = math.prod(x.shape[1:]), torch.autocast("cuda", torch.bfloat16, enabled=x.is_cuda)
     model.train()

@@ -44,7 +44,7 @@ class AtOnce:
         if failed and not answers():
             if self.is_worker:
                 os._exit(3)  # before this test counts as done: it is the one that is said to have crashed
-            pytest.exit("the GPU answers no more", 3)
+            pytest.exit("the GPU no longer answers", 3)
 
     def pytest_sessionfinish(self) -> None:
         self.config.option.tbstyle = "no"  # they were printed

@@ -486,4 +486,4 @@ def test_tests_end_where_their_process_lost_the_gpu(tmp_path):
     (tmp_path / "test_it.py").write_text(LOST_BY)
     process = pytest_process(tmp_path)
     out, _ = process.communicate(timeout=PATIENCE)
-    assert process.returncode == 3 and "the GPU answers no more" in out and "AssertionError: here" in out, out
+    assert process.returncode == 3 and "the GPU no longer answers" in out and "AssertionError: here" in out, out
