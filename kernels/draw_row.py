@@ -119,15 +119,15 @@ def form_for(b: int, itemsize: int) -> Form:
     """
     few = b <= 16 * 132
     if itemsize > 2:  # without matrix instructions, all operands are in registers
-        block_n = 32 if itemsize == 4 else 16
-        return Form(16 if few else 64, block_n, 16, 1, 8)
+        block_n, warps = (32, 4) if itemsize == 4 else (16, 8)
+        return Form(16, block_n, 16, 1, warps) if few else Form(64, block_n, 16, 1, 8)
     return Form(16, 64, 64, 3, 4) if few else Form(64, 32, 32, 3, 8)
 
 
 def constants(form: Form, levels: int, mixtures: int, state: torch.dtype) -> dict:
     """Choose the constexpr arguments and options that follow from the form, the levels and the type of sums."""
     padded = max(2, next_power_of_2(levels))
-    chosen = 8 if mixtures else form.images  # of a mixture, 16 take a register too many on sm_90
+    chosen = 8 if mixtures else form.images  # of a mixture, 16 took a register too many on sm_90
     return {
         "MIXTURE": max(2, next_power_of_2(mixtures)) if mixtures else 0,
         "LEVELS": padded,
@@ -191,6 +191,7 @@ class DrawRow:
             "temperature": max(float(choice.temperature), 1e-30),
             "b": b,
             "layers": num_layers,
+            "groups": layers.main.weight.shape[1],
             "width": width,
             "columns": columns,
             "f": f,

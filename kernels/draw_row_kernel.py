@@ -422,7 +422,7 @@ def put(values, rows, value, image, live, colour, j, width, levels, reach, COLOU
 # --------------------------------------------------------------------------------------------------------- kernel
 
 
-@jit(varying=("b", "rows_stride"))
+@jit(varying=("b", "rows_stride", "groups"))
 def draw_row_kernel(
     rows,  # (b columns·colours): the row in hand as the stem reads it; values are put there
     stem_above,  # (b w f)
@@ -441,6 +441,7 @@ def draw_row_kernel(
     values,  # (b c w) int64, out
     uniforms, temperature, given, known, log_prob, conditionals,  # the rule; None where it does not say
     b, layers,
+    groups,  # GROUPS, as a number that the compiler does not know: loops over k that it could count, it would unroll
     rows_stride,  # from image to image
     # Views and their strides from layer to layer, image to image, column to column; None where there is none.
     u, u_layer, u_image: tl.constexpr, u_column: tl.constexpr,
@@ -506,7 +507,7 @@ def draw_row_kernel(
 
     # Each stage computes its addresses anew: kept for the whole walk, they took more registers than there are.
     for j in tl.range(0, columns, disable_licm=True):
-        for g in tl.range(0, GROUPS, disable_licm=True):
+        for g in tl.range(0, groups, disable_licm=True):
             stem(
                 u, stem_above, rows, of_stem, image, live, j, g, (reach + 1) * COLOURS, WIDE, BLOCK_N, BLOCK_K, STAGES,
                 STATE,

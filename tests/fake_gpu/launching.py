@@ -27,7 +27,7 @@ def test_a_launch_is_on_the_device_of_its_tensors():
     arguments = u, torch.empty(3, 4), 12, 4
     if INDEX:
         with pytest.raises(AssertionError, match=f"a launch on cuda:{INDEX} while cuda:0 is the current device"):
-            gate_fwd_kernel[(1,)](*arguments, BLOCK=1024, SUM=tl.float32)
+            gate_fwd_kernel[(1,)](*arguments, BLOCK=1024, SUM=tl.float32, enable_fp_fusion=True)
     assert state["device"] == 0
 
 
