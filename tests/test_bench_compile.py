@@ -12,6 +12,8 @@ pytest.importorskip("triton", reason="Triton is for Linux")
 from bench.compile import main
 from bench.compiled_text import hasty_copies, narrow_addresses, unguarded
 
+pytestmark = pytest.mark.slow
+
 
 def report(*arguments):
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
@@ -19,7 +21,6 @@ def report(*arguments):
     return subprocess.run(command, capture_output=True, text=True, env=environment)
 
 
-@pytest.mark.slow
 def test_every_kernel_keeps_the_rules(tmp_path):
     path = tmp_path / "report.json"
     done = report("--json", str(path))

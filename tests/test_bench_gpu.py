@@ -26,6 +26,7 @@ PATIENCE = 120  # seconds that something may take on a busy machine before a tes
 PASSING = {"PYTEST_ADDOPTS": "-p tests.fake_gpu.plugin --assert=plain"}  # tests of numbers that mean nothing
 ENVIRONMENT = {"date", "device", "cpu", "cores", "threads", "python", "torch", "triton", "commit"}
 
+pytestmark = pytest.mark.slow  # processes that are started, and killed
 linux = pytest.mark.skipif(sys.platform != "linux", reason="Triton is for Linux, and so is /proc")
 
 

@@ -141,6 +141,7 @@ class TestResume:
             time.sleep(0.01)
         return run, next(cwd.rglob("last.pt"))
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
     def test_after_a_signal(self, tmp_path, uninterrupted, number):
         run, last = self.start(tmp_path)
@@ -158,6 +159,7 @@ class TestResume:
         rows = [json.loads(line)["step"] for line in (last.parent / "metrics.jsonl").read_text().splitlines()]
         assert rows == sorted(rows) and len(rows) == len(set(rows)) + 6  # 6 evaluations share a step with a log line
 
+    @pytest.mark.slow
     def test_after_kills_in_the_middle_of_writing_a_checkpoint(self, tmp_path, uninterrupted):
         """Twice the fourth write of last.pt dies after half of its bytes."""
         script = f"""
@@ -469,6 +471,7 @@ def test_help_shows_how_to_begin(call, name):
     assert status == 0 and f"python {name}.py" in out and "seed: 0" in out
 
 
+@pytest.mark.slow
 def test_every_config_composes_and_builds():
     """Every model with every data set's shape, from the files in conf/ alone."""
     from hydra import compose, initialize_config_dir

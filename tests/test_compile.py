@@ -21,6 +21,7 @@ def build(name, **others):
     return models.build({"_target_": f"models.{name}", **sizes, **others})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", kernels.BACKENDS)
 @pytest.mark.parametrize("name", CLASSES)
 def test_a_compiled_model_trains(name, backend):
@@ -43,6 +44,7 @@ def test_a_compiled_model_trains(name, backend):
     assert losses[-1] < 0.9 * losses[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "others", [{"head": "logistic_mixture"}, {"classes": 3}, {"skip": True, "residual": False}], ids=str
 )

@@ -11,6 +11,7 @@ import models
 DEPTHS = {"PixelCNN": 15, "GatedPixelCNN": 15, "RowLSTM": 12, "DiagBiLSTM": 12}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", DEPTHS)
 @pytest.mark.parametrize(
     ("residual", "skip"), [(True, False), (True, True), (False, True), (False, False)], ids=["r", "rs", "s", "plain"]

@@ -80,6 +80,7 @@ def test_known_sub_pixels_are_kept(extra):
     assert torch.equal(drawn[x < 2], x[x < 2])
 
 
+@pytest.mark.slow
 @every_extra
 @pytest.mark.usefixtures("no_hazards")
 def test_the_row_kernel_draws_the_same(extra):

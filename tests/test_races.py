@@ -24,7 +24,10 @@ from tests.cases import ARCHITECTURES, CASES, MIXTURE, build, images
 from tests.races import Hazard, watched
 
 triton = pytest.importorskip("triton", reason="Triton is for Linux")
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="it is about Triton's interpreter")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(torch.cuda.is_available(), reason="it is about Triton's interpreter"),
+]
 tl = triton.language
 
 # ------------------------------------------------------------------------------------------------- small kernels

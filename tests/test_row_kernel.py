@@ -51,11 +51,13 @@ def assert_as_naive(model, n=2, **arguments):
     return drawn
 
 
+@pytest.mark.slow
 @every_case
 def test_it_draws_the_pixels_of_the_naive_sampler(case):
     assert assert_as_naive(small(case)).unique().numel() > 1
 
 
+@pytest.mark.slow
 @every(lambda case: plain(case) and "classes" not in case.extra)
 @pytest.mark.parametrize("channels, width", [(1, 2), (3, 1)])
 def test_its_conditionals_are_the_network_s(case, channels, width):
@@ -68,6 +70,7 @@ def test_images_of_one_row_or_column(case, height, width):
     assert_as_naive(small(case, channels=1, height=height, width=width))
 
 
+@pytest.mark.slow
 @every_net
 def test_many_layers_of_many_blocks(case):
     """More features than one block of any form has, in groups that are not equal."""
@@ -75,6 +78,7 @@ def test_many_layers_of_many_blocks(case):
     assert_as_naive(model)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["pixel_cnn", "diag_bilstm-mixture"])
 def test_more_images_than_a_program_has(name):
     model = small(CASES[name], channels=1)
@@ -86,6 +90,7 @@ def test_more_images_than_a_program_has(name):
 FORMS = sorted({form_for(b, size) for b in (1, 9999) for size in ((2, 4) if DEVICE.type == "cpu" else (4,))})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", FORMS, ids=str)
 @every_net
 def test_every_form(case, form, monkeypatch):
@@ -93,12 +98,14 @@ def test_every_form(case, form, monkeypatch):
     assert_as_naive(small(case, channels=2, height=2, width=1))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["pixel_cnn", "row_lstm-mixture"])
 @pytest.mark.parametrize("temperature", [0.3, 1e-39, 0])
 def test_temperatures(name, temperature):
     assert_as_naive(small(CASES[name]), 3, temperature=temperature)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["gated_pixel_cnn", "multi_scale", "multi_scale-mixture"])
 def test_known_sub_pixels_are_kept(name):
     """Those of the caller, and those that a smaller image shows."""
@@ -126,6 +133,7 @@ def test_a_value_of_probability_zero_is_never_drawn():
         assert (drawn == value).all()
 
 
+@pytest.mark.slow
 def test_it_scores_what_is_drawn():
     model = small(CASES["pixel_cnn"])
     rule = Keep(
