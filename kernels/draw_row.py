@@ -169,7 +169,7 @@ class DrawRow:
     ):
         b, colours, width = values.shape
         num_layers, _, columns, stream = layers.u.shape
-        f = layers.above.shape[3] // layers.gates
+        f, groups = layers.above.shape[3] // layers.gates, layers.main.weight.shape[1]
         new = layers.u.new_zeros  # a block may read what no group has written yet, times zero
         state = torch.float64 if layers.u.dtype == torch.float64 else torch.float32
         form = form_for(b, layers.u.element_size())
@@ -191,7 +191,7 @@ class DrawRow:
             "temperature": max(float(choice.temperature), 1e-30),
             "b": b,
             "layers": num_layers,
-            "groups": layers.main.weight.shape[1],
+            "groups": groups,
             "width": width,
             "columns": columns,
             "f": f,
@@ -202,7 +202,7 @@ class DrawRow:
             "levels": levels,
             "mixtures": head.mixtures,
             "GATES": layers.gates,
-            "GROUPS": layers.main.weight.shape[1],
+            "GROUPS": groups,
             "COLOURS": colours,
             "RESIDUAL": residual,
             "GREEDY": choice.temperature == 0,

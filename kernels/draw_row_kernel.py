@@ -441,7 +441,7 @@ def draw_row_kernel(
     values,  # (b c w) int64, out
     uniforms, temperature, given, known, log_prob, conditionals,  # the rule; None where it does not say
     b, layers,
-    groups,  # GROUPS, as a number that the compiler does not know: loops over k that it could count, it would unroll
+    groups,  # GROUPS again, but unknown to the compiler, which would unroll the loops over k if it could count them
     rows_stride,  # from image to image
     # Views and their strides from layer to layer, image to image, column to column; None where there is none.
     u, u_layer, u_image: tl.constexpr, u_column: tl.constexpr,
@@ -505,7 +505,7 @@ def draw_row_kernel(
     of_first = Weights(first_weight, first_bias, first_k, first_n)
     of_last = Weights(last_weight, last_bias, last_k, last_n)
 
-    # Each stage computes its addresses anew: kept for the whole walk, they took more registers than there are.
+    # disable_licm: without it the compiler keeps every stage's addresses in registers, and there are not enough.
     for j in tl.range(0, columns, disable_licm=True):
         for g in tl.range(0, groups, disable_licm=True):
             stem(

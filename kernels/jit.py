@@ -63,7 +63,7 @@ def launch(kernel, grid: tuple[int, ...], *arguments, **named) -> None:
         raise TypeError(f"{kernel.__name__}: arguments missing: {missing}, unknown: {unknown}, of {len(given)} given")
     if torch.version.hip is not None:
         named.pop("maxnreg", None)  # a limit that the compiler for AMD's GPUs does not have
-    named.setdefault("enable_fp_fusion", True)  # x·y + z in one instruction; from 3.10 on, Triton asks to be told
+    named.setdefault("enable_fp_fusion", True)  # x·y + z in one instruction; Triton 3.9 warns if not told
     device = next(x.device for x in (*arguments, *named.values()) if isinstance(x, Tensor))
     # Triton launches on the current device, whatever device the tensors are on.
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():

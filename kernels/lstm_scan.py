@@ -103,7 +103,7 @@ def pixel(step, position, direction, h, w, DIAGONAL: tl.constexpr):
         i = position
         j = step - position
     else:
-        i = tl.zeros_like(position) + step  # as long as j: Triton 3.9's interpreter does not widen a scalar mask
+        i = tl.zeros_like(position) + step  # a vector like j: Triton 3.9's interpreter cannot broadcast a scalar mask
         j = position
     inside = (i >= 0) & (i < h) & (j >= 0) & (j < w)
     column = tl.where(direction == 0, j, w - 1 - j)
