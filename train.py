@@ -1,5 +1,6 @@
 """Train a model: `python train.py [model=…] [dataset=…] [KEY=VALUE …]`; `python train.py --help` lists them all."""
 
+import copy
 import math
 from pathlib import Path
 
@@ -7,7 +8,6 @@ import torch
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel
 
 import data
 import models
@@ -21,6 +21,7 @@ from cli.runs import Metrics, check_classes, check_folder, own_overrides, resume
 from data.order import EpochOrder
 from models.base import bits_per_dim
 from models.checkpoint import read, rebuild, save
+from models.gradients import Gradients
 from models.likelihood import label_for, nats_of, summarise
 from models.sampling import sample
 
@@ -59,14 +60,11 @@ def learning_rate_factor(step: int, steps: int, warmup: int, decay: str) -> floa
     return factor
 
 
-def averaged(model: nn.Module, decay: float) -> AveragedModel:
-    """Keep an exponential moving average of the weights; its decay rises, so that the first weights are forgotten."""
-
-    def update(average: list[Tensor], current: list[Tensor], count: Tensor) -> None:
-        n = int(count)
-        torch._foreach_lerp_(average, current, 1 - min(decay, (1 + n) / (10 + n)))
-
-    return AveragedModel(model, multi_avg_fn=update)
+def follow(average: nn.Module, model: nn.Module, decay: float, n: int) -> None:
+    """Move an average of n models' weights towards the next ones; the decay rises, so that the first are forgotten."""
+    decay = min(decay, (1 + n) / (10 + n)) if n else 0.0
+    with torch.no_grad():
+        torch._foreach_lerp_([*average.parameters()], [*model.parameters()], 1 - decay)
 
 
 class Training:
@@ -78,8 +76,9 @@ class Training:
         self.model_config = {**self.config["model"], **dataset.shape}
         self.model = models.build(self.model_config).to(device)
         check_classes(self.model, dataset)
-        self.ema = averaged(self.model, cfg.ema) if cfg.ema else None
+        self.ema = copy.deepcopy(self.model) if cfg.ema else None
         self.optimizer = build_optimizer(self.config["optimizer"], self.model.parameters())
+        self.gradients = Gradients(self.model, cfg.bf16, cfg.cuda_graph)
         self.binarizer = torch.Generator().manual_seed(cfg.seed)
         self.step, self.seconds = 0, 0.0
         self.best_val = {}  # what `summarise` says of best.pt on the validation split
@@ -87,7 +86,7 @@ class Training:
     @property
     def evaluated(self) -> nn.Module:
         """The model to evaluate and to draw from."""
-        return self.ema.module if self.ema else self.model
+        return self.ema or self.model
 
     @property
     def num_parameters(self) -> int:
@@ -96,19 +95,16 @@ class Training:
 
     def take_step(self, x: Tensor, labels: Tensor | None) -> Tensor:
         """Take a step of the optimizer on images x (b c h w) with labels (b,); return their mean nats, a scalar."""
-        config, device = self.config, self.model.device
+        config = self.config
         factor = learning_rate_factor(self.step, config["steps"], config["warmup"], config["decay"])
         for group in self.optimizer.param_groups:
             group["lr"] = config["optimizer"]["lr"] * factor
-        with torch.autocast("cuda", torch.bfloat16, enabled=config["bf16"] and device.type == "cuda"):
-            nats = self.model(x.to(device), label_for(self.model, labels)).mean()
-        (nats / math.prod(self.model.shape)).backward()
+        nats = self.gradients(x, label_for(self.model, labels))
         if config["clip"] is not None:
             nn.utils.clip_grad_norm_(self.model.parameters(), config["clip"])
         self.optimizer.step()
-        self.optimizer.zero_grad()
         if self.ema:
-            self.ema.update_parameters(self.model)
+            follow(self.ema, self.model, config["ema"], self.step)
         self.step += 1
         return nats
 
@@ -117,7 +113,7 @@ class Training:
         checkpoint = {
             "model": self.model_config,
             "weights": self.model.state_dict(),
-            "ema": self.ema.module.state_dict() if self.ema else None,
+            "ema": self.ema.state_dict() if self.ema else None,
             "config": self.config,
             "overrides": own_overrides(HydraConfig.get().overrides.task),
             "optimizer": self.optimizer.state_dict(),
@@ -141,8 +137,7 @@ class Training:
             raise unexpected("ema", self.config["ema"], f"{checkpoint['config']['ema']}, as in {path}")
         self.model.load_state_dict(checkpoint["weights"])
         if self.ema:
-            self.ema.module.load_state_dict(checkpoint["ema"])
-            self.ema.n_averaged.fill_(checkpoint["step"])
+            self.ema.load_state_dict(checkpoint["ema"])
         try:
             self.optimizer.load_state_dict(checkpoint["optimizer"])
         except ValueError:

@@ -14,7 +14,9 @@ The floor of a row is the time that its operations take at the rate of a matrix 
 and their gradients take at the rate of a copy, whichever is longer; both rates are measured in the same run. `share`
 is the floor over the time. That a scan's steps follow each other is not in it.
 
-On a GPU numbers are bfloat16 and sizes the papers'; on a CPU float32, and small.
+On a GPU numbers are bfloat16 and sizes the papers'; on a CPU float32, and small. There the forward pass is captured as
+a CUDA graph, and both passes as another, so that what is timed is the GPU: `eager_ms` is the time of both passes
+launched one kernel after the other, which is mostly that of Python.
 
 Legend: b batch · h w rows, columns · k input features · f features · v levels.
 """
@@ -32,6 +34,7 @@ from torch import Tensor, nn
 import kernels
 from bench.measure import Clock, Results, ceilings, interleave, parse, parser, spread, table
 from bench.plain import DenseConv, DenseRowLSTM, SkewedLSTM
+from models.cuda_graph import captured, in_turn
 from models.diag_bilstm import DiagonalLSTMLayer
 from models.features import Stretch
 from models.layers import MaskedConv
@@ -167,21 +170,57 @@ def both_passes(forward: Callable[[], Tensor], wanted: list[Tensor]) -> Callable
     return run
 
 
+REPLAYS = 10  # of a graph between two events: one alone may be over before the next event is recorded
+
+
+def captured_passes(forward: Callable[[], Tensor], wanted: list[Tensor]) -> Callable[[Clock], None]:
+    """The same on a GPU from two graphs: laps "forward", and "both"."""
+    graphs: list[Callable[[], None]] = []
+
+    def capture() -> None:
+        d_out, stream = torch.randn_like(forward()), torch.cuda.Stream()
+        for run in (forward, lambda: torch.autograd.grad(forward(), wanted, d_out, allow_unused=True)):
+            with in_turn(stream):
+                run()
+                run()
+            graphs.append(captured(run, stream))
+
+    def run(clock: Clock) -> None:
+        if not graphs:
+            capture()
+        for name, replay in zip(("forward", "both"), graphs, strict=True):
+            for _ in range(REPLAYS):
+                replay()
+            clock.lap(name)
+
+    return run
+
+
 def compare(name: str, work: Work, reached: dict[str, float], args: argparse.Namespace) -> list[dict]:
     """A row for each thing, beside the floor of all of them."""
     errors: dict[str, str] = {}
+    cuda = args.device.type == "cuda"
     things = {thing: both_passes(*how) for thing, how in work.things.items()}
+    if cuda:
+        things = {f"{thing} eager": run for thing, run in things.items()}
+        things |= {thing: captured_passes(*how) for thing, how in work.things.items()}
     times = interleave(things, args.device, args.repeats, warmup=3, errors=errors)
+    if cuda:
+        for laps in (times[thing] for thing in work.things if thing in times):
+            laps["forward"], laps["total"] = ([t / REPLAYS for t in laps[lap]] for lap in ("forward", "both"))
+            laps["backward"] = [both - first for both, first in zip(laps["total"], laps["forward"], strict=True)]
     gflops, gigabytes = 6 * work.multiply_adds / 1e9, 2 * work.numbers * args.dtype.itemsize / 1e9
     floor = 1e3 * max(gflops / reached["gflops"], gigabytes / reached["gigabytes_per_second"])
     ours = spread(times["ours"]["total"])["median"] if "ours" in times else None
     about = {"operation": name, "shape": work.shape, "dtype": str(args.dtype).removeprefix("torch.")}
     rows = [{**about, "implementation": thing, "error": text} for thing, text in errors.items()]
-    for thing, laps in times.items():
-        ms = spread(laps["total"])
+    for thing in (thing for thing in work.things if thing in times):
+        laps, ms = times[thing], spread(times[thing]["total"])
         row = {**about, "implementation": thing, "ms": ms} | {
             f"{lap}_ms": spread(laps[lap]) for lap in ("forward", "backward")
         }
+        if eager := times.get(f"{thing} eager"):
+            row["eager_ms"] = spread(eager["total"])
         row |= {"gflop": gflops, "gigabytes": gigabytes, "floor_ms": floor, "share": floor / ms["median"]}
         rows.append(row | {"ratio": ours and ms["median"] / ours, "ratio_to": "ours"})
     return rows
@@ -196,8 +235,8 @@ def main(argv: list[str] | None = None) -> int:
     cuda = args.device.type == "cuda"
     args.dtype = torch.bfloat16 if cuda else torch.float32
     n, megabytes = (64, 1) if args.quick else (8192, 1024) if cuda else (1024, 64)
-    times = ("ms", "forward_ms", "backward_ms", "floor_ms", "share", "ratio")
-    results = Results(args, ("operation", "shape", "implementation", *times[:3], "ratio"))
+    times = ("ms", "forward_ms", "backward_ms", "eager_ms", "floor_ms", "share", "ratio")
+    results = Results(args, ("operation", "shape", "implementation", *times[:4], "ratio"))
     if not results.rows:
         most = ceilings(args.device, args.dtype, n, megabytes, args.repeats)
         results.add({"implementation": "ceilings", **most})

@@ -1,9 +1,9 @@
 """How the kernels are cut, compared: `python -m bench.sweep`.
 
-    scan    the Diagonal BiLSTM's scan at the paper's CIFAR-10 size, forward and backward, by features of a block
     rows    the row kernel of a PixelCNN of 15 blocks, h = 128, on 32×32×3, by images of a program, outputs and features
             of a block, at several batch sizes
-    warps   the scan again, with 16 warps for 8; and at the MNIST size, in the form that keeps all weights, by warps
+    scan    the Diagonal BiLSTM's scan at the paper's CIFAR-10 size, forward and backward, by features computed and read
+            at a time, and by warps; at the MNIST size, in the form that keeps all weights; and on 64×64 images
 
 A row says how long one launch takes, and what the compiler made: registers, spills, shared memory. What does not fit in
 a GPU is a row that says `no_room`, which is no failure. Numbers are bfloat16.
@@ -19,14 +19,20 @@ from functools import partial
 from bench.cost import QUICK_SCAN, ROUNDS, SCAN, on_a_gpu, pixel_cnn, scan_launches, timed_row_kernel, times_of
 from bench.measure import Results, parser, spread, table, text_of
 
-SMALL_SCAN = (16, 28, 29, 16)
-BLOCKS = (64, 32, 128)  # features
-WARPS = (4, 8, 16)
-FORMS = [  # images of a program, outputs and features of a block, warps
-    {"images": 16, "block_n": 64, "block_k": 64, "warps": 4},
-    {"images": 64, "block_n": 32, "block_k": 32, "warps": 8},
-    {"images": 64, "block_n": 64, "block_k": 32, "warps": 8},
-    {"images": 64, "block_n": 64, "block_k": 64, "warps": 8},
+SMALL_SCAN, TALL_SCAN = (16, 28, 29, 16), (16, 64, 65, 64)
+BLOCKS = [(64, 128, 8), (128, 128, 8), (128, 64, 8), (64, 64, 8), (64, 128, 4), (128, 128, 4), (32, 128, 8)]
+WARPS = (4, 8, 2)
+FORMS = [  # images of a program, outputs and features of a block, blocks of weights on their way, warps
+    {"images": 16, "block_n": 64, "block_k": 64, "stages": 3, "warps": 4},
+    {"images": 64, "block_n": 64, "block_k": 64, "stages": 3, "warps": 8},
+    {"images": 32, "block_n": 64, "block_k": 64, "stages": 3, "warps": 4},
+    {"images": 32, "block_n": 64, "block_k": 64, "stages": 3, "warps": 8},
+    {"images": 64, "block_n": 64, "block_k": 64, "stages": 3, "warps": 4},
+    {"images": 128, "block_n": 64, "block_k": 64, "stages": 3, "warps": 8},
+    {"images": 16, "block_n": 64, "block_k": 64, "stages": 3, "warps": 8},
+    {"images": 16, "block_n": 64, "block_k": 64, "stages": 4, "warps": 4},
+    {"images": 16, "block_n": 64, "block_k": 64, "stages": 2, "warps": 4},
+    {"images": 64, "block_n": 64, "block_k": 64, "stages": 2, "warps": 8},
 ]
 BATCHES = (8448, 4224, 2048, 16)
 
@@ -72,24 +78,24 @@ def scan_cases(size: tuple, form: str, cuts: list[dict], args: argparse.Namespac
             yield about, partial(scan, size, form, backward, changes, about, args)
 
 
-def by_block(args: argparse.Namespace, warps: int = 8) -> Cases:
-    yield from scan_cases(SCAN, "streamed", [{"block_n": n, "warps": warps} for n in BLOCKS], args)
-
-
-def by_warps(args: argparse.Namespace) -> Cases:
-    yield from by_block(args, warps=16)
+def scan_sweep(args: argparse.Namespace) -> Cases:
+    cuts = [{"block_n": n, "block_k": k, "warps": warps} for n, k, warps in BLOCKS]
+    yield from scan_cases(SCAN, "streamed", cuts, args)
     yield from scan_cases(SMALL_SCAN, "resident", [{"warps": warps} for warps in WARPS], args)
+    yield from scan_cases(TALL_SCAN, "streamed", [cut for cut in cuts if cut["block_n"] <= 64], args)
 
 
 def row_cases(args: argparse.Namespace) -> Cases:
     """The large batches first: which form is best there is open."""
     for b in (2, 1) if args.quick else BATCHES:
         for changes in FORMS[:2] if args.quick else FORMS:
+            if changes["images"] > max(16, b):
+                continue
             about = {"kernel": "draw_row", "shape": [b], "form": changes}
             yield about, partial(rows, b, changes, about, args)
 
 
-SWEEPS = {"scan": by_block, "rows": row_cases, "warps": by_warps}
+SWEEPS = {"rows": row_cases, "scan": scan_sweep}
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -3,7 +3,8 @@
 A step is forward, backward, and RMSprop's step with zero_grad, on random images that are on the device already: binary
 ones of 28×28, and on a GPU the papers' sizes (`ON_A_GPU`), with products in bfloat16 as train.py has them. Each model
 is timed in turn with a baseline, the same function of the same weights as it is usually written (`bench.plain`), and
-with a matrix product of 1024³ (on a GPU 8192³), whose rate says what the machine can do just then.
+with a matrix product of 1024³ (on a GPU 8192³), whose rate says what the machine can do just then. On a GPU both are
+timed with forward and backward as one CUDA graph, as train.py runs the models here, and operation by operation.
 
 Arithmetic is counted once, for both: the multiply-adds that no mask makes zero. A step counts as three forwards, as
 backward needs a product for the inputs' gradient and one for the weights'; a multiply-add is two operations.
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 
 from bench.measure import Clock, Results, build, describe, interleave, parse, parser, spread, table, whole
 from bench.plain import baseline, live_multiply_adds
+from models.gradients import Gradients
 
 ON_A_GPU = [  # model, side, colours, levels, h, layers, features of the head, batch
     ("diag_bilstm", 28, 1, 2, 16, 7, 32, 16),
@@ -31,10 +33,14 @@ ON_A_GPU = [  # model, side, colours, levels, h, layers, features of the head, b
 ]
 
 
+def optimizer_of(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.RMSprop(model.parameters(), lr=1e-3, alpha=0.95, eps=1e-8, momentum=0.9, foreach=True)
+
+
 def step_of(model: nn.Module, x: Tensor):
     """A training step of a model on images x, as a function of a clock, with three laps."""
-    optimizer = torch.optim.RMSprop(model.parameters(), lr=1e-3, alpha=0.95, eps=1e-8, momentum=0.9, foreach=True)
-    sub_pixels, half = math.prod(x.shape[1:]), torch.autocast("cuda", torch.bfloat16, enabled=x.is_cuda)
+    optimizer, sub_pixels = optimizer_of(model), math.prod(x.shape[1:])
+    half = torch.autocast("cuda", torch.bfloat16, enabled=x.is_cuda)
     model.train()
 
     def step(clock: Clock) -> None:
@@ -45,6 +51,19 @@ def step_of(model: nn.Module, x: Tensor):
         clock.lap("backward")
         optimizer.step()
         optimizer.zero_grad()
+        clock.lap("optimizer")
+
+    return step
+
+
+def captured_step_of(model: nn.Module, x: Tensor):
+    """The same with both passes as one CUDA graph: two laps."""
+    optimizer, gradients = optimizer_of(model), Gradients(model.train(), bf16=True)
+
+    def step(clock: Clock) -> None:
+        gradients(x)
+        clock.lap("gradients")
+        optimizer.step()
         clock.lap("optimizer")
 
     return step
@@ -63,30 +82,33 @@ def compare(name: str, model: nn.Module, b: int, n: int, args) -> list[dict]:
         for _ in range(products):
             torch.mm(left, right, out=product)
 
-    things = {
-        "ours": step_of(model, x),
-        "baseline": step_of(plain, x),
-        "matmul": whole(matmul),
-    }
+    cuda, models = args.device.type == "cuda", {"ours": model, "baseline": plain}
+    things = {(thing, True): captured_step_of(net, x) for thing, net in models.items()} if cuda else {}
+    things |= {(thing, False): step_of(net, x) for thing, net in models.items()}
+    first = next(iter(things))
+    things["matmul"] = whole(matmul)
     errors: dict[str, str] = {}
     times = interleave(things, args.device, args.repeats, warmup=3, errors=errors)
     multiply_adds = live_multiply_adds(model)
-    operations = {"ours": 6 * multiply_adds * b, "baseline": 6 * multiply_adds * b, "matmul": 2 * n**3}
     times["matmul"]["total"] = [t / products for t in times["matmul"]["total"]]
     ms = {thing: spread(laps["total"]) for thing, laps in times.items()}
-    gflops = {thing: operations[thing] / (ms[thing]["median"] * 1e6) for thing in times}
-    ours = ms["ours"]["median"] if "ours" in ms else None
-    rows = [{**describe(name, model, b), "implementation": thing, "error": text} for thing, text in errors.items()]
-    for thing in ("ours", "baseline"):
-        if thing in errors:
+    gflops = {thing: (6 * multiply_adds * b) / (ms[thing]["median"] * 1e6) for thing in times}
+    gflops["matmul"] = 2 * n**3 / (ms["matmul"]["median"] * 1e6)
+    ours = ms[first]["median"] if first in ms else None
+    rows = []
+    for thing, step in things.items():
+        if thing == "matmul":
             continue
-        row = {**describe(name, model, b), "implementation": thing, "step_ms": ms[thing]}
-        row |= {f"{lap}_ms": spread(times[thing][lap]) for lap in ("forward", "backward", "optimizer")}
+        row = {**describe(name, model, b), "implementation": thing[0], "graph": thing[1]}
+        if thing in errors:
+            rows.append(row | {"error": errors[thing]})
+            continue
+        row |= {"step_ms": ms[thing], **{f"{lap}_ms": spread(t) for lap, t in times[thing].items() if lap != "total"}}
         row |= {"images_per_second": b / ms[thing]["median"] * 1e3, "multiply_adds": multiply_adds}
         row |= {"gflops": gflops[thing], "share_of_matmul": gflops[thing] / gflops["matmul"]}
-        if args.device.type == "cuda":
+        if cuda:
             torch.cuda.reset_peak_memory_stats()
-            things[thing](Clock(args.device))
+            step(Clock(args.device))
             row["peak_megabytes"] = torch.cuda.max_memory_allocated() / 2**20
         rows.append(row | {"ratio": ours and ms[thing]["median"] / ours, "ratio_to": "ours"})
     measured = {"step_ms": ms["matmul"], "gflops": gflops["matmul"], "share_of_matmul": 1.0}
@@ -104,9 +126,9 @@ def main(argv: list[str] | None = None) -> int:
         cases, n = [case for case in ON_A_GPU if case[0] in args.names], 8192
     else:
         cases, n = [(name, 28, 1, 2, None, None, 32, 16) for name in args.names], 1024
-    times = ("step_ms", "forward_ms", "backward_ms", "optimizer_ms")
+    times = ("step_ms", "gradients_ms", "forward_ms", "backward_ms", "optimizer_ms")
     rates = ("images_per_second", "gflops", "share_of_matmul", "ratio")
-    results = Results(args, ("model", "implementation", "shape", "step_ms", *rates))
+    results = Results(args, ("model", "implementation", "graph", "shape", "step_ms", *rates))
 
     def measure(name: str, side: int, channels: int, levels: int, hidden, layers, head: int, b: int) -> list[dict]:
         model = build(name, side, channels, levels, hidden, layers, args.device, head)
@@ -116,11 +138,15 @@ def main(argv: list[str] | None = None) -> int:
         name, side, channels, levels, hidden, layers, _, b = case
         about = {"model": name, "shape": [b, channels, side, side], "levels": levels}
         results.case({**about, "hidden": hidden, "layers": layers}, partial(measure, *case))
-    table("A training step; ratio: time over that of the model here", results.rows, ("model", "implementation", *times))
+    table(
+        "A training step; ratio: time over that of the model here",
+        results.rows,
+        ("model", "implementation", "graph", *times),
+    )
     table(
         "The same as rates; share of what the matrix product reaches",
         results.rows,
-        ("model", "implementation", "shape", "parameters", "multiply_adds", *rates),
+        ("model", "implementation", "graph", "shape", "parameters", "multiply_adds", *rates),
     )
     return results.finish()
 

@@ -22,6 +22,7 @@ class Train:
     seed: int = MISSING
     device: str = MISSING
     bf16: bool = MISSING
+    cuda_graph: bool = MISSING
     resume: str | None = None
 
     warmup: int = MISSING

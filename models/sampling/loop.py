@@ -12,7 +12,7 @@ one row as a CUDA graph and replays it for the others.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import partial
 
 import torch
@@ -22,6 +22,7 @@ import kernels
 from checks import check_one_of, unexpected
 from kernels.jit import triton
 from models.base import AutoregressiveModel
+from models.cuda_graph import captured, in_turn, on
 from models.sampling.cached import Cached
 from models.sampling.naive import Naive
 from models.sampling.rules import Rule
@@ -128,8 +129,7 @@ class PixelLoop:
     def row(self, first: bool) -> None:
         """Run the loaded row.
 
-        Where rows are captured, the first run of each kind stays eager, on the stream that captures it later: libraries
-        allocate workspaces and choose algorithms on first use, which a CUDA graph cannot record.
+        Where rows are captured, the first run of each kind stays eager, on the stream that captures it later.
         """
         if first not in self.rows:
             self.rows[first] = partial(self.evaluator.row, self.rule, self.values, first)
@@ -155,28 +155,3 @@ class PixelLoop:
         self.rule.renew(rule)
         self.evaluator.condition = condition
         return self.run(tell)
-
-
-def on(device: torch.device):
-    """Make `device` the current one: Triton's launches and CUDA graphs go there, not to where tensors are."""
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
-
-
-@contextmanager
-def in_turn(stream: "torch.cuda.Stream | None") -> Iterator[None]:
-    """On another stream, if there is one, after all that the current one has to do; that waits for it afterwards."""
-    if stream is None:
-        yield
-        return
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        yield
-    torch.cuda.current_stream().wait_stream(stream)
-
-
-def captured(run: Callable[[], None], stream: "torch.cuda.Stream") -> Callable[[], None]:
-    """Capture `run` as a CUDA graph: it reads and writes the same memory each time, and asks the host nothing."""
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
-        run()
-    return graph.replay

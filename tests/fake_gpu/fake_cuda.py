@@ -152,6 +152,7 @@ def install():
     cuda.current_device, cuda.set_device = lambda: state["device"], lambda device: state.update(device=index_of(device))
     cuda.empty_cache = cuda.reset_peak_memory_stats = lambda *_: None
     cuda.get_rng_state_all, cuda.set_rng_state_all = lambda: [], lambda states: None
+    cuda.get_rng_state, cuda.set_rng_state = lambda device: None, lambda state, device: None
     cuda.manual_seed_all = lambda seed: None
     cuda.synchronize, cuda.device, cuda.Stream, cuda.Event = synchronize, Device, Stream, Event
     cuda.current_stream, cuda.stream, cuda.CUDAGraph, cuda.graph = Stream, on_stream, Graph, graph

@@ -9,6 +9,7 @@ from bench.stand_in import StandIn
 from kernels.gate import gate_fwd_kernel
 from kernels.jit import tl
 from kernels.lstm_scan import lstm_scan
+from models.gradients import Gradients
 from models.sampling import PixelLoop, noise, sample
 from models.sampling.rules import Draw
 from tests.fake_gpu import fake_cuda
@@ -55,6 +56,17 @@ def test_a_row_is_captured_once_its_kind_has_run():
     assert done[3:] == [("captured", "first")]
     loop.again(Draw(noise(2, range(2), model.shape)), None)
     assert len(done) == 4
+
+
+@pytest.mark.parametrize("name", ["PixelCNN", "GatedPixelCNN", "RowLSTM", "DiagBiLSTM"])
+def test_a_training_step_is_captured_once(name):
+    """Both passes, on the model's device, after two runs; images of another number are captured anew."""
+    gradients, x = Gradients(small(name, dropout=0.5).train(), bf16=True), torch.zeros(3, 1, 4, 3).long()
+    before = dict(state)
+    for n in (3, 3, 3, 2, 2):
+        gradients(x[:n])
+    assert state["graphs"] == before["graphs"] + 2 and state["replays"] == before["replays"] + 5
+    assert state["device"] == 0 and all(parameter.grad is not None for parameter in gradients.model.parameters())
 
 
 def test_what_a_capture_may_not_do_is_refused():
