@@ -108,8 +108,8 @@ def steps(names: list[str], out: Path, quick: bool = False, compiled: bool = Fal
         "sweep": benchmark("sweep"),
         "tests": [*tests, *files, "-k", chosen],
         "sampling": benchmark("sampling", repeats=2),
-        "training": benchmark("training", repeats=10),
-        "kernels": benchmark("kernels", *["--compile"] * compiled, repeats=10),
+        "training": benchmark("training", repeats=5),
+        "kernels": benchmark("kernels", *["--compile"] * compiled, repeats=5),
         "tests-training": [*tests, "tests/test_gpu.py", "-k", training],
         "sanitizer": [*sanitizer, *pytest, "tests/test_operations.py", "-k", layouts],
     }

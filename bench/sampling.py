@@ -285,7 +285,7 @@ def main(argv: list[str] | None = None) -> int:
     args.batch, args.hidden, args.layers, args.sides, args.batches = BATCH, None, None, (16, 32, 64), (1, 16, 64, 256)
     args.side, args.colour, args.weight_bytes = 28, (32, 256, 32, 5), {}
     if args.device.type == "cuda":
-        args.batches = 16, 2048, 4224, 8448  # a batch and what keeps 128 programs busy; 264 and 528 of 16, 132 of 64
+        args.batches = 16, 2048, 4224, 8448  # on 132 multiprocessors: 1, 128 and 264 programs of 16; 264 of 32
     if args.quick:
         args.batch, args.hidden, args.layers, args.sides, args.batches = 2, 4, 2, (3, 4), (1, 2)
         args.side, args.colour = 4, (3, 8, 6, 2)
@@ -352,24 +352,27 @@ def throughput_part(args: argparse.Namespace, results: Results) -> Cases:
     size, megabytes = (64, 1) if args.quick else (4096, 1024) if cuda else (1024, 64)
     dtypes = ({True: torch.bfloat16} if cuda else {}) | {False: torch.float32}
     names, make = args.names, binary
-    variants = [("torch", False)]
+    variants = {("torch", False): args.batches}
     if cuda:
         names, make = [name for name in args.names if name in ("pixel_cnn", "diag_bilstm")], large
-        variants = [("triton", True), ("torch", True), ("torch", False), ("triton", False)]
+        least, most = args.batches[0], args.batches[-1]
+        variants = {("triton", True): args.batches, ("torch", True): (least, most)}
+        variants |= {("torch", False): (least, most), ("triton", False): (least,)}
     for bf16, dtype in dtypes.items():
         about = {"part": "ceilings", "bf16": bf16, "product": size}
         yield (
             about,
             lambda about=about, dtype=dtype: [about | ceilings(args.device, dtype, size, megabytes, args.repeats)],
         )
-    most = {row["bf16"]: row for row in results.rows if row["part"] == "ceilings"}
+    reached = {row["bf16"]: row for row in results.rows if row["part"] == "ceilings"}
     noises = Noise(args)
     if names:
         shape = make(names[0], args).shape
         yield {"part": "noise"}, lambda: [noises.row(shape)]
-    for (backend, bf16), name, b in product(variants, names, args.batches):
-        about = {"model": name, "backend": backend, "bf16": bf16, "batch": b}
-        yield about, partial(throughput, name, make, backend, bf16, b, noises, most, args)
+    for ((backend, bf16), batches), name in product(variants.items(), names):
+        for b in batches:
+            about = {"model": name, "backend": backend, "bf16": bf16, "batch": b}
+            yield about, partial(throughput, name, make, backend, bf16, b, noises, reached, args)
 
 
 OF_METHODS = "model", "shape", "hidden", "method", "seconds", "images_per_second", "ratio", "extrapolated", "ms"

@@ -20,19 +20,11 @@ from bench.cost import QUICK_SCAN, ROUNDS, SCAN, on_a_gpu, pixel_cnn, scan_launc
 from bench.measure import Results, parser, spread, table, text_of
 
 SMALL_SCAN, TALL_SCAN = (16, 28, 29, 16), (16, 64, 65, 64)
-BLOCKS = [(64, 128, 8), (128, 128, 8), (128, 64, 8), (64, 64, 8), (64, 128, 4), (128, 128, 4), (32, 128, 8)]
-WARPS = (4, 8, 2)
+BLOCKS = [(128, 64, 8), (128, 128, 8), (64, 128, 8)]  # features computed and read at a time, warps
+WARPS = (4, 8)
 FORMS = [  # images of a program, outputs and features of a block, blocks of weights on their way, warps
-    {"images": 16, "block_n": 64, "block_k": 64, "stages": 3, "warps": 4},
-    {"images": 64, "block_n": 64, "block_k": 64, "stages": 3, "warps": 8},
-    {"images": 32, "block_n": 64, "block_k": 64, "stages": 3, "warps": 4},
-    {"images": 32, "block_n": 64, "block_k": 64, "stages": 3, "warps": 8},
-    {"images": 64, "block_n": 64, "block_k": 64, "stages": 3, "warps": 4},
-    {"images": 128, "block_n": 64, "block_k": 64, "stages": 3, "warps": 8},
-    {"images": 16, "block_n": 64, "block_k": 64, "stages": 3, "warps": 8},
-    {"images": 16, "block_n": 64, "block_k": 64, "stages": 4, "warps": 4},
-    {"images": 16, "block_n": 64, "block_k": 64, "stages": 2, "warps": 4},
-    {"images": 64, "block_n": 64, "block_k": 64, "stages": 2, "warps": 8},
+    {"images": images, "block_n": 64, "block_k": 64, "stages": stages, "warps": warps}
+    for images, stages, warps in ((16, 4, 4), (16, 3, 4), (32, 4, 4), (32, 3, 4), (64, 3, 8))
 ]
 BATCHES = (8448, 4224, 2048, 16)
 

@@ -18,7 +18,7 @@ try:
 except ImportError:
     triton, tl = None, SimpleNamespace(constexpr=None)
 
-__all__ = ["cdiv", "has_triton", "jit", "launch", "next_power_of_2", "tl", "triton"]
+__all__ = ["cdiv", "has_triton", "jit", "launch", "multiprocessors", "next_power_of_2", "tl", "triton"]
 
 OPTIONS = {"num_warps", "num_stages", "maxnreg", "enable_fp_fusion"}  # what a launch may tell the compiler
 # What Triton takes from a launch for itself. A kernel's argument of such a name would never reach the kernel.
@@ -43,6 +43,11 @@ def jit(kernel: Callable | None = None, *, varying: tuple[str, ...] = ()) -> Cal
 def has_triton(device: torch.device) -> bool:
     """Say whether the kernels compute on a device by default: on NVIDIA's GPUs they do."""
     return triton is not None and device.type == "cuda" and torch.version.hip is None
+
+
+def multiprocessors(device: torch.device) -> int:
+    """Count a GPU's multiprocessors; where there is none, an H100's."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
 
 
 def launch(kernel, grid: tuple[int, ...], *arguments, **named) -> None:

@@ -59,8 +59,9 @@ class Form(NamedTuple):
 def form_of(f: int, taps: int, extent: int, itemsize: int, backward: bool, name: str = "auto") -> Form:
     """Choose the form for f features, `taps` taps, `extent` positions, and numbers of `itemsize` bytes.
 
-    The blocks are the largest that leave no register on the stack: `python -m bench.compile` compiles them. Where
-    sixteen does not divide f, each number has a load and an address of its own, and registers hold smaller ones.
+    The blocks are the quickest that leave no register on the stack: `python -m bench.sweep` times them, `python -m
+    bench.compile` compiles them. Where sixteen does not divide f, each number has a load and an address of its own, and
+    registers hold smaller ones.
 
     Raises:
         ValueError: there is no form `name`, or it is not for this size.
@@ -88,8 +89,10 @@ def form_of(f: int, taps: int, extent: int, itemsize: int, backward: bool, name:
         block_n, block_k, warps = 32 if backward else 16, 64, 8
     elif backward:
         block_n, block_k, warps = 32 if name == "launches" else 128 if images * positions <= 32 else 64, 128, 8
+    elif images * positions > 32:
+        block_n, block_k, warps = 32, 128, 8
     else:
-        block_n, block_k, warps = 64 if images * positions <= 32 else 32, 128, 8
+        block_n, block_k, warps = *((64, 128) if name == "launches" else (128, 64)), 8
     return Form(False, name == "launches", images, positions, min(block_n, padded), min(block_k, padded), warps)
 
 

@@ -29,25 +29,26 @@ class Gradients:
         self.device = self.parameters[0].device
         cuda = self.device.type == "cuda"
         self.bf16, self.graph = bf16 and cuda, graph and cuda
-        self.inputs: list[Tensor] = []  # where the graph reads them
+        self.inputs: list[Tensor | None] = []  # where the graph reads them
         self.replay: Callable[[], None] | None = None
 
     def __call__(self, *inputs: Tensor | None) -> Tensor:
         """Images (b c h w), not checked, and what they are conditioned on → their mean nats, a scalar."""
-        inputs = [x.to(self.device) for x in inputs if x is not None]
+        inputs = [None if x is None else x.to(self.device) for x in inputs]
         with on(self.device):
             if not self.graph:
                 return self.compute(inputs)
-            if [x.shape for x in inputs] != [x.shape for x in self.inputs]:
+            if shapes(inputs) != shapes(self.inputs):
                 self.capture(inputs)
             for static, x in zip(self.inputs, inputs, strict=True):
-                static.copy_(x)
+                if x is not None:
+                    static.copy_(x)
             self.replay()
             for parameter, grad in zip(self.parameters, self.grads, strict=True):
                 parameter.grad = grad  # where the graph writes: what others may have put there is dropped
             return self.nats.clone()
 
-    def compute(self, inputs: list[Tensor]) -> Tensor:
+    def compute(self, inputs: list[Tensor | None]) -> Tensor:
         """Run both passes, one operation after the other."""
         self.forget()
         with torch.autocast("cuda", torch.bfloat16, enabled=self.bf16):
@@ -60,10 +61,10 @@ class Gradients:
         for parameter in self.parameters:
             parameter.grad = None
 
-    def capture(self, inputs: list[Tensor]) -> None:
+    def capture(self, inputs: list[Tensor | None]) -> None:
         """Capture both passes over images like these."""
         self.replay = self.nats = self.grads = None  # frees the memory of an older graph
-        self.inputs = [x.clone() for x in inputs]
+        self.inputs = [None if x is None else x.clone() for x in inputs]
         stream, random = torch.cuda.Stream(self.device), torch.cuda.get_rng_state(self.device)
         with in_turn(stream):
             for _ in range(2):
@@ -76,3 +77,7 @@ class Gradients:
         """Compute from the graph's own memory into it."""
         self.nats = self.compute(self.inputs)
         self.grads = [parameter.grad for parameter in self.parameters]
+
+
+def shapes(inputs: list[Tensor | None]) -> list:
+    return [None if x is None else x.shape for x in inputs]

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from checks import check, check_one_of, unexpected
+from kernels.jit import multiprocessors
 from models.base import ImageModel
 from models.sampling.loop import METHODS, PixelLoop
 from models.sampling.noise import noise
@@ -28,7 +29,10 @@ def sample(model: ImageModel, n: int, **arguments) -> Tensor:
 
 def batch_size_for(model: ImageModel) -> int:
     """The number of images drawn side by side by default: enough to keep a device busy, in part of its memory."""
-    images, memory = (2048, 2**34) if model.device.type == "cuda" else (256, 2**30)
+    images, memory = 256, 2**30
+    if model.device.type == "cuda":  # two programs of 32 images a multiprocessor, in a quarter of its memory
+        images = 64 * multiprocessors(model.device)
+        memory = torch.cuda.get_device_properties(model.device).total_memory // 4
     kept = max(16 * 4 * net.body.layers * net.body.hidden * net.width for net in model.nets)  # bytes an image, about
     return max(1, min(images, memory // kept))
 

@@ -15,6 +15,7 @@ import os
 import pickle
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 
@@ -148,6 +149,8 @@ def install():
     cuda.is_available, cuda.device_count = lambda: True, lambda: INDEX + 1
     cuda.get_device_name = lambda *_: "no GPU: a fake"
     cuda.get_device_capability = lambda *_: (9, 0)
+    properties = SimpleNamespace(multi_processor_count=132, total_memory=80 << 30)
+    cuda.get_device_properties = lambda *_: properties
     cuda.max_memory_allocated = lambda *_: 1
     cuda.current_device, cuda.set_device = lambda: state["device"], lambda device: state.update(device=index_of(device))
     cuda.empty_cache = cuda.reset_peak_memory_stats = lambda *_: None
