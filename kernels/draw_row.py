@@ -121,7 +121,7 @@ def form_for(b: int, itemsize: int, processors: int) -> Form:
     if itemsize > 2:  # without matrix instructions, all operands are in registers
         few, (block_n, warps) = b <= 16 * processors, (32, 4) if itemsize == 4 else (16, 8)
         return Form(16, block_n, 16, 1, warps) if few else Form(64, block_n, 16, 1, 8)
-    return Form(16 if b <= 16 * 2 * processors else 32, 64, 64, 4, 4)
+    return Form(16, 64, 64, 4, 4) if b <= 16 * 2 * processors else Form(32, 64, 64, 3, 4)
 
 
 def constants(form: Form, levels: int, mixtures: int, state: torch.dtype) -> dict:

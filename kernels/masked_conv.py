@@ -179,10 +179,11 @@ def by_number(k: int, f: int) -> dict:
     return {"maxnreg": 255} if k % 16 or f % 16 else {}
 
 
-def product_constants(k: int, f: int, itemsize: int) -> dict:
+def product_constants(taps: int, k: int, f: int, itemsize: int) -> dict:
     """Choose the blocks of `masked_conv_kernel`. Exact products of float32 have no matrix instruction: smaller ones.
 
     Where each number has an address of its own (`by_number`), more threads and smaller blocks hold them in registers.
+    A loop of four rounds needs no third block on its way, whose addresses took more registers than there were on sm_80.
     """
     few, odd = k < 16, k % 16 > 0 or f % 16 > 0
     if itemsize > 2:
@@ -194,13 +195,13 @@ def product_constants(k: int, f: int, itemsize: int) -> dict:
         "BLOCK_N": block(f, 64 if f % 16 else 128),
         "BLOCK_K": 32 if few else block(k, 32 if odd or f <= 32 else 64),
         "num_warps": 8 if f % 16 or f > (32 if odd else 64) else 4,
-        "num_stages": 3,
+        "num_stages": 3 if taps * k > 256 else 2,
         **by_number(k, f),
     }
 
 
 def weight_constants(taps: int, k: int, f: int, itemsize: int) -> dict:
-    """Choose the blocks of `masked_conv_weight_kernel`."""
+    """Choose the blocks of `masked_conv_weight_kernel`; of wide outputs, fewer on their way, as above."""
     rows, options = taps * k, by_number(k, f)
     if itemsize > 2:
         sizes = {"BLOCK_M": block(rows, 128 // itemsize), "BLOCK_N": block(f, 128 // itemsize), "BLOCK_P": 16}
@@ -209,7 +210,7 @@ def weight_constants(taps: int, k: int, f: int, itemsize: int) -> dict:
         sizes = {"BLOCK_M": block(rows, 64), "BLOCK_N": block(f, 64), "BLOCK_P": 32}
         return {**sizes, "num_warps": 8, "num_stages": 3, **options}
     sizes = {"BLOCK_M": block(rows, 64), "BLOCK_N": block(f, 128), "BLOCK_P": 64}
-    return {**sizes, "num_warps": 4, "num_stages": 3}
+    return {**sizes, "num_warps": 4, "num_stages": 3 if f <= 128 else 2}
 
 
 def sum_type(x: Tensor):
@@ -223,7 +224,7 @@ def product(u: Tensor, weight: Tensor, bias: Tensor | None, seen: Tensor | None,
     pixels = b * h * w_out
     assert pixels < 2**31
     if pixels:
-        constants = product_constants(k, f, u.element_size())
+        constants = product_constants(taps, k, f, u.element_size())
         grid = cdiv(pixels, constants["BLOCK_M"]), cdiv(f, constants["BLOCK_N"])
         sizes = pixels, h, u.shape[2], w_out, k, f
         given = {"TAPS": taps, "ROWS": rows, "COLUMNS": columns, "BIAS": bias is not None, "SEEN": seen is not None}
