@@ -87,7 +87,7 @@ def test_more_images_than_a_program_has(name):
 
 
 # In the interpreter also those of bfloat16, which it has not: on a GPU their blocks are too large for float32.
-FORMS = sorted({form_for(b, size, 132) for b in (1, 9999) for size in ((2, 4) if DEVICE.type == "cpu" else (4,))})
+FORMS = sorted({form_for(b, 64, size, 132) for b in (1, 9999) for size in ((2, 4) if DEVICE.type == "cpu" else (4,))})
 
 
 @pytest.mark.slow
