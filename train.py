@@ -17,7 +17,18 @@ from cli.command import Stopped, StopSignal
 from cli.machine import choose_device, environment, keep_freed_memory
 from cli.output import labels_in_rows, save_grid, write_json
 from cli.progress import Bar, Throughput
-from cli.runs import Metrics, check_classes, check_folder, own_overrides, resumed
+from cli.runs import (
+    Metrics,
+    check_alone,
+    check_classes,
+    check_folder,
+    continued,
+    differences,
+    overrides_of,
+    own_overrides,
+    read_last,
+    resumed,
+)
 from data.order import EpochOrder
 from models.base import bits_per_dim
 from models.checkpoint import read, rebuild, save
@@ -70,9 +81,9 @@ def follow(average: nn.Module, model: nn.Module, decay: float, n: int) -> None:
 class Training:
     """The state of a run: model, averaged weights, optimizer and random states, which a checkpoint holds."""
 
-    def __init__(self, cfg, dataset: data.Dataset, device: torch.device):
+    def __init__(self, cfg, overrides: list[str], dataset: data.Dataset, device: torch.device):
         torch.manual_seed(cfg.seed)
-        self.config = OmegaConf.to_container(cfg, resolve=True)
+        self.config, self.overrides = OmegaConf.to_container(cfg, resolve=True), overrides
         self.model_config = {**self.config["model"], **dataset.shape}
         self.model = models.build(self.model_config).to(device)
         check_classes(self.model, dataset)
@@ -109,13 +120,14 @@ class Training:
         return nats
 
     def save(self, path: Path) -> None:
-        """Write a checkpoint, whole or not at all."""
+        """Write a checkpoint, whole or not at all, and none that holds a number that is not finite."""
+        check_finite(self.largest(), "a weight", f"after step {self.step}", path.parent)
         checkpoint = {
             "model": self.model_config,
             "weights": self.model.state_dict(),
             "ema": self.ema.state_dict() if self.ema else None,
             "config": self.config,
-            "overrides": own_overrides(HydraConfig.get().overrides.task),
+            "overrides": self.overrides,
             "optimizer": self.optimizer.state_dict(),
             "step": self.step,
             "seconds": self.seconds,
@@ -128,13 +140,22 @@ class Training:
         }
         save(path, checkpoint)
 
-    def restore(self, path: Path, device: torch.device) -> None:
+    def largest(self) -> float:
+        """Return the largest of all weights' and the optimizer's numbers, without signs; NaN if there is one."""
+        kept = [x for state in self.optimizer.state.values() for x in state.values() if isinstance(x, Tensor)]
+        tensors = [*self.evaluated.parameters(), *self.model.parameters(), *(x for x in kept if x.dim())]
+        with torch.no_grad():
+            return torch.stack(torch._foreach_norm(tensors, math.inf)).max().item()
+
+    def restore(self, path: Path, checkpoint: dict) -> None:
         """Continue where a checkpoint was written; ValueError if its model or optimizer is another than this run's."""
-        checkpoint = read(path, device)
         if checkpoint["model"] != self.model_config:
             raise ValueError(f"{path}: expected this run's model {self.model_config}, found {checkpoint['model']}")
         if (checkpoint["ema"] is None) != (self.ema is None):
             raise unexpected("ema", self.config["ema"], f"{checkpoint['config']['ema']}, as in {path}")
+        name = checkpoint["config"]["optimizer"]["name"]
+        if self.config["optimizer"]["name"] != name:
+            raise unexpected("optimizer.name", self.config["optimizer"]["name"], f"{name}, as in {path}")
         self.model.load_state_dict(checkpoint["weights"])
         if self.ema:
             self.ema.load_state_dict(checkpoint["ema"])
@@ -142,6 +163,8 @@ class Training:
             self.optimizer.load_state_dict(checkpoint["optimizer"])
         except ValueError:
             raise ValueError(f"{path}: expected the optimizer {self.config['optimizer']}, found another") from None
+        for group in self.optimizer.param_groups:
+            group |= self.optimizer.defaults  # this run's, where they are others than the checkpoint's
         self.step, self.seconds, self.best_val = (checkpoint[k] for k in ("step", "seconds", "best_val"))
         random = checkpoint["random"]
         torch.set_rng_state(random["torch"].cpu())
@@ -150,19 +173,19 @@ class Training:
             torch.cuda.set_rng_state_all([state.cpu() for state in random["cuda"]])
 
 
-def check_finite(nats: float, when: str, folder: Path) -> None:
-    """Stop a run whose loss is no number any more, before it is saved over a good checkpoint."""
-    if not math.isfinite(nats):
+def check_finite(value: float, what: str, when: str, folder: Path) -> None:
+    """Stop a run whose numbers are none any more, before it is saved over a good checkpoint."""
+    if not math.isfinite(value):
         good = [str(folder / name) for name in ("last.pt", "best.pt") if (folder / name).exists()]
         where = f"the last good checkpoint is {good[0]}" if good else "no checkpoint was written before that"
-        raise Stopped(f"the loss is {nats} {when}; {where}. A lower optimizer.lr or clip may help", 1)
+        raise Stopped(f"{what} is {value} {when}; {where}. A lower optimizer.lr or clip may help", 1)
 
 
 def log(run: Training, throughput: Throughput, folder: Path, metrics: Metrics, bar: Bar) -> None:
     """Say and write how the steps since the last line went."""
     nats, rate, seconds = throughput.take()
     run.seconds += seconds
-    check_finite(nats, f"at step {run.step}", folder)
+    check_finite(nats, "the loss", f"at step {run.step}", folder)
     bits, lr = bits_per_dim(nats, run.model.shape), run.optimizer.param_groups[0]["lr"]
     metrics.write(run.step, train_nats=nats, train_bits_per_dim=bits, lr=lr, images_per_second=rate)
     bar.text(f"{bits:.3f} bits/dim · {nats:.1f} nats · {rate:.0f} images/s")
@@ -171,7 +194,7 @@ def log(run: Training, throughput: Throughput, folder: Path, metrics: Metrics, b
 def validate(run: Training, split: data.Split, folder: Path, metrics: Metrics, bar: Bar) -> None:
     """Measure the whole validation split, and write best.pt if the model was never as good before."""
     val = summarise(nats_of(run.evaluated, split)["nats"], run.model.shape)
-    check_finite(val["nats"], f"on the validation split at step {run.step}", folder)
+    check_finite(val["nats"], "the loss", f"on the validation split at step {run.step}", folder)
     metrics.write(run.step, val_nats=val["nats"], val_bits_per_dim=val["bits_per_dim"])
     bar.say(f"step {run.step} · val {val['bits_per_dim']:.4f} bits/dim, {val['nats']:.2f} nats")
     if val["nats"] < run.best_val.get("nats", math.inf):
@@ -201,7 +224,7 @@ def finish(run: Training, dataset: data.Dataset, folder: Path) -> None:
         "best_step": best["step"],
         "train_seconds": run.seconds,
         "images_per_second": run.step * min(run.config["batch_size"], len(dataset.train)) / run.seconds,
-        "command": " ".join(["python train.py", *HydraConfig.get().overrides.task]),
+        "command": " ".join(["python train.py", *run.overrides]),
         **environment(run.model.device),
     }
     write_json(folder / "summary.json", result)
@@ -212,16 +235,24 @@ def finish(run: Training, dataset: data.Dataset, folder: Path) -> None:
     print(f"{folder}: best.pt, last.pt, summary.json, samples/ · now: python sample.py")
 
 
-def main(cfg) -> None:
-    check_config(cfg)
+def main(cfg) -> float:
+    """Train, and return the best bits/dim of the validation split, which a sweeper may minimise."""
     keep_freed_memory()
-    folder = Path(HydraConfig.get().runtime.output_dir)
+    arguments, folder = HydraConfig.get().overrides.task, Path(HydraConfig.get().runtime.output_dir)
     check_folder(folder, cfg.resume)
-    device, dataset = choose_device(cfg.device), data.build(cfg.dataset)
-    run, last = Training(cfg, dataset, device), folder / "last.pt"
+    overrides, last, checkpoint = own_overrides(arguments), folder / "last.pt", None
     if last.exists():
-        run.restore(last, device)
+        checkpoint = read_last(folder)
+        cfg = continued(cfg, checkpoint, arguments, last)
+        overrides = overrides_of(checkpoint, arguments)
+    check_config(cfg)
+    device, dataset = choose_device(cfg.device), data.build(cfg.dataset)
+    run = Training(cfg, overrides, dataset, device)
+    if checkpoint:
+        run.restore(last, checkpoint)
         (folder / "summary.json").unlink(missing_ok=True)
+        for text in differences(checkpoint["config"], run.config):
+            print(f"this run goes on with {text}")
     print(f"{folder}\n{type(run.model).__name__}, {run.num_parameters:,} parameters", end=" · ")
     print(f"{dataset.name}, {len(dataset.train):,} images")
     print(f"{device}, {torch.get_num_threads()} threads · steps {run.step} to {cfg.steps}", flush=True)
@@ -251,7 +282,15 @@ def main(cfg) -> None:
     if signals.caught and run.step < cfg.steps:
         raise Stopped(f"stopped at step {run.step}; to continue: python train.py resume={folder}", 128 + signals.caught)
     finish(run, dataset, folder)
+    return run.best_val["bits_per_dim"]
+
+
+def prepare(argv: list[str]) -> list[str]:
+    check_alone()
+    return resumed(argv)
 
 
 if __name__ == "__main__":
-    command.run("train", main, resumed)
+    from train import main as task  # by its module's name, by which a launcher of processes finds it again
+
+    command.run("train", task, prepare)

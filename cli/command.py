@@ -70,7 +70,9 @@ def one_line(error: BaseException) -> str:
     return " ".join(line for line in lines if line) or type(error).__name__
 
 
-def run(name: str, main: Callable[[DictConfig], None], prepare: Callable[[list[str]], list[str]] = list) -> None:
+def run(
+    name: str, main: Callable[[DictConfig], float | None], prepare: Callable[[list[str]], list[str]] = list
+) -> None:
     """Compose conf/NAME.yaml with the command line, call main(cfg), and end the process.
 
     The exit status is 0, or 2 after a mistake of the user's (one line on stderr), or that of `Stopped`.
@@ -84,9 +86,9 @@ def run(name: str, main: Callable[[DictConfig], None], prepare: Callable[[list[s
     before = os.environ.get("HYDRA_FULL_ERROR")
     show_traceback = before == "1"
 
-    def task(cfg: DictConfig) -> None:
+    def task(cfg: DictConfig) -> float | None:
         try:
-            main(cfg)
+            return main(cfg)
         except (*MISTAKES, Stopped) as error:
             drop_if_unused(Path(HydraConfig.get().runtime.output_dir))
             if show_traceback or HydraConfig.get().mode == RunMode.MULTIRUN:

@@ -1,11 +1,18 @@
 """The runs below runs/: find one, continue it, and write what it measures; and the data that a checkpoint is of."""
 
 import json
+import re
 import sys
 from pathlib import Path
 
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
 import data
 from checks import one_of, unexpected
+from cli.command import CONF, Stopped
+from cli.output import rank_and_world
+from conf.schema import Train
 from models.base import ImageModel
 from models.checkpoint import read, write_atomically
 
@@ -20,34 +27,145 @@ def own_overrides(overrides: list[str]) -> list[str]:
     return [o for o in overrides if key_of(o) != "resume" and not key_of(o).startswith("hydra.")]
 
 
-def newest_unfinished(overrides: list[str]) -> Path | None:
-    """Return last.pt of the newest run below runs/ that had these arguments and has not ended, or None."""
-    paths = [path for path in Path("runs").rglob("last.pt") if not (path.parent / "summary.json").exists()]
-    for path in sorted(paths, key=lambda path: path.stat().st_mtime_ns, reverse=True):
+def with_arguments(overrides: list[str]) -> list[tuple[Path, dict]]:
+    """Return last.pt of each run below runs/ that had these arguments, and what it holds, the newest first."""
+    found, wanted = [], sorted(own_overrides(overrides))
+    for path in sorted(Path("runs").rglob("last.pt"), key=lambda path: path.stat().st_mtime_ns, reverse=True):
         try:
-            if sorted(read(path)["overrides"]) == sorted(own_overrides(overrides)):
-                return path
+            checkpoint = read(path)
         except ValueError as error:
             print(f"resume=auto passes over a run: {error}", file=sys.stderr)
-    return None
+            continue
+        if sorted(checkpoint["overrides"]) == wanted:
+            found.append((path, checkpoint))
+    return found
+
+
+def choices(overrides: list[str], argv: list[str]) -> list[str]:
+    """Return the GROUP=NAME among a checkpoint's arguments that choose a file of conf/ and are not given again.
+
+    Nothing else of a checkpoint reaches Hydra: its other arguments are in its config (`continued`).
+    """
+    given = {key_of(argument) for argument in argv}
+    pairs = [override.split("=") for override in overrides if re.fullmatch(r"[a-z]+=\w+", override)]
+    return [
+        f"{group}={name}" for group, name in pairs if group not in given and (CONF / group / f"{name}.yaml").is_file()
+    ]
 
 
 def resumed(argv: list[str]) -> list[str]:
-    """Turn resume=FOLDER, or resume=auto, into the arguments that continue that run: its own, then these.
+    """Turn resume=FOLDER, or resume=auto, into the arguments with which Hydra composes the run that goes on.
 
     auto is the newest unfinished run below runs/ that was started with these same arguments. If there is none, in a
     sweep, and with hydra.run.dir, the arguments stay as they are.
+
+    Raises:
+        Stopped: auto, and the only such runs have ended.
     """
-    by_key = {key_of(argument): argument for argument in argv}
-    value = by_key.get("resume", "").partition("=")[2].strip("'\"")
-    if value in ("", "null") or {"-m", "--multirun", "hydra.run.dir", "hydra.sweep.dir"} & by_key.keys():
+    keys = {key_of(argument) for argument in argv}
+    values = [argument.partition("=")[2].strip("'\"") for argument in argv if key_of(argument) == "resume"]
+    if not values or values[-1] in ("", "null") or {"-m", "--multirun", "hydra.run.dir", "hydra.sweep.dir"} & keys:
         return argv
-    path = newest_unfinished(argv) if value == "auto" else Path(value) / "last.pt"
-    if path is None:
-        return argv
-    kept = [override for override in read(path)["overrides"] if key_of(override) not in by_key]
+    if values[-1] == "auto":
+        runs = with_arguments(argv)
+        going = [(path, checkpoint) for path, checkpoint in runs if not (path.parent / "summary.json").exists()]
+        if runs and not going:
+            raise Stopped(f"{runs[0][0].parent}: this run has ended; without resume=auto a new one begins", 0)
+        if not going:
+            return argv
+        path, checkpoint = going[0]
+    else:
+        path = Path(values[-1]) / "last.pt"
+        checkpoint = read_last(path.parent)
     quoted = str(path.parent).replace("\\", "\\\\").replace("'", "\\'")
-    return [*kept, *argv, f"hydra.run.dir='{quoted}'"]
+    return [*choices(checkpoint["overrides"], argv), *argv, f"hydra.run.dir='{quoted}'"]
+
+
+def continued(cfg: DictConfig, checkpoint: dict, arguments: list[str], path: Path) -> DictConfig:
+    """Return the config with which a run goes on: the checkpoint's, changed by this command's own arguments.
+
+    Args:
+        cfg: what Hydra composed from conf/ as it is today, and the arguments.
+        arguments: those that Hydra was given.
+        path: of the checkpoint, for the text of an error.
+
+    Raises:
+        ValueError: an argument takes a key away or chooses another experiment, or the checkpoint's config is no config
+            of this command.
+    """
+    handed_on = choices(checkpoint["overrides"], [])
+    try:
+        before = OmegaConf.merge(OmegaConf.structured(Train), plain(checkpoint["config"]))
+    except (OmegaConfBaseException, ValueError) as error:
+        raise ValueError(f"{path}: expected the config of a run, found {str(error).splitlines()[0]}") from None
+    after = OmegaConf.merge(cfg, {})
+    for key in cfg:  # a key that did not exist then keeps today's value
+        if key in checkpoint["config"]:
+            after[key] = before[key]
+    for argument in own_overrides(arguments):
+        key = key_of(argument)
+        if argument in handed_on:
+            continue
+        if argument.startswith("~") or key == "experiment":
+            raise ValueError(
+                f"{argument}: expected KEY=VALUE with resume=, which changes single keys of a run's config"
+            )
+        OmegaConf.update(after, key, OmegaConf.select(cfg, key), merge=False, force_add=True)
+    return after
+
+
+def overrides_of(checkpoint: dict, arguments: list[str]) -> list[str]:
+    """Return the arguments that a continued run had in all: a checkpoint's, and this command's in their place."""
+    own = [argument for argument in own_overrides(arguments) if argument not in checkpoint["overrides"]]
+    keys = {key_of(argument) for argument in own}
+    return [override for override in checkpoint["overrides"] if key_of(override) not in keys] + own
+
+
+def read_last(folder: Path) -> dict:
+    """Read last.pt of a run's folder; the ValueError of a damaged one says whether best.pt is whole."""
+    try:
+        return read(folder / "last.pt")
+    except ValueError as error:
+        try:
+            step = read(folder / "best.pt")["step"]
+        except (OSError, ValueError):
+            raise error from None
+        best = f"{folder / 'best.pt'} of step {step} is whole, and can be copied to its place"
+        raise ValueError(f"{error}; {best}") from None
+
+
+def plain(config: object) -> dict:
+    """Return the config of a checkpoint if it holds nothing that OmegaConf would work out; ValueError otherwise."""
+    if not isinstance(config, dict):
+        raise ValueError(f"a {type(config).__name__}")
+    todo = [config]
+    while todo:
+        value = todo.pop()
+        if isinstance(value, dict):
+            todo += [*value, *value.values()]
+        elif isinstance(value, list):
+            todo += value
+        elif isinstance(value, str) and "${" in value:
+            raise ValueError(f"{value!r}")
+    return config
+
+
+def differences(before: dict, after: dict, name: str = "") -> list[str]:
+    """Say which values of two configs differ, each as KEY=NEW (was OLD)."""
+    if not (isinstance(before, dict) and isinstance(after, dict)):
+        return [] if before == after else [f"{name}={after} (was {before})"]
+    keys = [*before, *(key for key in after if key not in before)]
+    return [
+        text
+        for key in keys
+        for text in differences(before.get(key), after.get(key), f"{name}.{key}" if name else str(key))
+    ]
+
+
+def check_alone() -> None:
+    """Raise ValueError in one of several processes: each would train the same model into the same folder."""
+    if (world := rank_and_world()[1]) > 1:
+        raise unexpected("WORLD_SIZE", world, "1, as a run is trained by one process; torchrun is for sample.py")
 
 
 def check_folder(folder: Path, resume: str | None) -> None:
@@ -113,6 +231,7 @@ class Metrics:
 def is_before(line: str, step: int) -> bool:
     """Tell whether a line of metrics is whole and of this step or an earlier one."""
     try:
-        return json.loads(line)["step"] <= step
+        row = json.loads(line)
     except ValueError:  # a line that a killed run left unfinished
         return False
+    return isinstance(row, dict) and isinstance(row.get("step"), int) and row["step"] <= step

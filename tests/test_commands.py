@@ -179,7 +179,7 @@ def half(checkpoint, file):
         os.kill(os.getpid(), signal.SIGKILL)
     whole(checkpoint, file)
 torch.save = half
-command.run("train", train.main, train.resumed)
+command.run("train", train.main, train.prepare)
 """
         line = [sys.executable, "-c", script, *LONG, "resume=auto"]
         for step in (21, 42):
