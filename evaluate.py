@@ -29,7 +29,7 @@ def main(cfg) -> None:
         check_writable(out, ".json")
     path = find(cfg.checkpoint)
     checkpoint = read(path, choose_device(cfg.device))
-    model = rebuild(checkpoint)
+    model = rebuild(checkpoint, path)
     if cfg.classify and not model.classes:
         raise unexpected("classify", cfg.classify, f"false, as {path} was trained without classes")
     dataset = dataset_of(checkpoint, cfg.root)

@@ -159,7 +159,7 @@ def main(cfg) -> None:
     check_places(cfg, out)
     path, device = find(cfg.checkpoint), choose_device(cfg.device)
     checkpoint = read(path, device)
-    model = rebuild(checkpoint)
+    model = rebuild(checkpoint, path)
     print(f"{path} · {type(model).__name__}, {model.channels}×{model.height}×{model.width}, {model.levels} levels")
 
     request = request_of(cfg, model, checkpoint)

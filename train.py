@@ -31,7 +31,7 @@ from cli.runs import (
 )
 from data.order import EpochOrder
 from models.base import bits_per_dim
-from models.checkpoint import read, rebuild, save
+from models.checkpoint import one_line, read, rebuild, save
 from models.gradients import Gradients
 from models.likelihood import label_for, nats_of, summarise
 from models.sampling import sample
@@ -61,6 +61,14 @@ def build_optimizer(config: dict, parameters) -> torch.optim.Optimizer:
         return kind(parameters, foreach=True, **arguments)  # a few operations for all parameters together
     except (TypeError, ValueError) as error:
         raise ValueError(f"optimizer={config}: expected arguments of torch.optim.{kind.__name__} ({error})") from None
+
+
+def check_state(optimizer: torch.optim.Optimizer) -> None:
+    """Raise ValueError unless what an optimizer keeps of a parameter has that parameter's shape."""
+    for parameter, kept in optimizer.state.items():
+        for name, value in kept.items():
+            if isinstance(value, Tensor) and value.dim() and value.shape != parameter.shape:
+                raise ValueError(f"{name} of shape {tuple(value.shape)} for a parameter {tuple(parameter.shape)}")
 
 
 def learning_rate_factor(step: int, steps: int, warmup: int, decay: str) -> float:
@@ -144,6 +152,7 @@ class Training:
         """Return the largest of all weights' and the optimizer's numbers, without signs; NaN if there is one."""
         kept = [x for state in self.optimizer.state.values() for x in state.values() if isinstance(x, Tensor)]
         tensors = [*self.evaluated.parameters(), *self.model.parameters(), *(x for x in kept if x.dim())]
+        tensors = [x for x in tensors if x.numel()]
         with torch.no_grad():
             return torch.stack(torch._foreach_norm(tensors, math.inf)).max().item()
 
@@ -156,21 +165,22 @@ class Training:
         name = checkpoint["config"]["optimizer"]["name"]
         if self.config["optimizer"]["name"] != name:
             raise unexpected("optimizer.name", self.config["optimizer"]["name"], f"{name}, as in {path}")
-        self.model.load_state_dict(checkpoint["weights"])
-        if self.ema:
-            self.ema.load_state_dict(checkpoint["ema"])
         try:
+            self.model.load_state_dict(checkpoint["weights"])
+            if self.ema:
+                self.ema.load_state_dict(checkpoint["ema"])
             self.optimizer.load_state_dict(checkpoint["optimizer"])
-        except ValueError:
-            raise ValueError(f"{path}: expected the optimizer {self.config['optimizer']}, found another") from None
+            check_state(self.optimizer)
+            random = checkpoint["random"]
+            torch.set_rng_state(random["torch"])
+            self.binarizer.set_state(random["data"])
+            if torch.cuda.is_available() and random["cuda"]:
+                torch.cuda.set_rng_state_all(random["cuda"])
+        except Exception as error:  # a value of any kind, anywhere
+            raise ValueError(f"{path}: expected the state of this run, found another: {one_line(error)}") from None
         for group in self.optimizer.param_groups:
             group |= self.optimizer.defaults  # this run's, where they are others than the checkpoint's
         self.step, self.seconds, self.best_val = (checkpoint[k] for k in ("step", "seconds", "best_val"))
-        random = checkpoint["random"]
-        torch.set_rng_state(random["torch"].cpu())
-        self.binarizer.set_state(random["data"].cpu())
-        if torch.cuda.is_available() and random["cuda"]:
-            torch.cuda.set_rng_state_all([state.cpu() for state in random["cuda"]])
 
 
 def check_finite(value: float, what: str, when: str, folder: Path) -> None:
@@ -214,7 +224,7 @@ def save_samples(run: Training, folder: Path) -> None:
 def finish(run: Training, dataset: data.Dataset, folder: Path) -> None:
     """Evaluate the best checkpoint on the whole test split, and write summary.json."""
     best = read(folder / "best.pt", run.model.device)
-    nats = nats_of(rebuild(best), dataset.test)
+    nats = nats_of(rebuild(best, folder / "best.pt"), dataset.test)
     result = {f"test_{name}": value for name, value in summarise(nats["nats"], run.model.shape).items()}
     result |= {f"test_{name}_nats": values.mean().item() for name, values in nats.items() if name != "nats"}
     result |= {f"val_{name}": value for name, value in best["best_val"].items()}

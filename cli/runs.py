@@ -1,6 +1,7 @@
 """The runs below runs/: find one, continue it, and write what it measures; and the data that a checkpoint is of."""
 
 import json
+import math
 import re
 import sys
 from pathlib import Path
@@ -32,7 +33,7 @@ def with_arguments(overrides: list[str]) -> list[tuple[Path, dict]]:
     found, wanted = [], sorted(own_overrides(overrides))
     for path in sorted(Path("runs").rglob("last.pt"), key=lambda path: path.stat().st_mtime_ns, reverse=True):
         try:
-            checkpoint = read(path)
+            checkpoint = check_run(read(path), path)
         except ValueError as error:
             print(f"resume=auto passes over a run: {error}", file=sys.stderr)
             continue
@@ -123,15 +124,15 @@ def overrides_of(checkpoint: dict, arguments: list[str]) -> list[str]:
 
 def read_last(folder: Path) -> dict:
     """Read last.pt of a run's folder; the ValueError of a damaged one says whether best.pt is whole."""
+    last, best = folder / "last.pt", folder / "best.pt"
     try:
-        return read(folder / "last.pt")
+        return check_run(read(last), last)
     except ValueError as error:
         try:
-            step = read(folder / "best.pt")["step"]
+            step = check_run(read(best), best)["step"]
         except (OSError, ValueError):
             raise error from None
-        best = f"{folder / 'best.pt'} of step {step} is whole, and can be copied to its place"
-        raise ValueError(f"{error}; {best}") from None
+        raise ValueError(f"{error}; {best} of step {step} is whole, and can be copied to its place") from None
 
 
 def plain(config: object) -> dict:
@@ -148,6 +149,28 @@ def plain(config: object) -> dict:
         elif isinstance(value, str) and "${" in value:
             raise ValueError(f"{value!r}")
     return config
+
+
+CONTENTS = (  # of a checkpoint, beside what its model needs: key, whether a value is right, what is expected
+    ("overrides", lambda value: isinstance(value, list) and all(isinstance(x, str) for x in value), "a list of texts"),
+    ("optimizer", lambda value: isinstance(value, dict), "an optimizer's state"),
+    ("step", lambda value: type(value) is int and value >= 0, "an integer of at least 0"),
+    ("seconds", lambda value: type(value) is float and 0 <= value < math.inf, "a number of at least 0"),
+    (
+        "best_val",
+        lambda value: isinstance(value, dict) and all(type(x) is float for x in value.values()),
+        "numbers by name",
+    ),
+    ("random", lambda value: isinstance(value, dict) and {"torch", "cuda", "data"} <= {*value}, "random states"),
+)
+
+
+def check_run(checkpoint: dict, path: Path) -> dict:
+    """Return a checkpoint if it holds what continues a run, raise ValueError otherwise."""
+    for name, right, expected in CONTENTS:
+        if not right(checkpoint.get(name)):
+            raise ValueError(f"{path}: expected {name} to be {expected}, found {checkpoint.get(name)!r:.60}")
+    return checkpoint
 
 
 def differences(before: dict, after: dict, name: str = "") -> list[str]:

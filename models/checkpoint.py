@@ -10,16 +10,35 @@ A checkpoint is a dict of plain values and tensors, so that it loads with `weigh
     …            what train.py adds to continue: optimizer, step, best, random states
 """
 
+import math
 import os
 import zipfile
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 import models
 
 FORMAT = "pixelrnn-1"
+
+
+def is_state(value: object) -> bool:
+    """Tell whether a value is the state of a module: tensors by name, at least one."""
+    return (
+        isinstance(value, dict)
+        and len(value) > 0
+        and all(isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in value.items())
+    )
+
+
+CONTENTS = (  # of a checkpoint: key, whether a value is right, what is expected; train.py checks what it adds
+    ("model", lambda value: isinstance(value, dict), "a config"),
+    ("weights", is_state, "tensors by name"),
+    ("ema", lambda value: value is None or is_state(value), "tensors by name, or None"),
+    ("config", lambda value: isinstance(value, dict) and isinstance(value.get("dataset"), dict), "a run's config"),
+)
 
 
 def write_atomically(path: str | os.PathLike, write) -> None:
@@ -46,7 +65,7 @@ def save(path: str | os.PathLike, checkpoint: dict[str, Any]) -> None:
 
 
 def read(path: str | os.PathLike, device: str | torch.device = "cpu") -> dict[str, Any]:
-    """Read a checkpoint, whole or not at all.
+    """Read a checkpoint, whole or not at all. It may come from anybody: nothing in it is run.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -57,6 +76,9 @@ def read(path: str | os.PathLike, device: str | torch.device = "cpu") -> dict[st
         raise FileNotFoundError(f"{path}: expected a checkpoint, found none")
     try:
         with zipfile.ZipFile(path) as archive:
+            for record in archive.infolist():  # torch.save compresses none, so none is larger than the file
+                if record.compress_type != zipfile.ZIP_STORED:
+                    raise ValueError(f"{path}: expected a checkpoint, found a compressed record {record.filename}")
             damaged = archive.testzip()  # compares every record with its checksum, which torch.load does not
         if damaged:
             raise ValueError(f"{path}: expected a whole checkpoint, found its record {damaged} damaged")
@@ -66,27 +88,63 @@ def read(path: str | os.PathLike, device: str | torch.device = "cpu") -> dict[st
     except ValueError:
         raise
     except Exception as error:  # torch.load raises whatever its unpickler meets
-        raise ValueError(f"{path}: expected a checkpoint, found {str(error).splitlines()[0]}") from None
+        found = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"{path}: expected a checkpoint, found {found}") from None
     if not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT:
         raise ValueError(f"{path}: expected a checkpoint of the format {FORMAT}, found another")
+    for name, right, expected in CONTENTS:
+        if not right(checkpoint.get(name)):
+            raise ValueError(f"{path}: expected {name} to be {expected}, found {type(checkpoint.get(name)).__name__}")
     return checkpoint
 
 
-def rebuild(checkpoint: dict[str, Any]) -> "models.base.ImageModel":
-    """The model of a checkpoint that was read, with its averaged weights where it has them, in eval mode."""
-    model = models.build(checkpoint["model"])
+def rebuild(checkpoint: dict[str, Any], path: str | os.PathLike) -> "models.base.ImageModel":
+    """The model of a checkpoint that was read from `path`, with its averaged weights where it has them, in eval mode.
+
+    Raises:
+        ValueError: its config is none of a model, or its weights are not those of that model, or not finite.
+    """
     weights = checkpoint["weights"] if checkpoint["ema"] is None else checkpoint["ema"]
+    try:
+        check_claims(checkpoint["model"], weights)
+        model = models.build(checkpoint["model"])
+    except Exception as error:  # a value of any kind, anywhere
+        raise ValueError(f"{path}: expected the config of a model, found {one_line(error)}") from None
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:
-        lines = " ".join(str(error).split())
-        raise ValueError(f"the checkpoint's weights: expected those of its model, found others: {lines}") from None
+        raise ValueError(f"{path}: expected the weights of its model, found others: {one_line(error)}") from None
+    if not all(parameter.isfinite().all() for parameter in model.parameters()):
+        raise ValueError(f"{path}: expected finite weights, found some that are infinite or no number")
     return model.to(next(iter(weights.values())).device).eval()
 
 
 def load(path: str | os.PathLike, device: str | torch.device = "cpu") -> "models.base.ImageModel":
-    """Rebuild the model of a checkpoint from what that says, and nothing else; errors as in `read`."""
-    return rebuild(read(path, device))
+    """Rebuild the model of a checkpoint from what that says, and nothing else; errors as in `read` and `rebuild`."""
+    return rebuild(read(path, device), path)
+
+
+def one_line(error: Exception) -> str:
+    """Return an error's text in one line; its kind, where it has none."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def check_claims(config: dict[str, Any], weights: dict[str, Tensor]) -> None:
+    """Raise ValueError for a model larger than these weights, before it is built and takes time and memory.
+
+    For each product below a model has a weight of at least so many numbers, and for each layer one of its own.
+    """
+    limits = [(("layers",), len(weights)), (("base_layers",), len(weights))]
+    numbers = sum(weight.untyped_storage().nbytes() for weight in weights.values())  # at most one of a byte each
+    products = ["hidden hidden", "base_hidden base_hidden", "head_features", "classes hidden", "map_features hidden"]
+    products += ["channels hidden", "mixtures channels", "doublings"]
+    if config.get("head", "softmax") == "softmax":
+        products.append("levels channels")
+    limits += [(tuple(product.split()), numbers) for product in products]
+    for names, limit in limits:
+        values = [config.get(name) for name in names]
+        if all(isinstance(value, int) for value in values) and math.prod(values) > limit:
+            raise ValueError(f"{' · '.join(names)} = {math.prod(values)}, more than its weights hold")
 
 
 def find(path: str | os.PathLike | None, runs: str | os.PathLike = "runs") -> Path:

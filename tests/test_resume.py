@@ -1,0 +1,253 @@
+"""What a resumed run takes from its checkpoint, and what checkpoints that are not as they should be end in."""
+
+import copy
+import json
+import shutil
+import time
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+
+import train
+from cli.runs import choices, is_before, resumed
+from models.checkpoint import load, read
+from tests.commands import SHORT, process, refused
+
+
+@pytest.fixture(scope="module")
+def ended(tmp_path_factory) -> Path:
+    """The folder of a tiny finished run, not to be changed."""
+    folder = tmp_path_factory.mktemp("ended") / "run"
+    process("train.py", *SHORT, "model=pixel_cnn", f"hydra.run.dir={folder}", check=True)
+    return folder
+
+
+@pytest.fixture
+def run(ended, tmp_path) -> Path:
+    """A copy of it."""
+    return shutil.copytree(ended, tmp_path / "copied")
+
+
+def change(path: Path, **values) -> None:
+    """Write a checkpoint again with other values at some of its keys; a function is called with the old one."""
+    checkpoint = torch.load(path, weights_only=True)
+    for key, value in values.items():
+        checkpoint[key] = value(checkpoint[key]) if callable(value) else value
+    torch.save(checkpoint, path)
+
+
+def with_values(**values):
+    """A function that changes some keys of a dict."""
+    return lambda before: {**before, **values}
+
+
+class TestTheRunsOwnConfig:
+    def test_a_default_that_changed_since_does_not_change_the_run(self, call, run):
+        change(
+            run / "last.pt",
+            config=lambda config: {**config, "clip": 0.25, "optimizer": {**config["optimizer"], "eps": 1e-5}},
+        )
+        status, out, err = call("train", f"resume={run}", "steps=14")
+        assert status == 0, err
+        after = read(run / "last.pt")
+        assert after["config"]["clip"] == 0.25 and after["config"]["optimizer"]["eps"] == 1e-5
+        assert after["optimizer"]["param_groups"][0]["eps"] == 1e-5
+        assert [line for line in out.splitlines() if "(was" in line] == ["this run goes on with steps=14 (was 12)"]
+
+    def test_a_key_that_did_not_exist_then_is_todays(self, call, run):
+        change(run / "last.pt", config=lambda config: {k: v for k, v in config.items() if k != "cuda_graph"})
+        status, out, err = call("train", f"resume={run}", "steps=14")
+        assert status == 0, err
+        assert read(run / "last.pt")["config"]["cuda_graph"] is True and "cuda_graph=True (was None)" in out
+
+    def test_arguments_of_the_command_win(self, call, run):
+        status, out, err = call("train", f"resume={run}", "steps=14", "optimizer.weight_decay=0.125", "batch_size=64")
+        assert status == 0, err
+        after = read(run / "last.pt")
+        assert after["optimizer"]["param_groups"][0]["weight_decay"] == 0.125
+        assert after["config"]["batch_size"] == 64 and "batch_size=64 (was 256)" in out
+        assert {"model=pixel_cnn", "steps=14", "batch_size=64", "model.hidden=4"} <= {*after["overrides"]}
+        assert not {"steps=12", "batch_size=256"} & {*after["overrides"]}
+
+    def test_a_config_from_another_folder_is_not_needed_again(self, call, tmp_path):
+        (tmp_path / "mine/model").mkdir(parents=True)
+        text = (Path(train.__file__).parent / "conf/model/pixel_cnn.yaml").read_text()
+        (tmp_path / "mine/model/my_cnn.yaml").write_text(text)
+        status, _, err = call(
+            "train", "--config-dir", str(tmp_path / "mine"), *SHORT, "model=my_cnn", "hydra.run.dir=run"
+        )
+        assert status == 0, err
+        status, out, err = call("train", "resume=run", "steps=14")
+        assert status == 0 and "PixelCNN" in out and "steps 12 to 14" in out, err
+
+    @pytest.mark.parametrize("argument", ["~optimizer.lr", "experiment=mnist_diag_bilstm_1x32"])
+    def test_only_single_keys_change(self, call, run, argument):
+        refused(call("train", f"resume={run}", argument), [argument, "expected KEY=VALUE"])
+
+    def test_of_another_optimizer_is_refused(self, call, run):
+        refused(call("train", f"resume={run}", "optimizer=rmsprop"), ["optimizer.name='rmsprop'", "adamw", "last.pt"])
+
+    def test_auto_after_a_run_that_has_ended_begins_none(self, call):
+        arguments = [*SHORT, "model=pixel_cnn", "resume=auto"]
+        assert call("train", *arguments)[0] == 0
+        status, _, err = call("train", *arguments)
+        assert status == 0 and "this run has ended" in err and len(list(Path("runs").rglob("last.pt"))) == 1
+
+
+def test_nothing_of_a_checkpoint_but_choices_reaches_hydra(run):
+    hostile = [
+        "+hydra.callbacks.x._target_=torch.load",
+        "hydra.run.dir=/",
+        "-m",
+        "--config-dir=/",
+        "model._target_=os.system",
+    ]
+    hostile += [
+        "+a=1",
+        "~model",
+        "model=../../x",
+        "model=[a,b]",
+        "dataset=digits,mnist",
+        "steps=${oc.env:HOME}",
+        "seed=1,2",
+    ]
+    change(run / "last.pt", overrides=[*hostile, "model=pixel_cnn", "dataset=digits"])
+    assert resumed([f"resume={run}", "dataset=mnist"]) == [
+        "model=pixel_cnn",
+        f"resume={run}",
+        "dataset=mnist",
+        f"hydra.run.dir='{run}'",
+    ]
+    assert choices(["optimizer=rmsprop", "optimizer=none"], []) == ["optimizer=rmsprop"]
+
+
+def test_one_of_several_processes_is_refused(call, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    refused(call("train", *SHORT), ["WORLD_SIZE=2", "expected 1"])
+    assert not Path("runs").exists()
+
+
+class TestNumbersThatAreNone:
+    @pytest.mark.parametrize("step", [5, 10])
+    def test_are_not_saved(self, call, monkeypatch, step):
+        """One weight becomes infinite in a step whose checkpoint is written; its loss was finite."""
+        take_step = train.Training.take_step
+
+        def broken(self, *batch):
+            nats = take_step(self, *batch)
+            if self.step == step:
+                with torch.no_grad():
+                    next(self.model.parameters()).view(-1)[0] = float("inf")
+            return nats
+
+        monkeypatch.setattr(train.Training, "take_step", broken)
+        status, _, err = call("train", *SHORT, "ema=0", "evaluate_every=100", "hydra.run.dir=run")
+        assert status == 1 and f"a weight is inf after step {step}" in err and len(err.splitlines()) == 1
+        last = Path("run/last.pt")
+        assert "no checkpoint" in err if step == 5 else str(last) in err
+        assert last.exists() == (step == 10)
+        if step == 10:
+            assert read(last)["step"] == 5 and all(x.isfinite().all() for x in read(last)["weights"].values())
+
+    @pytest.mark.parametrize("command", ["sample", "evaluate"])
+    def test_are_not_drawn_from(self, call, run, command):
+        def spoil(weights):
+            name, first = next((name, x) for name, x in weights.items() if "weight" in name)
+            return {**weights, name: torch.full_like(first, float("nan"))}
+
+        change(run / "best.pt", ema=spoil)
+        refused(call(command, f"checkpoint={run}"), [str(run / "best.pt"), "expected finite weights"])
+
+
+def test_a_cut_last_checkpoint_names_the_best_one(call, run):
+    last, best = run / "last.pt", run / "best.pt"
+    last.write_bytes(last.read_bytes()[:2000])
+    refused(call("train", f"resume={run}"), [str(last), f"{best} of step 12 is whole"])
+    best.write_bytes(b"")
+    _, _, err = call("train", f"resume={run}")
+    assert str(best) not in err and str(last) in err
+
+
+def test_lines_of_metrics_that_are_no_records_are_left_out(call, run):
+    path = run / "metrics.jsonl"
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join(["3", "[1]", '"step"', "{}", '{"step": "4"}', "null", *lines, '{"step": 99}', '{"step"']))
+    assert [is_before(line, 9) for line in ('{"step": 9}', '{"step": 10}', "9", "{")] == [True, False, False, False]
+    status, _, err = call("train", f"resume={run}", "steps=14")
+    assert status == 0, err
+    assert path.read_text().splitlines()[: len(lines)] == lines
+    assert all(isinstance(json.loads(line)["step"], int) for line in path.read_text().splitlines())
+
+
+WRONG = {  # a key of a checkpoint → values that are none of it
+    "format": ["pixelrnn-0", 1],
+    "model": [None, [], {}, {"_target_": "os.system"}, {"_target_": "models.PixelCNN"}],
+    "weights": [None, {}, {"a": 1}, {1: torch.zeros(1)}],
+    "ema": [{}, 3, {"a": torch.zeros(1)}],
+    "config": [None, {}, {"dataset": 1}],
+}
+OF_A_RUN = {
+    "weights": [{"a": torch.zeros(1)}],
+    "config": [{"dataset": {"name": "digits"}, "shell": "x"}, {"dataset": {"name": "${oc.env:HOME}"}}],
+    "overrides": [None, "x", [1]],
+    "optimizer": [None, {}, {"state": {}, "param_groups": []}, {"state": {0: 1}, "param_groups": [{"params": [0]}]}],
+    "step": [None, -1, 1.5, "3", True],
+    "seconds": [None, "3", float("nan")],
+    "best_val": [None, 3, {"nats": "x"}],
+    "random": [None, {}, {"torch": 1, "cuda": [], "data": torch.zeros(3)}],
+}
+
+
+def cases(wrong: dict) -> list:
+    return [
+        pytest.param(key, value, id=f"{key}-{k}") for key, values in wrong.items() for k, value in enumerate(values)
+    ]
+
+
+@pytest.mark.parametrize(("key", "value"), cases(WRONG))
+def test_a_checkpoint_with_wrong_contents_is_refused(run, key, value):
+    path = run / "best.pt"
+    change(path, **{key: value})
+    with pytest.raises(ValueError, match="expected") as error:
+        load(path)
+    assert str(path) in str(error.value) and len(str(error.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize(("key", "value"), [*cases(WRONG), *cases(OF_A_RUN)])
+def test_a_run_with_wrong_contents_is_not_continued(call, run, key, value):
+    path = run / "last.pt"
+    change(path, **{key: value})
+    before = path.read_bytes()
+    refused(call("train", f"resume={run}", "steps=14"), [str(path), "expected"])
+    assert path.read_bytes() == before and (run / "summary.json").exists()
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"layers": 10**6},
+        {"hidden": 10**5},
+        {"head_features": 10**8},
+        {"levels": 10**9},
+        {"classes": 10**9},
+        {"doublings": 10**9},
+    ],
+    ids=str,
+)
+def test_a_model_larger_than_its_file_is_refused_at_once(run, values):
+    change(run / "best.pt", model=with_values(**values))
+    start = time.perf_counter()
+    with pytest.raises(ValueError, match=r"best\.pt: expected the config of a model, found"):
+        load(run / "best.pt")
+    assert time.perf_counter() - start < 5
+
+
+def test_a_compressed_record_is_refused(run, tmp_path):
+    packed = tmp_path / "packed.pt"
+    with zipfile.ZipFile(run / "best.pt") as source, zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as out:
+        for record in source.infolist():
+            out.writestr(copy.copy(record).filename, source.read(record))
+    with pytest.raises(ValueError, match=r"packed\.pt: expected a checkpoint, found a compressed record"):
+        read(packed)
