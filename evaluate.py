@@ -38,7 +38,7 @@ def main(cfg) -> None:
     print(f"{path} · {dataset.name} {cfg.split}, {len(split):,} images")
 
     with Bar("evaluate", len(split)) as bar:
-        nats = nats_of(model, split, cfg.batch_size, cfg.seed, bar.advance)
+        nats = nats_of(model, split, cfg.batch_size, cfg.seed, bar.count)
     total = summarise(nats.pop("nats"), model.shape)
     print(f"{cfg.split}: {in_words(total)}" + ", given the label" * bool(model.classes))
     numbers = {"checkpoint": str(path), "split": cfg.split, "images": len(split), **total}
@@ -49,7 +49,7 @@ def main(cfg) -> None:
 
     if cfg.classify:
         with Bar("classes", model.classes * len(split)) as bar:
-            found = classify(model, split, cfg.batch_size, cfg.seed, bar.advance)
+            found = classify(model, split, cfg.batch_size, cfg.seed, bar.count)
         percent, error = 100 * found["accuracy"], 100 * found["accuracy_standard_error"]
         print(f"accuracy {percent:.2f} ± {error:.2f} %, {found['right']} of {len(split)} images")
         print(f"without the label: {in_words({name: found[f'marginal_{name}'] for name in total})}")

@@ -31,7 +31,7 @@ from data.given import read_images
 from data.splits import SPLITS
 from models.base import ImageModel
 from models.checkpoint import find, read, rebuild
-from models.sampling import batches
+from models.sampling import batches, check_arguments
 
 PICTURED = 4096  # of more images than these, the picture shows the first
 
@@ -163,11 +163,14 @@ def main(cfg) -> None:
     print(f"{path} · {type(model).__name__}, {model.channels}×{model.height}×{model.width}, {model.levels} levels")
 
     request = request_of(cfg, model, checkpoint)
+    check_arguments(**{key: cfg[key] for key in ("seed", "method", "bf16", "temperature", "batch_size")})
+    model.check_condition(request.n, request.label)
     sink = sink_of(cfg, request.n, model, path)
     images = share(sink.missing())
     seconds = draw(cfg, model, request, images, sink)
 
     said = f"{len(images)} images in {seconds:.2f} s ({len(images) / seconds:.1f} images/s)"
+    said = said if images else "nothing was left to draw"
     if not sink.finish():
         rank, world = rank_and_world()
         print(f"{said}: the share of process {rank} of {world}, {sink.path} is not whole yet")

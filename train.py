@@ -24,10 +24,12 @@ from cli.runs import (
     check_folder,
     continued,
     differences,
+    held,
     overrides_of,
     own_overrides,
     read_last,
     resumed,
+    write_config,
 )
 from data.order import EpochOrder
 from models.base import bits_per_dim
@@ -48,6 +50,8 @@ def check_config(cfg) -> None:
     check_one_of("decay", cfg.decay, ("cosine", "constant"))
     if not 0 <= cfg.ema < 1:
         raise unexpected("ema", cfg.ema, "a number from 0 to below 1")
+    if cfg.evaluate_images is not None:
+        check("evaluate_images", cfg.evaluate_images, int, 1)
     if cfg.clip is not None and not cfg.clip > 0:
         raise unexpected("clip", cfg.clip, "a number above 0, or null")
 
@@ -203,7 +207,8 @@ def log(run: Training, throughput: Throughput, folder: Path, metrics: Metrics, b
 
 def validate(run: Training, split: data.Split, folder: Path, metrics: Metrics, bar: Bar) -> None:
     """Measure the whole validation split, and write best.pt if the model was never as good before."""
-    val = summarise(nats_of(run.evaluated, split)["nats"], run.model.shape)
+    tell = bar.part("validation", len(split))
+    val = summarise(nats_of(run.evaluated, split, tell=tell)["nats"], run.model.shape)
     check_finite(val["nats"], "the loss", f"on the validation split at step {run.step}", folder)
     metrics.write(run.step, val_nats=val["nats"], val_bits_per_dim=val["bits_per_dim"])
     bar.say(f"step {run.step} · val {val['bits_per_dim']:.4f} bits/dim, {val['nats']:.2f} nats")
@@ -224,11 +229,14 @@ def save_samples(run: Training, folder: Path) -> None:
 def finish(run: Training, dataset: data.Dataset, folder: Path) -> None:
     """Evaluate the best checkpoint on the whole test split, and write summary.json."""
     best = read(folder / "best.pt", run.model.device)
-    nats = nats_of(rebuild(best, folder / "best.pt"), dataset.test)
+    split = dataset.test.first(run.config["evaluate_images"])
+    with Bar("test", len(split)) as bar:
+        nats = nats_of(rebuild(best, folder / "best.pt"), split, tell=bar.count)
     result = {f"test_{name}": value for name, value in summarise(nats["nats"], run.model.shape).items()}
     result |= {f"test_{name}_nats": values.mean().item() for name, values in nats.items() if name != "nats"}
     result |= {f"val_{name}": value for name, value in best["best_val"].items()}
     result |= {
+        "test_images": len(split),
         "parameters": run.num_parameters,
         "steps": run.step,
         "best_step": best["step"],
@@ -248,7 +256,14 @@ def finish(run: Training, dataset: data.Dataset, folder: Path) -> None:
 def main(cfg) -> float:
     """Train, and return the best bits/dim of the validation split, which a sweeper may minimise."""
     keep_freed_memory()
-    arguments, folder = HydraConfig.get().overrides.task, Path(HydraConfig.get().runtime.output_dir)
+    folder = Path(HydraConfig.get().runtime.output_dir)
+    with held(folder):
+        return train(cfg, folder)
+
+
+def train(cfg, folder: Path) -> float:
+    """Begin or continue the run of a folder."""
+    arguments = HydraConfig.get().overrides.task
     check_folder(folder, cfg.resume)
     overrides, last, checkpoint = own_overrides(arguments), folder / "last.pt", None
     if last.exists():
@@ -257,14 +272,16 @@ def main(cfg) -> float:
         overrides = overrides_of(checkpoint, arguments)
     check_config(cfg)
     device, dataset = choose_device(cfg.device), data.build(cfg.dataset)
-    run = Training(cfg, overrides, dataset, device)
+    run, val = Training(cfg, overrides, dataset, device), dataset.val.first(cfg.evaluate_images)
     if checkpoint:
         run.restore(last, checkpoint)
         (folder / "summary.json").unlink(missing_ok=True)
         for text in differences(checkpoint["config"], run.config):
             print(f"this run goes on with {text}")
+    write_config(folder, cfg, overrides)
     print(f"{folder}\n{type(run.model).__name__}, {run.num_parameters:,} parameters", end=" · ")
-    print(f"{dataset.name}, {len(dataset.train):,} images")
+    c, h, w = run.model.shape
+    print(f"{dataset.name}, {len(dataset.train):,} images of {c}×{h}×{w}, {run.model.levels} levels")
     print(f"{device}, {torch.get_num_threads()} threads · steps {run.step} to {cfg.steps}", flush=True)
     order, throughput = EpochOrder(len(dataset.train), cfg.batch_size, cfg.seed), Throughput(device)
 
@@ -282,7 +299,7 @@ def main(cfg) -> float:
             if to_log or to_validate or to_save:
                 log(run, throughput, folder, metrics, bar)
             if to_validate and not signals.caught:
-                validate(run, dataset.val, folder, metrics, bar)
+                validate(run, val, folder, metrics, bar)
             if to_validate or to_save:
                 run.save(last)
             if to_draw and not signals.caught:

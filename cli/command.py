@@ -17,6 +17,8 @@ from omegaconf.errors import OmegaConfBaseException
 from conf import schema
 
 CONF = Path(schema.__file__).resolve().parent
+ROOT = CONF.parent
+LOCK = ".lock"  # in the folder of a run, held by the process that trains it
 MISTAKES = (ValueError, OSError, HydraException, OmegaConfBaseException)
 
 
@@ -98,6 +100,9 @@ def run(
     try:
         os.environ["HYDRA_FULL_ERROR"] = "1"  # so Hydra raises its errors and does not print them
         schema.register()
+        paths = [str(ROOT), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
+        # A launcher's processes find this code by its modules' names.
+        os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(filter(None, paths)))
         sys.argv[1:] = prepare(sys.argv[1:])
         hydra.main(version_base="1.3", config_path=str(CONF), config_name=name)(task)()
     except (*MISTAKES, Stopped) as error:
@@ -113,8 +118,8 @@ def run(
 
 
 def drop_if_unused(folder: Path) -> None:
-    """Remove the folder of a run that failed before it wrote anything: it holds only Hydra's own files."""
-    if (folder / ".hydra").is_dir() and [path.name for path in folder.iterdir()] == [".hydra"]:
+    """Remove the folder of a run that failed before it wrote anything."""
+    if folder.is_dir() and folder != Path.cwd() and {path.name for path in folder.iterdir()} <= {LOCK}:
         shutil.rmtree(folder)
 
 

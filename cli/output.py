@@ -40,8 +40,9 @@ def check_writable(path: Path, suffix: str) -> None:
         raise FileNotFoundError(f"{path.parent}: expected a folder for {path.name}, found none")
     if not os.access(path.parent, os.W_OK) or (path.exists() and not os.access(path, os.W_OK)):
         raise PermissionError(f"{path}: expected a place to write to, found no permission")
-    write_atomically(path.with_name(f".{path.name}.probe"), lambda file: None)
-    path.with_name(f".{path.name}.probe").unlink()
+    probe = path.with_name(f".{path.name}.{os.getpid()}.probe")  # each process has its own
+    write_atomically(probe, lambda file: None)
+    probe.unlink()
 
 
 def write_json(path: Path, values: dict) -> None:
@@ -228,7 +229,7 @@ class NpyFile:
     they are drawn.
 
     Args:
-        path: the .npy file; one that is there is replaced when the last image is drawn.
+        path: the .npy file. One that is there is whole, and must be of these images.
         what: as `describe` writes it.
 
     Raises:
@@ -238,6 +239,12 @@ class NpyFile:
     def __init__(self, path: Path, n: int, shape: tuple[int, int, int], dtype: np.dtype, what: dict):
         self.path, self.part, self.flags = path, with_suffix(path, "part"), with_suffix(path, "done")
         description = with_suffix(path, "json")
+        self.done = np.ones(n, np.uint8)
+        if path.exists():
+            if not description.exists():
+                raise ValueError(f"{path}: expected no file there, or images and {description.name}, found a file")
+            describe(description, what)
+            return
         if rank_and_world()[0] == 0 and not (self.part.exists() and self.flags.exists()):
             description.unlink(missing_ok=True)  # of images that are whole, or of none
             self.flags.unlink(missing_ok=True)

@@ -1,6 +1,7 @@
 """Progress while a person waits: a bar on a terminal, else a line now and then; and how fast training goes."""
 
 import time
+from collections.abc import Callable
 
 import torch
 from rich.console import Console
@@ -57,6 +58,22 @@ class Bar:
             self.said = now
             left = (now - self.start) / max(self.done - self.first, 1) * (self.total - self.done)
             print(f"{self.name} {self.done}/{self.total} · {text} · {left:.0f} s left", flush=True)
+
+    def count(self, images: int) -> None:
+        """Count images as done, and show how many a second that is."""
+        self.advance(images)
+        self.text(f"{(self.done - self.first) / (time.perf_counter() - self.start):.0f} images/s")
+
+    def part(self, name: str, total: int) -> Callable[[int], None]:
+        """Return what counts the units of work beside the bar's own, and shows them as its text."""
+        done = 0
+
+        def count(units: int) -> None:
+            nonlocal done
+            done += units
+            self.text(f"{name} {done}/{total}")
+
+        return count
 
     def say(self, text: str) -> None:
         """Print a line that stays."""

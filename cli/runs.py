@@ -4,14 +4,17 @@ import json
 import math
 import re
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+from filelock import FileLock, Timeout
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 import data
 from checks import one_of, unexpected
-from cli.command import CONF, Stopped
+from cli.command import CONF, LOCK, Stopped
 from cli.output import rank_and_world
 from conf.schema import Train
 from models.base import ImageModel
@@ -197,6 +200,33 @@ def check_folder(folder: Path, resume: str | None) -> None:
         raise ValueError(f"{folder}: expected no run there, found one; resume={folder} continues it")
     if resume not in (None, "auto") and Path(resume).resolve() != folder.resolve():
         raise unexpected("resume", resume, f"{folder}, the folder of this run")
+
+
+@contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Hold a run's folder for this process, and clear away what a killed one left half written.
+
+    Raises:
+        ValueError: another process holds it.
+    """
+    lock = FileLock(folder / LOCK)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise ValueError(f"{folder}: expected a folder of one process, found another one that trains there") from None
+    try:
+        for path in folder.glob(".*.tmp"):
+            path.unlink()
+        yield
+    finally:
+        lock.release()
+
+
+def write_config(folder: Path, cfg: DictConfig, overrides: list[str]) -> None:
+    """Write what a run is composed of where Hydra does: .hydra/config.yaml and overrides.yaml."""
+    (folder / ".hydra").mkdir(exist_ok=True)
+    for name, text in (("config", OmegaConf.to_yaml(cfg)), ("overrides", OmegaConf.to_yaml(overrides))):
+        write_atomically(folder / f".hydra/{name}.yaml", lambda file, text=text: file.write(text.encode()))
 
 
 def check_classes(model: ImageModel, dataset: data.Dataset) -> None:

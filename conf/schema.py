@@ -32,6 +32,7 @@ class Train:
 
     log_every: int = MISSING
     evaluate_every: int = MISSING
+    evaluate_images: int | None = None
     save_every: int = MISSING
     sample_every: int = MISSING
     samples: int = MISSING

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from checks import check
+from checks import check, check_one_of, unexpected
 from data import cache
 from data.splits import Dataset, shuffled, sizes, three_way
 
@@ -54,12 +54,35 @@ def count_levels(images: np.ndarray, levels: int | None, path: Path) -> int:
     return max(2, largest + 1) if levels is None else levels
 
 
-def _convert(path: Path, raw: np.ndarray, levels: int | None, seed: int, folder: Path) -> tuple[np.ndarray, int]:
+def channels_first(raw: np.ndarray, channels: str | None, path: Path) -> np.ndarray:
+    """Return an array (n h w), (n c h w) or (n h w c) as (n c h w).
+
+    Args:
+        channels: "first" or "last"; None: where an image has at most four colours, and its sides are no shorter than
+            that, if it is so in one of the two orders alone.
+
+    Raises:
+        ValueError: it may be either, and `channels` does not say.
+    """
+    if raw.ndim == 3:
+        return raw[:, None]
+    _, *shape = raw.shape
+    fitting = [name for name, c in (("first", shape[0]), ("last", shape[2])) if c <= min(4, *shape)]
+    if channels is None and len(fitting) != 1:
+        (a, b, c), found = shape, f"images of {' × '.join(map(str, shape))} in {path}"
+        first, last = f"first, {a} colours of {b}×{c}", f"last, {c} colours of {a}×{b}"
+        raise unexpected("dataset.channels", channels, f"{first}, or {last}, for {found}")
+    return raw if (channels or fitting[0]) == "first" else np.moveaxis(raw, 3, 1)
+
+
+def _convert(
+    path: Path, raw: np.ndarray, channels: str | None, levels: int | None, seed: int, folder: Path
+) -> tuple[np.ndarray, int]:
     """Return (images, levels): (n c h w) in a random order, memory-mapped, written once into `folder`."""
-    target = folder / f"{cache.key(path.resolve(), cache.stamp(path), levels, seed)}.npy"
+    images = channels_first(raw, channels, path)
+    target = folder / f"{cache.key(path.resolve(), cache.stamp(path), images.strides, levels, seed)}.npy"
     if not target.is_file():
         counted = count_levels(raw, levels, path)
-        images = raw[:, None] if raw.ndim == 3 else np.moveaxis(raw, 3, 1)  # (n c h w)
         order, dtype = shuffled(len(images), seed), np.uint8 if counted <= 256 else np.int64
         with cache.exclusive(folder):
             if not target.is_file():
@@ -80,6 +103,7 @@ def _labels(path: Path, n: int) -> np.ndarray:
 def npy(
     *,
     path: str | os.PathLike | None = None,
+    channels: str | None = None,
     levels: int | None = None,
     labels: str | os.PathLike | None = None,
     val: float = 0.1,
@@ -87,11 +111,12 @@ def npy(
     seed: int = 0,
     root: str | os.PathLike | None = None,
 ) -> Dataset:
-    """Load an integer array (n h w) or (n h w c) from a .npy file.
+    """Load an integer array (n h w), (n c h w) or (n h w c) from a .npy file.
 
     Args:
         path: the file. It is converted once to root/npy/KEY.npy, (n c h w) uint8 (int64 where levels > 256)
             with the images in a random order, and memory-mapped from there.
+        channels: which of the last two it is, "first" or "last"; None: see `channels_first`.
         levels: values a sub-pixel takes; None: the largest value in the file + 1.
         labels: a .npy file with (n,) integers from 0 on, or None.
         val, test: the fractions of the images that these parts get.
@@ -106,13 +131,15 @@ def npy(
     if levels is not None:
         check("dataset.levels", levels, int, 2)
     check("dataset.seed", seed, int, 0)
+    if channels is not None:
+        check_one_of("dataset.channels", channels, ("first", "last"))
     raw = open_integers(path, "dataset.path")
     if raw.ndim not in (3, 4) or 0 in raw.shape:
-        raise ValueError(f"{path}: expected shape (n h w) or (n h w c), found {raw.shape}")
+        raise ValueError(f"{path}: expected shape (n h w), (n c h w) or (n h w c), found {raw.shape}")
     counts = sizes(len(raw), val, test, path)
     its_labels, classes = None, None
     if labels is not None:
         its_labels = _labels(cache.source("labels", labels, "npy", "FILE.npy"), len(raw))
         classes, its_labels = int(its_labels.max()) + 1, its_labels[shuffled(len(raw), seed)]
-    images, levels = _convert(path, raw, levels, seed, cache.folder(root, "npy"))
+    images, levels = _convert(path, raw, channels, levels, seed, cache.folder(root, "npy"))
     return Dataset("npy", levels=levels, classes=classes, **three_way(images, its_labels, *counts))

@@ -32,6 +32,10 @@ class Split:
     def __len__(self) -> int:
         return len(self.images)
 
+    def first(self, n: int | None) -> "Split":
+        """Return the first n images with their labels; None: all."""
+        return Split(self.images[:n], None if self.labels is None else self.labels[:n], self.binarize)
+
     def batch(
         self, index: np.ndarray | torch.Tensor | slice, generator: torch.Generator | None = None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:

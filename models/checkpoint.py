@@ -44,10 +44,10 @@ CONTENTS = (  # of a checkpoint: key, whether a value is right, what is expected
 def write_atomically(path: str | os.PathLike, write) -> None:
     """Call write(file) on a new file beside `path`, and rename it to `path` once it is safely on the disk.
 
-    Whatever happens midway, `path` holds the old contents or the new, whole.
+    Whatever happens midway, `path` holds the old contents or the new, whole; of several processes, those of one.
     """
     path = Path(path)
-    unfinished = path.with_name(path.name + ".tmp")
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(unfinished, "wb") as file:
             write(file)

@@ -94,6 +94,32 @@ def test_npy_keeps_every_image_in_c_h_w(tmp_path, dtype, channels):
     assert not np.array_equal(got, want), "files are often sorted by class: the split has to be random"
 
 
+@pytest.mark.parametrize(
+    ("shape", "channels", "expected"),
+    [
+        ((3, 8, 9), None, (3, 8, 9)),
+        ((1, 8, 9), None, (1, 8, 9)),
+        ((8, 9, 3), None, (3, 8, 9)),
+        ((4, 5, 3), None, (3, 4, 5)),
+        ((16, 8, 9), "first", (16, 8, 9)),
+        ((8, 9, 16), "last", (16, 8, 9)),
+        ((3, 3, 3), "first", (3, 3, 3)),
+    ],
+)
+def test_npy_in_either_order_of_axes(tmp_path, shape, channels, expected):
+    raw = np.random.RandomState(0).randint(0, 7, (20, *shape))
+    npy = data.build({**save(tmp_path, raw), "channels": channels})
+    want = raw if shape == expected else np.moveaxis(raw, 3, 1)
+    assert npy.train.images.shape[1:] == expected
+    assert sorted(x.tobytes() for x in everything(npy)) == sorted(x.astype(np.uint8).tobytes() for x in want)
+
+
+def test_npy_of_one_shape_and_two_orders_is_converted_twice(tmp_path):
+    raw = np.random.RandomState(0).randint(0, 7, (20, 3, 3, 3))
+    first, last = (data.build({**save(tmp_path, raw), "channels": channels}) for channels in ("first", "last"))
+    assert not np.array_equal(everything(first), everything(last))
+
+
 def test_npy_in_many_blocks_is_the_same(tmp_path, monkeypatch):
     config = save(tmp_path, np.random.RandomState(0).randint(0, 9, (50, 4, 5)))
     whole = everything(data.build(config))
@@ -141,7 +167,10 @@ def test_npy_is_converted_once_and_anew_when_the_file_changes(tmp_path, monkeypa
         (np.full((30, 2, 2), 4), {"levels": 4}, ["value 4", "0..3", "levels=4"]),
         (np.full((30, 2, 2), -3), {}, ["value -3", "from 0 on"]),
         (np.zeros((30, 2, 2)), {}, ["integer", "float64"]),
-        (np.zeros((30, 4), int), {}, ["(n h w)", "(n h w c)", "(30, 4)"]),
+        (np.zeros((30, 4), int), {}, ["(n h w)", "(n c h w)", "(n h w c)", "(30, 4)"]),
+        (np.zeros((30, 3, 3, 3), int), {}, ["dataset.channels=None", "first, 3 colours of 3×3, or last", "3 × 3 × 3"]),
+        (np.zeros((30, 8, 9, 16), int), {}, ["dataset.channels=None", "8 colours of 9×16", "16 colours of 8×9"]),
+        (np.zeros((30, 3, 8, 8), int), {"channels": "middle"}, ["dataset.channels='middle'", "first or last"]),
         (np.zeros((30, 0, 4), int), {}, ["(30, 0, 4)"]),
         (np.zeros((2, 2, 2), int), {}, ["found 2", "val=0.1"]),
         (np.zeros((30, 2, 2), int), {"val": 1.5}, ["dataset.val", "1.5", "between 0 and 1"]),

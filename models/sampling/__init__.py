@@ -19,7 +19,7 @@ from models.sampling.loop import METHODS, PixelLoop
 from models.sampling.noise import noise
 from models.sampling.rules import Draw, Given, Keep, Record, Rule
 
-__all__ = ["Draw", "Given", "Keep", "PixelLoop", "Record", "Rule", "batches", "noise", "sample"]
+__all__ = ["Draw", "Given", "Keep", "PixelLoop", "Record", "Rule", "batches", "check_arguments", "noise", "sample"]
 
 
 def sample(model: ImageModel, n: int, **arguments) -> Tensor:
@@ -59,7 +59,7 @@ def batches(
     Args:
         model: any model of `models`; it is used in eval mode and left in the mode it was in.
         seed: image k depends only on seed and k, not on `batch_size` (but for rounding: a product's last bits may
-            depend on the batch, and so may, once in some million sub-pixels, a value).
+            depend on the batch, and so may a value, once in 0.2 to 0.4 million sub-pixels in the runs measured).
         method: "cached" computes every activation once; "naive" runs the network again for each sub-pixel.
         backend: who computes the cached sampler's rows, "torch" or "triton"; None: as `kernels.use` or the device says.
         bf16: weights and activations in bfloat16; sums, cells and logits stay float32. For GPUs. Conditionals move a
@@ -84,11 +84,7 @@ def batches(
     """
     batch_size = batch_size_for(model) if batch_size is None else batch_size
     check("n", n, int, 1)
-    check("seed", seed, int, 0, 2**64 - 1)
-    check("temperature", temperature, float, 0)
-    check("batch_size", batch_size, int, 1)
-    check("bf16", bf16, bool, False)
-    check_one_of("method", method, METHODS)
+    check_arguments(seed, method, bf16, temperature, batch_size)
     label = torch.full((n,), label) if isinstance(label, int) else label
     model.check_condition(n, label, cond)
     if uniforms is not None:
@@ -132,6 +128,20 @@ def batches(
         if after is not None:  # while a GPU still draws
             following = numbers_of(after)
         yield x.to("cpu", torch.uint8 if model.levels <= 256 else torch.int64)
+
+
+def check_arguments(seed: int, method: str, bf16: bool, temperature: float, batch_size: int | None) -> None:
+    """Raise ValueError unless `batches` takes these arguments."""
+    check("seed", seed, int, 0, 2**64 - 1)
+    check_one_of("method", method, METHODS)
+    check("bf16", bf16, bool, False)
+    check("temperature", temperature, float, 0)
+    if temperature and temperature < 1e-6:
+        raise unexpected(
+            "temperature", temperature, "0, which takes the likeliest values, or a number of at least 1e-06"
+        )
+    if batch_size is not None:
+        check("batch_size", batch_size, int, 1)
 
 
 def check_uniforms(uniforms: list[Tensor], shapes: list[tuple[int, ...]]) -> None:

@@ -1,19 +1,25 @@
-"""What a resumed run takes from its checkpoint, and what checkpoints that are not as they should be end in."""
+"""Nothing silently wrong: what a resumed run takes from its checkpoint, what damaged and hostile ones end in, several
+processes in one place, files that are there already."""
 
 import copy
 import json
+import os
 import shutil
+import subprocess
+import sys
 import time
 import zipfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 import train
-from cli.runs import choices, is_before, resumed
+from cli import progress
+from cli.runs import choices, held, is_before, resumed
 from models.checkpoint import load, read
-from tests.commands import SHORT, process, refused
+from tests.commands import REPOSITORY, SHORT, process, refused
 
 
 @pytest.fixture(scope="module")
@@ -251,3 +257,80 @@ def test_a_compressed_record_is_refused(run, tmp_path):
             out.writestr(copy.copy(record).filename, source.read(record))
     with pytest.raises(ValueError, match=r"packed\.pt: expected a checkpoint, found a compressed record"):
         read(packed)
+
+
+def start(cwd: Path, script: str, *arguments: str, **environment: str) -> subprocess.Popen:
+    line = [sys.executable, str(REPOSITORY / script), *arguments]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(line, cwd=cwd, env={**os.environ, "OMP_NUM_THREADS": "1", **environment}, **pipes)
+
+
+class TestSeveralProcesses:
+    def test_one_folder_is_of_one_run(self, call, ended):
+        """While this process holds it; the files of the one that trains there stay as they are."""
+        folder = shutil.copytree(ended, Path("run"))
+        before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+        with held(folder):
+            refused(call("train", *SHORT, "hydra.run.dir=run"), ["run", "another one that trains there"])
+            refused(call("train", "resume=run", "steps=14"), ["run", "another one that trains there"])
+        assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+        status, _, err = call("train", "resume=run", "steps=14")
+        assert status == 0, err
+
+    def test_what_a_killed_one_left_half_written_is_cleared_away(self, call, run):
+        (run / ".last.pt.123.tmp").write_bytes(b"half")
+        assert call("train", f"resume={run}", "steps=14")[0] == 0
+        assert not list(run.glob("*.tmp"))
+
+    @pytest.mark.slow
+    def test_runs_that_start_at_once_have_folders_of_their_own(self, tmp_path):
+        runs = [start(tmp_path, "train.py", *SHORT, "model=pixel_cnn") for _ in range(3)]
+        for one in runs:
+            out, err = one.communicate(timeout=120)
+            assert one.returncode == 0, (out, err)
+        assert len(list(tmp_path.rglob("summary.json"))) == 3
+
+    @pytest.mark.slow
+    def test_processes_of_one_draw_share_its_places(self, tmp_path, ended):
+        arguments = f"checkpoint={ended}", "n=12", "npy=a.npy", "batch_size=2"
+        ranks = [start(tmp_path, "sample.py", *arguments, RANK=str(k), WORLD_SIZE="4") for k in range(4)]
+        for one in ranks:
+            out, err = one.communicate(timeout=120)
+            assert one.returncode == 0, (out, err)
+        assert np.load(tmp_path / "a.npy").shape == (12, 1, 8, 8) and (tmp_path / "samples.png").exists()
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["a.npy", "a.npy.json", "samples.png"]
+
+
+class TestFinishedImages:
+    def test_are_not_drawn_again(self, call, ended):
+        arguments = f"checkpoint={ended}", "n=3", "npy=a.npy"
+        assert call("sample", *arguments)[0] == 0
+        before = Path("a.npy").stat()
+        status, out, err = call("sample", *arguments)
+        assert status == 0 and "nothing was left to draw" in out, err
+        assert Path("a.npy").stat().st_mtime_ns == before.st_mtime_ns
+
+    @pytest.mark.parametrize(
+        "argument", ["seed=1", "temperature=-1", "temperature=1e-300", "label=3", "n=4", "batch_size=0"]
+    )
+    def test_and_what_describes_them_stay_where_others_are_asked_for(self, call, ended, argument):
+        assert call("sample", f"checkpoint={ended}", "n=3", "npy=a.npy")[0] == 0
+        before = {path.name: path.read_bytes() for path in Path.cwd().iterdir()}
+        refused(call("sample", f"checkpoint={ended}", "n=3", "npy=a.npy", argument), [argument.partition("=")[0]])
+        assert {path.name: path.read_bytes() for path in Path.cwd().iterdir()} == before
+        assert call("sample", f"checkpoint={ended}", "n=3", "npy=a.npy")[0] == 0
+
+    def test_a_file_of_unknown_origin_is_kept(self, call, ended):
+        np.save("a.npy", np.zeros(3))
+        refused(call("sample", f"checkpoint={ended}", "n=3", "npy=a.npy"), ["a.npy", "expected no file there"])
+
+
+def test_evaluation_says_how_far_it_is_and_may_be_of_fewer_images(call, monkeypatch):
+    monkeypatch.setattr(progress.Bar.__init__, "__defaults__", (0, 0.0))  # a line at each chance
+    status, out, err = call("train", *SHORT, "model=pixel_cnn", "evaluate_images=100", "hydra.run.dir=run")
+    assert status == 0, err
+    assert "validation 64/100" in out and "test 100/100" in out
+    assert json.loads(Path("run/summary.json").read_text())["test_images"] == 100
+    status, out, err = call("evaluate", "checkpoint=run")
+    assert status == 0 and "evaluate 360/360" in out, err
+    assert "digits, 1,297 images of 1×8×8, 17 levels" in call("train", "resume=run", "steps=13")[1]
