@@ -111,17 +111,17 @@ class Form(NamedTuple):
     warps: int
 
 
-def form_for(b: int, f: int, itemsize: int, processors: int) -> Form:
-    """Choose the form for b images, f features and numbers of `itemsize` bytes, on a GPU of so many multiprocessors.
+def form_for(b: int, itemsize: int, processors: int, narrow: bool = False, skip: bool = False) -> Form:
+    """Choose the form for b images and numbers of `itemsize` bytes, on a GPU of so many multiprocessors.
 
     A program has as few images as a matrix product has rows, until there are more programs than run at once: of 128
     threads two to a multiprocessor. `python -m bench.sweep` times the forms; they leave no register on the stack
-    (`python -m bench.compile`), which 32 images of narrow networks would on sm_100.
+    (`python -m bench.compile`), which twice as many images would in networks that are narrow or have skips.
     """
     if itemsize > 2:  # without matrix instructions, all operands are in registers
         few, (block_n, warps) = b <= 16 * processors, (32, 4) if itemsize == 4 else (16, 8)
         return Form(16, block_n, 16, 1, warps) if few else Form(64, block_n, 16, 1, 8)
-    few = b <= 16 * 2 * processors or f < 64
+    few = b <= 16 * 2 * processors or narrow or skip
     return Form(16, 64, 64, 4, 4) if few else Form(32, 64, 64, 3, 4)
 
 
@@ -173,7 +173,7 @@ class DrawRow:
         f, groups = layers.above.shape[3] // layers.gates, layers.main.weight.shape[1]
         new = layers.u.new_zeros  # a block may read what no group has written yet, times zero
         state = torch.float64 if layers.u.dtype == torch.float64 else torch.float32
-        form = form_for(b, f, layers.u.element_size(), multiprocessors(values.device))
+        form = form_for(b, layers.u.element_size(), multiprocessors(values.device), narrow=f < 64, skip=skip)
         self.grid = (cdiv(b, form.images),)
         self.arguments = {
             "rows": stem.rows,

@@ -413,7 +413,7 @@ def row(architecture: str, rule: str, b: int = 2, width: int = 2, form=(16, 64, 
         "known": lambda: Record(model, Keep(x, known, Draw(uniforms)), b),
     }[rule]()
     form = kernels.draw_row.Form(*form, 1, 4)
-    with mock.patch.object(kernels.draw_row, "form_for", lambda *_: form):
+    with mock.patch.object(kernels.draw_row, "form_for", lambda *_, **__: form):
         values = PixelLoop(model, "cached", chosen, b, backend="triton").run()
     kept = [getattr(chosen, name, None) for name in ("log_prob", "conditionals")]
     return [values, *(x for x in kept if x is not None)]
