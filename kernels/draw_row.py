@@ -189,7 +189,7 @@ class DrawRow:
             "values": values,
             **choice._asdict(),
             "known": None if choice.known is None else choice.known.view(torch.uint8),
-            "temperature": max(float(choice.temperature), 1e-30),
+            "temperature": choice.temperature or 1.0,  # which GREEDY leaves unused
             "b": b,
             "layers": num_layers,
             "groups": groups,

@@ -116,10 +116,18 @@ CASES = {
 }
 
 
+def slow_if_between(name: str) -> list:
+    """The marks of a case: slow, unless it is an architecture as it is, with skips, or with mixture and conditions."""
+    switches = name.removeprefix(name.split("-")[0])
+    return [] if switches in ("", "-skip", "-mixture-given") else [pytest.mark.slow]
+
+
 def every(condition: Callable[[Case], bool] = lambda case: True):
     """Parametrize a test over the cases of which `condition` holds."""
-    chosen = {name: case for name, case in CASES.items() if condition(case)}
-    return pytest.mark.parametrize("case", chosen.values(), ids=chosen.keys())
+    chosen = [(name, case) for name, case in CASES.items() if condition(case)]
+    return pytest.mark.parametrize(
+        "case", [pytest.param(case, id=name, marks=slow_if_between(name)) for name, case in chosen]
+    )
 
 
 def plain(case: Case) -> bool:

@@ -37,6 +37,7 @@ def run(command, tmp_path, *arguments: str) -> tuple[dict, str]:
     return result, path.name
 
 
+@pytest.mark.slow
 def test_sampling_writes_what_it_measured(tmp_path, capsys):
     result, name = run(sampling, tmp_path)
     assert name == "sampling-cpu-quick.json"

@@ -40,6 +40,7 @@ from tests.cases import (
     order,
     plain,
     sees,
+    slow_if_between,
 )
 
 every_colours = pytest.mark.parametrize("channels", [1, 3])
@@ -50,7 +51,7 @@ every_colours = pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize(
     "case, state",
     [
-        pytest.param(case, state, id=f"{name}-{which}")
+        pytest.param(case, state, id=f"{name}-{which}", marks=slow_if_between(name))
         for name, case in CASES.items()
         for which, state in STATES.items()
         if plain(case) or which in ("fresh", "trained")

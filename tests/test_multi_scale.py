@@ -64,6 +64,7 @@ def total_probability(model):
     {"base": "gated_pixel_cnn", "conditional": "pixel_cnn", "doublings": 2},
     {"base": "diag_bilstm", "conditional": "gated_pixel_cnn", "doublings": 2, "head": "logistic_mixture", "classes": 3},
 ], ids=lambda arguments: "-".join(map(str, arguments.values())))  # fmt: skip
+@pytest.mark.slow
 def test_probabilities_of_all_65536_images_of_4x4_sum_to_one(arguments):
     """From smallest images of 2×2, or of 1×1 where they are doubled twice."""
     model = build(CASE, levels=2, height=4, width=4, hidden=4, layers=1, **arguments)

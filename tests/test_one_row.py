@@ -144,6 +144,7 @@ NODES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NODES)
 def test_a_sub_pixel_has_no_more_nodes_than_are_written_here(name):
     layers, extra, most = NODES[name]

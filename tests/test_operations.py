@@ -112,6 +112,7 @@ def test_any_layout_in_memory_is_accepted(name, backend, layout):
         if backend == "torch" or not operation.is_scan
     ],
 )
+@pytest.mark.slow
 def test_gradients_equal_finite_differences(name, backend, size):
     if backend == "triton" and DEVICE.type == "cuda":
         pytest.skip("a float64 product is the interpreter's affair")
@@ -292,9 +293,8 @@ REGISTERED = {
 
 @needs_triton
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # opcheck's own, in torch 2.14
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.slow] * name.startswith("lstm_scan")) for name in REGISTERED]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", REGISTERED)
 def test_operation_is_registered_as_torch_wants_it(name):
     operation, shapes, rest = REGISTERED[name]
     inputs = [x.float().to(DEVICE).requires_grad_() for x in numbers(*shapes)]

@@ -64,6 +64,7 @@ def test_its_conditionals_are_the_network_s(case, channels, width):
     assert_cached_equals_forward(small(case, channels=channels, width=width), b=2, backend="triton")
 
 
+@pytest.mark.slow
 @every_net
 @pytest.mark.parametrize("height, width", [(1, 1), (4, 1), (1, 5)], ids=str)
 def test_images_of_one_row_or_column(case, height, width):

@@ -23,7 +23,7 @@ def imported(path: Path) -> set[str]:
         ("models/**/*.py", {"data", "cli", "conf", *COMMANDS}),
         ("data/*.py", {"kernels", "models", "cli", "conf", *COMMANDS}),
         ("cli/*.py", {*COMMANDS}),
-        *((f"{name}.py", {*COMMANDS}) for name in COMMANDS),
+        *((f"{name}.py", {*COMMANDS} - {name}) for name in COMMANDS),
         ("checks.py", {"kernels", "models", "data", "cli", "conf"}),
         ("cli/[mop]*.py", {"hydra", "omegaconf", "conf"}),  # machine, output, progress: bench/ has no Hydra everywhere
     ],

@@ -36,6 +36,7 @@ from tests.cases import (
     images,
     independent,
     noises,
+    slow_if_between,
     train,
 )
 
@@ -47,7 +48,7 @@ def at_sizes(sizes: list, of_all: list):
     return pytest.mark.parametrize(
         "case, size",
         [
-            pytest.param(case, size, id=f"{name}-{size[0]}x{size[1]}x{size[2]}")
+            pytest.param(case, size, id=f"{name}-{size[0]}x{size[1]}x{size[2]}", marks=slow_if_between(name))
             for name, case in CASES.items()
             for size in (of_all if case.extra else sizes)
         ],
@@ -138,6 +139,7 @@ def test_training_works_after_sampling(case):
     ),
     seed=st.integers(0, 9),
 )
+@pytest.mark.slow
 def test_scan_network_and_samplers_agree_for_any_model(case, arguments, of_one_net, of_several, seed):
     model = build(case, seed=seed, **arguments, **(of_several if case.target == "MultiScale" else of_one_net))
     assert_cached_equals_forward(model, b=2)
@@ -418,7 +420,7 @@ def test_a_wrong_argument_is_refused_with_its_value_and_what_is_allowed(case, wr
 # ------------------------------------------------------------------------------------------------------ edges
 
 
-@pytest.mark.parametrize("temperature", [1e-39, 1e-6])
+@pytest.mark.parametrize("temperature", [1e-300, 1e-39, 1e-6])
 def test_a_temperature_near_zero_is_that_of_zero(temperature):
     model = build(CASES["pixel_cnn"])
     assert torch.equal(sample(model, 3, temperature=temperature), sample(model, 3, temperature=0))

@@ -136,10 +136,6 @@ def check_arguments(seed: int, method: str, bf16: bool, temperature: float, batc
     check_one_of("method", method, METHODS)
     check("bf16", bf16, bool, False)
     check("temperature", temperature, float, 0)
-    if temperature and temperature < 1e-6:
-        raise unexpected(
-            "temperature", temperature, "0, which takes the likeliest values, or a number of at least 1e-06"
-        )
     if batch_size is not None:
         check("batch_size", batch_size, int, 1)
 

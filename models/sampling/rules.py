@@ -46,11 +46,12 @@ class Draw(Rule):
 
     Args:
         uniforms: (b c h w) in [0, 1).
-        temperature: logits are divided by it; 0 takes the likeliest value.
+        temperature: logits are divided by it, or by 1e-30 if it is smaller; 0 takes the likeliest value.
     """
 
     def __init__(self, uniforms: Tensor, temperature: float = 1.0):
-        self.uniforms, self.temperature, self.row = uniforms, temperature, uniforms[:, :, 0].clone()
+        self.uniforms, self.row = uniforms, uniforms[:, :, 0].clone()
+        self.temperature = max(float(temperature), 1e-30) if temperature else 0.0  # float32 holds no less
         self.value, self.made = torch.zeros(len(uniforms), dtype=torch.long, device=uniforms.device), None
 
     def scratch(self, logits: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
