@@ -141,9 +141,12 @@ def test_is_trained_as_the_page_says(name):
 
 
 def commands() -> list[list[str]]:
-    """Each run of each command of the page, a sweep's runs one by one: its arguments."""
+    """Each run of each command of the page, a sweep's runs one by one: its arguments.
+
+    Those that name a launcher or a sweeper are run in `tests/test_sweeps.py`.
+    """
     runs = []
-    for line in re.findall(r"^python train\.py (.*)", PAGE, re.MULTILINE):
+    for line in re.findall(r"^python train\.py (?!-m hydra/)(.*)", PAGE, re.MULTILINE):
         arguments = [argument for argument in shlex.split(line) if argument != "-m"]
         choices = [[f"{key}={v}" for v in value.split(",")] for key, _, value in (a.partition("=") for a in arguments)]
         runs += [list(choice) for choice in itertools.product(*choices)]
