@@ -1,5 +1,6 @@
 """Checks of arguments, with one wording for all parts of the project: "NAME=VALUE: expected …"."""
 
+import difflib
 import math
 from collections.abc import Collection
 
@@ -22,7 +23,13 @@ def check(name: str, value: object, kind: type, low: float, high: float = math.i
 def check_one_of(name: str, value: object, allowed: Collection[str]) -> None:
     """Raise ValueError unless `value` is one of `allowed`."""
     if not isinstance(value, str) or value not in allowed:
-        raise unexpected(name, value, one_of(allowed))
+        raise unexpected(name, value, one_of(allowed) + nearest(value, allowed))
+
+
+def nearest(value: object, allowed: Collection[str]) -> str:
+    """Ask whether the most similar of some names was meant; nothing where none is similar."""
+    found = difflib.get_close_matches(str(value), allowed, 1)
+    return f"; did you mean {found[0]}?" if found else ""
 
 
 def one_of(names: Collection[str]) -> str:

@@ -1,5 +1,6 @@
 """Draw images from a trained model: `python sample.py [checkpoint=…] [n=64] [out=samples.png]`."""
 
+import math
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -8,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from checks import check, unexpected
+from checks import check, nearest, one_of, unexpected
 from cli import command
 from cli.machine import choose_device, commit, version
 from cli.output import (
@@ -33,6 +34,7 @@ from models.base import ImageModel
 from models.checkpoint import find, read, rebuild
 from models.sampling import batches, check_arguments
 
+MOST = 1 << 20  # images that are kept in memory alone: npy= and pngs= take more
 PICTURED = 4096  # of more images than these, the picture shows the first
 
 
@@ -60,7 +62,7 @@ def request_of(cfg, model: ImageModel, checkpoint: dict) -> Request:
     if cfg.complete is not None:
         return completion_of(cfg, model, checkpoint)
     n, columns = 64 if cfg.n is None else cfg.n, cfg.columns
-    check("n", n, int, 1)
+    check("n", n, int, 1, math.inf if cfg.npy or cfg.pngs else MOST)
     if cfg.label is not None:
         return Request(n, torch.full((n,), cfg.label), columns=columns)
     label, in_rows = labels_in_rows(model.classes, cfg.n)
@@ -76,8 +78,11 @@ def completion_of(cfg, model: ImageModel, checkpoint: dict) -> Request:
         split = dataset_of(checkpoint, cfg.root).split(cfg.complete)
         x, label = split.batch(slice(0, n), torch.Generator().manual_seed(cfg.seed))
         x, label = model.check(x.long()), label if model.classes else None
-    else:
+    elif Path(cfg.complete).exists():
         x = read_images(Path(cfg.complete), model.shape, model.levels, n)
+    else:
+        expected = f"{one_of(SPLITS)}, a .npy file, a picture or a folder of pictures"
+        raise unexpected("complete", cfg.complete, expected + nearest(cfg.complete, SPLITS))
     if cfg.label is not None:
         label = torch.full((len(x),), cfg.label)
     if model.classes and label is None:

@@ -61,6 +61,12 @@ def build_optimizer(config: dict, parameters) -> torch.optim.Optimizer:
     arguments = {key: value for key, value in config.items() if key != "name"}
     check_one_of("optimizer.name", config.get("name"), OPTIMIZERS)
     kind = OPTIMIZERS[config["name"]]
+    for key, value in arguments.items():
+        if key == "betas":
+            if not (isinstance(value, list) and len(value) == 2 and all(isinstance(x, int | float) for x in value)):
+                raise unexpected("optimizer.betas", value, "two numbers, as in [0.9,0.99]")
+        elif key in ("lr", "eps", "weight_decay", "alpha", "momentum"):
+            check(f"optimizer.{key}", value, float, 0)
     try:
         return kind(parameters, foreach=True, **arguments)  # a few operations for all parameters together
     except (TypeError, ValueError) as error:
@@ -283,6 +289,8 @@ def train(cfg, folder: Path) -> float:
     c, h, w = run.model.shape
     print(f"{dataset.name}, {len(dataset.train):,} images of {c}×{h}×{w}, {run.model.levels} levels")
     print(f"{device}, {torch.get_num_threads()} threads · steps {run.step} to {cfg.steps}", flush=True)
+    if cfg.batch_size > len(dataset.train):
+        print(f"batch_size={cfg.batch_size}: each step has all {len(dataset.train):,} images")
     order, throughput = EpochOrder(len(dataset.train), cfg.batch_size, cfg.seed), Throughput(device)
 
     with Metrics(folder, run.step) as metrics, StopSignal() as signals, Bar("train", cfg.steps, run.step) as bar:

@@ -5,6 +5,7 @@ import shutil
 import signal
 import sys
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 
 import hydra
@@ -14,6 +15,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
+from checks import check_one_of
 from conf import schema
 
 CONF = Path(schema.__file__).resolve().parent
@@ -88,8 +90,12 @@ def run(
     before = os.environ.get("HYDRA_FULL_ERROR")
     show_traceback = before == "1"
 
+    keys = [field.name for field in fields(schema.SCHEMAS[name])]
+
     def task(cfg: DictConfig) -> float | None:
         try:
+            for key in cfg:
+                check_one_of("KEY", key, keys)
             return main(cfg)
         except (*MISTAKES, Stopped) as error:
             drop_if_unused(Path(HydraConfig.get().runtime.output_dir))
@@ -103,6 +109,7 @@ def run(
         paths = [str(ROOT), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
         # A launcher's processes find this code by its modules' names.
         os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(filter(None, paths)))
+        check_dashes(sys.argv[1:], keys)
         sys.argv[1:] = prepare(sys.argv[1:])
         hydra.main(version_base="1.3", config_path=str(CONF), config_name=name)(task)()
     except (*MISTAKES, Stopped) as error:
@@ -115,6 +122,14 @@ def run(
         os.environ.pop("HYDRA_FULL_ERROR")
         if before is not None:
             os.environ["HYDRA_FULL_ERROR"] = before
+
+
+def check_dashes(argv: list[str], keys: list[str]) -> None:
+    """Raise ValueError for a key that is given as --KEY=VALUE or --KEY VALUE."""
+    for argument in argv:
+        key, _, value = argument.lstrip("-").partition("=")
+        if argument.startswith("-") and key.replace("-", "_").split(".")[0] in keys:
+            raise ValueError(f"{argument}: expected {key.replace('-', '_')}={value or 'VALUE'}, without dashes")
 
 
 def drop_if_unused(folder: Path) -> None:

@@ -73,8 +73,11 @@ class Evaluate:
     device: str = MISSING
 
 
+SCHEMAS = {"train": Train, "sample": Sample, "evaluate": Evaluate}  # of each command
+
+
 def register() -> None:
     """Make the schemas known to Hydra, as train_schema, sample_schema and evaluate_schema."""
     store = ConfigStore.instance()
-    for schema in (Train, Sample, Evaluate):
-        store.store(name=f"{schema.__name__.lower()}_schema", node=schema)
+    for name, schema in SCHEMAS.items():
+        store.store(name=f"{name}_schema", node=schema)
