@@ -415,7 +415,7 @@ class TestMistakes:
         refused(result, ["ubyte.gz"])
 
     IN_SAMPLING: ClassVar = [
-        (["n=0"], ["n=0", "at least 1"]),
+        (["n=0"], ["n=0", "from 1"]),
         (["n=abc"], ["n=abc"]),
         (["n=1000000000"], ["n=1000000000", "from 1 to 1048576"]),
         (["+foo=1"], ["KEY='foo'", "checkpoint"]),
