@@ -49,12 +49,16 @@ class Bar:
         if self.progress:
             self.progress.update(self.task, completed=self.done)
 
-    def text(self, text: str) -> None:
-        """Show `text` beside the bar. Without a terminal, print it if the last line was `every` seconds ago."""
+    def text(self, text: str, at_end: bool = True) -> None:
+        """Show `text` beside the bar. Without a terminal, print it if the last line was `every` seconds ago.
+
+        Args:
+            at_end: print it at the end, too, however long ago that was.
+        """
         now = time.perf_counter()
         if self.progress:
             self.progress.update(self.task, text=text)
-        elif now - self.said >= self.every or self.done >= self.total:
+        elif now - self.said >= self.every or (at_end and self.done >= self.total):
             self.said = now
             left = (now - self.start) / max(self.done - self.first, 1) * (self.total - self.done)
             print(f"{self.name} {self.done}/{self.total} · {text} · {left:.0f} s left", flush=True)
@@ -71,7 +75,7 @@ class Bar:
         def count(units: int) -> None:
             nonlocal done
             done += units
-            self.text(f"{name} {done}/{total}")
+            self.text(f"{name} {done}/{total}", at_end=False)
 
         return count
 
