@@ -34,7 +34,7 @@ from models.base import ImageModel
 from models.checkpoint import find, read, rebuild
 from models.sampling import batches, check_arguments
 
-MOST = 1 << 20  # images that are kept in memory alone: npy= and pngs= take more
+MOST = 1 << 20  # images that memory is asked to hold; with npy= and pngs= there may be more
 PICTURED = 4096  # of more images than these, the picture shows the first
 
 

@@ -33,7 +33,7 @@ from cli.runs import (
 )
 from data.order import EpochOrder
 from models.base import bits_per_dim
-from models.checkpoint import one_line, read, rebuild, save
+from models.checkpoint import in_one_line, read, rebuild, save
 from models.gradients import Gradients
 from models.likelihood import label_for, nats_of, summarise
 from models.sampling import sample
@@ -187,7 +187,7 @@ class Training:
             if torch.cuda.is_available() and random["cuda"]:
                 torch.cuda.set_rng_state_all(random["cuda"])
         except Exception as error:  # a value of any kind, anywhere
-            raise ValueError(f"{path}: expected the state of this run, found another: {one_line(error)}") from None
+            raise ValueError(f"{path}: expected the state of this run, found another: {in_one_line(error)}") from None
         for group in self.optimizer.param_groups:
             group |= self.optimizer.defaults  # this run's, where they are others than the checkpoint's
         self.step, self.seconds, self.best_val = (checkpoint[k] for k in ("step", "seconds", "best_val"))

@@ -14,9 +14,8 @@ The floor of a row is the time that its operations take at the rate of a matrix 
 and their gradients take at the rate of a copy, whichever is longer; both rates are measured in the same run. `share`
 is the floor over the time. That a scan's steps follow each other is not in it.
 
-On a GPU numbers are bfloat16 and sizes the papers'; on a CPU float32, and small. There the forward pass is captured as
-a CUDA graph, and both passes as another, so that what is timed is the GPU: `eager_ms` is the time of both passes
-launched one kernel after the other, which is mostly that of Python.
+On a CPU numbers are float32, and sizes small. On a GPU numbers are bfloat16 and sizes the papers'; the passes are
+captured as CUDA graphs, which time the GPU and not Python, and `eager_ms` is how long both take without a graph.
 
 Legend: b batch · h w rows, columns · k input features · f features · v levels.
 """
@@ -170,7 +169,7 @@ def both_passes(forward: Callable[[], Tensor], wanted: list[Tensor]) -> Callable
     return run
 
 
-REPLAYS = 10  # of a graph between two events: one alone may be over before the next event is recorded
+REPLAYS = 10  # between two events: a single one may end before the host has recorded the second event
 
 
 def captured_passes(forward: Callable[[], Tensor], wanted: list[Tensor]) -> Callable[[Clock], None]:

@@ -18,7 +18,7 @@ from cli.command import CONF, LOCK, Stopped
 from cli.output import rank_and_world
 from conf.schema import Train
 from models.base import ImageModel
-from models.checkpoint import read, write_atomically
+from models.checkpoint import check_contents, read, write_atomically
 
 
 def key_of(override: str) -> str:
@@ -31,9 +31,9 @@ def own_overrides(overrides: list[str]) -> list[str]:
     return [o for o in overrides if key_of(o) != "resume" and not key_of(o).startswith("hydra.")]
 
 
-def with_arguments(overrides: list[str]) -> list[tuple[Path, dict]]:
-    """Return last.pt of each run below runs/ that had these arguments, and what it holds, the newest first."""
-    found, wanted = [], sorted(own_overrides(overrides))
+def with_arguments(overrides: list[str]) -> Iterator[tuple[Path, dict]]:
+    """Yield last.pt of each run below runs/ that had these arguments, and what it holds, the newest first."""
+    wanted = sorted(own_overrides(overrides))
     for path in sorted(Path("runs").rglob("last.pt"), key=lambda path: path.stat().st_mtime_ns, reverse=True):
         try:
             checkpoint = check_run(read(path), path)
@@ -41,8 +41,23 @@ def with_arguments(overrides: list[str]) -> list[tuple[Path, dict]]:
             print(f"resume=auto passes over a run: {error}", file=sys.stderr)
             continue
         if sorted(checkpoint["overrides"]) == wanted:
-            found.append((path, checkpoint))
-    return found
+            yield path, checkpoint
+
+
+def newest_unfinished(overrides: list[str]) -> tuple[Path, dict] | None:
+    """Return the first that `with_arguments` yields of a run that has not ended; None: there was never such a run.
+
+    Raises:
+        Stopped: all of them have ended.
+    """
+    ended = None
+    for path, checkpoint in with_arguments(overrides):
+        if not (path.parent / "summary.json").exists():
+            return path, checkpoint
+        ended = ended or path.parent
+    if ended:
+        raise Stopped(f"{ended}: this run has ended; without resume=auto a new one begins", 0)
+    return None
 
 
 def choices(overrides: list[str], argv: list[str]) -> list[str]:
@@ -71,13 +86,10 @@ def resumed(argv: list[str]) -> list[str]:
     if not values or values[-1] in ("", "null") or {"-m", "--multirun", "hydra.run.dir", "hydra.sweep.dir"} & keys:
         return argv
     if values[-1] == "auto":
-        runs = with_arguments(argv)
-        going = [(path, checkpoint) for path, checkpoint in runs if not (path.parent / "summary.json").exists()]
-        if runs and not going:
-            raise Stopped(f"{runs[0][0].parent}: this run has ended; without resume=auto a new one begins", 0)
-        if not going:
+        found = newest_unfinished(argv)
+        if found is None:
             return argv
-        path, checkpoint = going[0]
+        path, checkpoint = found
     else:
         path = Path(values[-1]) / "last.pt"
         checkpoint = read_last(path.parent)
@@ -170,9 +182,7 @@ CONTENTS = (  # of a checkpoint, beside what its model needs: key, whether a val
 
 def check_run(checkpoint: dict, path: Path) -> dict:
     """Return a checkpoint if it holds what continues a run, raise ValueError otherwise."""
-    for name, right, expected in CONTENTS:
-        if not right(checkpoint.get(name)):
-            raise ValueError(f"{path}: expected {name} to be {expected}, found {checkpoint.get(name)!r:.60}")
+    check_contents(checkpoint, CONTENTS, path)
     return checkpoint
 
 
@@ -223,7 +233,7 @@ def held(folder: Path) -> Iterator[None]:
 
 
 def write_config(folder: Path, cfg: DictConfig, overrides: list[str]) -> None:
-    """Write what a run is composed of where Hydra does: .hydra/config.yaml and overrides.yaml."""
+    """Write a run's config and arguments into its folder's .hydra/, as Hydra itself would."""
     (folder / ".hydra").mkdir(exist_ok=True)
     for name, text in (("config", OmegaConf.to_yaml(cfg)), ("overrides", OmegaConf.to_yaml(overrides))):
         write_atomically(folder / f".hydra/{name}.yaml", lambda file, text=text: file.write(text.encode()))

@@ -58,8 +58,8 @@ def channels_first(raw: np.ndarray, channels: str | None, path: Path) -> np.ndar
     """Return an array (n h w), (n c h w) or (n h w c) as (n c h w).
 
     Args:
-        channels: "first" or "last"; None: where an image has at most four colours, and its sides are no shorter than
-            that, if it is so in one of the two orders alone.
+        channels: "first" or "last". None: the order that makes at most four colours, and no side shorter than their
+            number, if only one of the two does.
 
     Raises:
         ValueError: it may be either, and `channels` does not say.

@@ -112,7 +112,7 @@ class Form(NamedTuple):
 
 
 def form_for(b: int, itemsize: int, processors: int, narrow: bool = False, skip: bool = False) -> Form:
-    """Choose the form for b images and numbers of `itemsize` bytes, on a GPU of so many multiprocessors.
+    """Choose the form for b images and numbers of `itemsize` bytes, on a GPU with that many multiprocessors.
 
     A program has as few images as a matrix product has rows, until there are more programs than run at once: of 128
     threads two to a multiprocessor. `python -m bench.sweep` times the forms; they leave no register on the stack

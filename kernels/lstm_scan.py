@@ -60,8 +60,8 @@ def form_of(f: int, taps: int, extent: int, itemsize: int, backward: bool, name:
     """Choose the form for f features, `taps` taps, `extent` positions, and numbers of `itemsize` bytes.
 
     The blocks are the quickest that leave no register on the stack: `python -m bench.sweep` times them, `python -m
-    bench.compile` compiles them. Where sixteen does not divide f, each number has a load and an address of its own, and
-    registers hold smaller ones.
+    bench.compile` compiles them. Where f is no multiple of 16, each number is loaded from an address of its own, and
+    only smaller blocks fit in registers.
 
     Raises:
         ValueError: there is no form `name`, or it is not for this size.
@@ -91,8 +91,10 @@ def form_of(f: int, taps: int, extent: int, itemsize: int, backward: bool, name:
         block_n, block_k, warps = 32 if name == "launches" else 128 if images * positions <= 32 else 64, 128, 8
     elif images * positions > 32:
         block_n, block_k, warps = 32, 128, 8
+    elif name == "launches":
+        block_n, block_k, warps = 64, 128, 8
     else:
-        block_n, block_k, warps = *((64, 128) if name == "launches" else (128, 64)), 8
+        block_n, block_k, warps = 128, 64, 8
     return Form(False, name == "launches", images, positions, min(block_n, padded), min(block_k, padded), warps)
 
 

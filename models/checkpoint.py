@@ -12,6 +12,7 @@ A checkpoint is a dict of plain values and tensors, so that it loads with `weigh
 
 import math
 import os
+import reprlib
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -92,10 +93,16 @@ def read(path: str | os.PathLike, device: str | torch.device = "cpu") -> dict[st
         raise ValueError(f"{path}: expected a checkpoint, found {found}") from None
     if not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT:
         raise ValueError(f"{path}: expected a checkpoint of the format {FORMAT}, found another")
-    for name, right, expected in CONTENTS:
-        if not right(checkpoint.get(name)):
-            raise ValueError(f"{path}: expected {name} to be {expected}, found {type(checkpoint.get(name)).__name__}")
+    check_contents(checkpoint, CONTENTS, path)
     return checkpoint
+
+
+def check_contents(checkpoint: dict[str, Any], contents: tuple, path: Path) -> None:
+    """Raise ValueError, naming the file, unless each value is right; `contents` as in `CONTENTS`."""
+    for name, right, expected in contents:
+        if not right(checkpoint.get(name)):
+            found = " ".join(reprlib.repr(checkpoint.get(name)).split())
+            raise ValueError(f"{path}: expected {name} to be {expected}, found {found}")
 
 
 def rebuild(checkpoint: dict[str, Any], path: str | os.PathLike) -> "models.base.ImageModel":
@@ -109,11 +116,11 @@ def rebuild(checkpoint: dict[str, Any], path: str | os.PathLike) -> "models.base
         check_claims(checkpoint["model"], weights)
         model = models.build(checkpoint["model"])
     except Exception as error:  # a value of any kind, anywhere
-        raise ValueError(f"{path}: expected the config of a model, found {one_line(error)}") from None
+        raise ValueError(f"{path}: expected the config of a model, found {in_one_line(error)}") from None
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:
-        raise ValueError(f"{path}: expected the weights of its model, found others: {one_line(error)}") from None
+        raise ValueError(f"{path}: expected the weights of its model, found others: {in_one_line(error)}") from None
     if not all(parameter.isfinite().all() for parameter in model.parameters()):
         raise ValueError(f"{path}: expected finite weights, found some that are infinite or no number")
     return model.to(next(iter(weights.values())).device).eval()
@@ -124,7 +131,7 @@ def load(path: str | os.PathLike, device: str | torch.device = "cpu") -> "models
     return rebuild(read(path, device), path)
 
 
-def one_line(error: Exception) -> str:
+def in_one_line(error: Exception) -> str:
     """Return an error's text in one line; its kind, where it has none."""
     return " ".join(str(error).split()) or type(error).__name__
 
@@ -132,7 +139,7 @@ def one_line(error: Exception) -> str:
 def check_claims(config: dict[str, Any], weights: dict[str, Tensor]) -> None:
     """Raise ValueError for a model larger than these weights, before it is built and takes time and memory.
 
-    For each product below a model has a weight of at least so many numbers, and for each layer one of its own.
+    Every layer has a tensor of its own, and each product below is at most the size of one of the weights.
     """
     limits = [(("layers",), len(weights)), (("base_layers",), len(weights))]
     numbers = sum(weight.untyped_storage().nbytes() for weight in weights.values())  # at most one of a byte each

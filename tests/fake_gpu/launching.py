@@ -60,7 +60,7 @@ def test_a_row_is_captured_once_its_kind_has_run():
 
 @pytest.mark.parametrize("name", ["PixelCNN", "GatedPixelCNN", "RowLSTM", "DiagBiLSTM"])
 def test_a_training_step_is_captured_once(name):
-    """Both passes, on the model's device, after two runs; images of another number are captured anew."""
+    """Both passes, on the model's device, after two runs; another number of images is captured anew."""
     gradients, x = Gradients(small(name, dropout=0.5).train(), bf16=True), torch.zeros(3, 1, 4, 3).long()
     before = dict(state)
     for n in (3, 3, 3, 2, 2):
