@@ -46,7 +46,7 @@ def test_every_kernel_keeps_the_rules(tmp_path):
     ("only", "other", "broken"),
     [
         ("diagonal 64 positions, f = 128, bfloat16: lstm_scan_fwd", "maxnreg=64", "bytes of stack"),
-        ("diagonal 28 positions, f = 128, bfloat16: lstm_scan_fwd", "num_stages=3", "asynchronous copies"),
+        ("diagonal 64 positions, f = 128, bfloat16: lstm_scan_fwd", "num_stages=3", "asynchronous copies"),
         ("convolution 3×3 B, 128 → 128, bfloat16: masked_conv_kernel", "num_stages=9", "bytes of shared memory"),
         ("convolution 3×3 B, 16 → 16, bfloat16: masked_conv_weight", "BLOCK_N=24", "does not compile"),
     ],
