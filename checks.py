@@ -9,7 +9,7 @@ KINDS = {int: "an integer", float: "a number", bool: "true or false"}
 
 def unexpected(name: str, value: object, expected: str) -> ValueError:
     """The error to raise for an argument `name` that is not as expected."""
-    return ValueError(f"{name}={value!r}: expected {expected}")
+    return ValueError(f"{name}={shortened(repr(value))}: expected {expected}")
 
 
 def check(name: str, value: object, kind: type, low: float, high: float = math.inf) -> None:
@@ -18,6 +18,16 @@ def check(name: str, value: object, kind: type, low: float, high: float = math.i
     if isinstance(value, bool) != (kind is bool) or not right or not low <= value <= high:
         limits = "" if kind is bool else f" of at least {low}" if high == math.inf else f" from {low} to {high}"
         raise unexpected(name, value, KINDS[kind] + limits)
+
+
+def shortened(text: str) -> str:
+    """Return a text of at most 300 characters, with … in place of the rest."""
+    return text if len(text) <= 300 else f"{text[:299]}…"
+
+
+def reason_of(error: BaseException) -> str:
+    """Return the first line of an error's text, shortened; its type, where it has none."""
+    return shortened((str(error).splitlines() or [type(error).__name__])[0])
 
 
 def check_one_of(name: str, value: object, allowed: Collection[str]) -> None:

@@ -32,7 +32,7 @@ def main(cfg) -> None:
     model = rebuild(checkpoint, path)
     if cfg.classify and not model.classes:
         raise unexpected("classify", cfg.classify, f"false, as {path} was trained without classes")
-    dataset = dataset_of(checkpoint, cfg.root)
+    dataset = dataset_of(checkpoint, cfg.root, path)
     check_classes(model, dataset)
     split = dataset.split(cfg.split)
     print(f"{path} · {dataset.name} {cfg.split}, {len(split):,} images")

@@ -1,6 +1,5 @@
 """Draw images from a trained model: `python sample.py [checkpoint=…] [n=64] [out=samples.png]`."""
 
-import math
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -34,7 +33,8 @@ from models.base import ImageModel
 from models.checkpoint import find, read, rebuild
 from models.sampling import batches, check_arguments
 
-MOST = 1 << 20  # images that memory is asked to hold; with npy= and pngs= there may be more
+MOST = 1 << 20  # images that memory is asked to hold
+MOST_ON_DISK = 1 << 24  # with npy= and pngs=; more are drawn by several commands, with other seeds
 PICTURED = 4096  # of more images than these, the picture shows the first
 
 
@@ -57,25 +57,25 @@ class Request(NamedTuple):
         return {"n": len(images), "images": images, "label": label, "known": known}
 
 
-def request_of(cfg, model: ImageModel, checkpoint: dict) -> Request:
+def request_of(cfg, model: ImageModel, checkpoint: dict, path: Path) -> Request:
     """Build the request from the command line."""
     if cfg.complete is not None:
-        return completion_of(cfg, model, checkpoint)
+        return completion_of(cfg, model, checkpoint, path)
     n, columns = 64 if cfg.n is None else cfg.n, cfg.columns
-    check("n", n, int, 1, math.inf if cfg.npy or cfg.pngs else MOST)
+    check("n", n, int, 1, MOST_ON_DISK if cfg.npy or cfg.pngs else MOST)
     if cfg.label is not None:
         return Request(n, torch.full((n,), cfg.label), columns=columns)
     label, in_rows = labels_in_rows(model.classes, cfg.n)
     return Request(n if label is None else len(label), label, columns=columns or in_rows)
 
 
-def completion_of(cfg, model: ImageModel, checkpoint: dict) -> Request:
+def completion_of(cfg, model: ImageModel, checkpoint: dict, path: Path) -> Request:
     """Build the request that completes images of a split or a file, several times each."""
     n, label = 8 if cfg.n is None else cfg.n, None
-    check("n", n, int, 1)
-    check("completions", cfg.completions, int, 1)
+    check("n", n, int, 1, MOST)
+    check("completions", cfg.completions, int, 1, MOST // n)
     if cfg.complete in SPLITS:
-        split = dataset_of(checkpoint, cfg.root).split(cfg.complete)
+        split = dataset_of(checkpoint, cfg.root, path).split(cfg.complete)
         x, label = split.batch(slice(0, n), torch.Generator().manual_seed(cfg.seed))
         x, label = model.check(x.long()), label if model.classes else None
     elif Path(cfg.complete).exists():
@@ -101,12 +101,11 @@ def known_of(cfg, model: ImageModel, x: Tensor) -> Tensor:
         known = torch.zeros_like(x, dtype=torch.bool)
         known[:, :, : round(cfg.keep * model.height)] = True
         return known
-    known = torch.from_numpy(np.array(open_integers(Path(cfg.mask), "mask"))).bool()
-    c, h, w = model.shape
-    if tuple(known.shape) not in ((h, w), (c, h, w), tuple(x.shape)):
+    known, (c, h, w) = open_integers(Path(cfg.mask), "mask"), model.shape
+    if known.shape not in ((h, w), (c, h, w), tuple(x.shape)):
         shapes = f"({h}, {w}), ({c}, {h}, {w}) or {tuple(x.shape)}"
-        raise ValueError(f"{cfg.mask}: expected shape {shapes}, found {tuple(known.shape)}")
-    return known.expand_as(x)
+        raise ValueError(f"{cfg.mask}: expected shape {shapes}, found {known.shape}")
+    return torch.from_numpy(np.array(known != 0)).expand_as(x)
 
 
 def check_places(cfg, out: Path) -> None:
@@ -167,7 +166,7 @@ def main(cfg) -> None:
     model = rebuild(checkpoint, path)
     print(f"{path} · {type(model).__name__}, {model.channels}×{model.height}×{model.width}, {model.levels} levels")
 
-    request = request_of(cfg, model, checkpoint)
+    request = request_of(cfg, model, checkpoint, path)
     check_arguments(**{key: cfg[key] for key in ("seed", "method", "bf16", "temperature", "batch_size")})
     model.check_condition(request.n, request.label)
     sink = sink_of(cfg, request.n, model, path)

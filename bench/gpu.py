@@ -46,7 +46,7 @@ import torch  # noqa: E402
 
 from bench.measure import LOST  # noqa: E402
 from cli.machine import environment  # noqa: E402
-from models.checkpoint import write_atomically  # noqa: E402
+from files import write_atomically  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 PARTS = {"1": ("cost", "sweep", "tests"), "2": ("sampling", "training", "kernels", "tests-training", "sanitizer")}

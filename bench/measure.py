@@ -22,7 +22,7 @@ import torch
 
 import models
 from cli.machine import environment, keep_freed_memory
-from models.checkpoint import write_atomically
+from files import write_atomically
 
 LOST = 3  # exit status: the GPU no longer answers this process; another one goes on with --resume
 

@@ -4,19 +4,22 @@ import os
 import shutil
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 
 import hydra
+import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from checks import check_one_of
+from checks import check_one_of, reason_of
 from conf import schema
+from files import naming
 
 CONF = Path(schema.__file__).resolve().parent
 ROOT = CONF.parent
@@ -96,7 +99,8 @@ def run(
         try:
             for key in cfg:
                 check_one_of("KEY", key, keys)
-            return main(cfg)
+            with memory_named():
+                return main(cfg)
         except (*MISTAKES, Stopped) as error:
             drop_if_unused(Path(HydraConfig.get().runtime.output_dir))
             if show_traceback or HydraConfig.get().mode == RunMode.MULTIRUN:
@@ -111,7 +115,8 @@ def run(
         os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(filter(None, paths)))
         check_dashes(sys.argv[1:], keys)
         sys.argv[1:] = prepare(sys.argv[1:])
-        hydra.main(version_base="1.3", config_path=str(CONF), config_name=name)(task)()
+        with naming(Path.cwd()):  # what Hydra writes may be below it
+            hydra.main(version_base="1.3", config_path=str(CONF), config_name=name)(task)()
     except (*MISTAKES, Stopped) as error:
         if show_traceback:
             raise
@@ -122,6 +127,17 @@ def run(
         os.environ.pop("HYDRA_FULL_ERROR")
         if before is not None:
             os.environ["HYDRA_FULL_ERROR"] = before
+
+
+@contextmanager
+def memory_named() -> Iterator[None]:
+    """Say in one line that there is not enough memory."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+            raise Stopped(f"error: not enough memory ({reason_of(error)})", 2) from error
+        raise
 
 
 def check_dashes(argv: list[str], keys: list[str]) -> None:

@@ -17,7 +17,7 @@ import math
 import os
 import time
 from pathlib import Path
-from typing import Protocol
+from typing import BinaryIO, Protocol
 
 import numpy as np
 import torch
@@ -25,7 +25,7 @@ from einops import rearrange
 from PIL import Image
 from torch import Tensor
 
-from models.checkpoint import write_atomically
+from files import reserve, write_atomically
 
 # ---------------------------------------------------------------------------------------------------------------- files
 
@@ -169,8 +169,10 @@ def describe(path: Path, what: dict) -> None:
     wait_for(path)
     try:
         before = json.loads(path.read_text())
-    except ValueError:
-        raise ValueError(f"{path}: expected JSON, found damage; remove it to start again") from None
+    except (ValueError, RecursionError):
+        before = None
+    if not isinstance(before, dict):
+        raise ValueError(f"{path}: expected JSON that says what the images are, found damage; remove it to start again")
     for name in what:
         if name != "versions" and before.get(name) != what[name]:
             raise ValueError(
@@ -222,6 +224,13 @@ class Memory:
         return torch.stack(self.images[:n])
 
 
+def write_zeros(file: BinaryIO, dtype: np.dtype, shape: tuple[int, ...]) -> None:
+    """Write a .npy file of zeros that the disk has room for."""
+    header = {"descr": dtype.str, "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(file, header)
+    reserve(file, math.prod(shape) * dtype.itemsize)
+
+
 class NpyFile:
     """Write n images (n c h w) to a .npy file.
 
@@ -248,17 +257,15 @@ class NpyFile:
         if rank_and_world()[0] == 0 and not (self.part.exists() and self.flags.exists()):
             description.unlink(missing_ok=True)  # of images that are whole, or of none
             self.flags.unlink(missing_ok=True)
-            new = with_suffix(self.part, "new")
-            np.lib.format.open_memmap(new, mode="w+", dtype=dtype, shape=(n, *shape)).flush()
-            os.replace(new, self.part)
+            write_atomically(self.part, lambda file: write_zeros(file, dtype, (n, *shape)))
             write_atomically(self.flags, lambda file: file.write(bytes(n)))
         wait_for(self.flags)
         describe(description, what)
-        self.done = np.memmap(self.flags, dtype=np.uint8, mode="r+")
         try:
+            self.done = np.memmap(self.flags, dtype=np.uint8, mode="r+")
             self.images = np.lib.format.open_memmap(self.part, mode="r+")
             whole = self.images.shape == (n, *shape) and self.images.dtype == dtype and self.done.shape == (n,)
-        except ValueError:
+        except Exception:  # of nearly every type
             whole = False
         if not whole:
             raise ValueError(f"{self.part}: expected {(n, *shape)} {dtype}, found damage; remove it to start again")

@@ -4,7 +4,7 @@ import json
 import math
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -13,12 +13,13 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 import data
-from checks import one_of, unexpected
+from checks import one_of, reason_of, unexpected
 from cli.command import CONF, LOCK, Stopped
 from cli.output import rank_and_world
 from conf.schema import Train
+from files import naming, write_atomically
 from models.base import ImageModel
-from models.checkpoint import check_contents, read, write_atomically
+from models.checkpoint import check_contents, read
 
 
 def key_of(override: str) -> str:
@@ -113,7 +114,7 @@ def continued(cfg: DictConfig, checkpoint: dict, arguments: list[str], path: Pat
     try:
         before = OmegaConf.merge(OmegaConf.structured(Train), plain(checkpoint["config"]))
     except (OmegaConfBaseException, ValueError) as error:
-        raise ValueError(f"{path}: expected the config of a run, found {str(error).splitlines()[0]}") from None
+        raise ValueError(f"{path}: expected the config of a run, found {reason_of(error)}") from None
     after = OmegaConf.merge(cfg, {})
     for key in cfg:  # a key that did not exist then keeps today's value
         if key in checkpoint["config"]:
@@ -127,6 +128,8 @@ def continued(cfg: DictConfig, checkpoint: dict, arguments: list[str], path: Pat
                 f"{argument}: expected KEY=VALUE with resume=, which changes single keys of a run's config"
             )
         OmegaConf.update(after, key, OmegaConf.select(cfg, key), merge=False, force_add=True)
+    if not {"dataset", "dataset.root"} & {key_of(argument) for argument in arguments if argument not in handed_on}:
+        check_root(after.dataset, "dataset.root", path)
     return after
 
 
@@ -247,9 +250,21 @@ def check_classes(model: ImageModel, dataset: data.Dataset) -> None:
         raise unexpected("model.classes", model.classes, f"{allowed}, as {dataset.name} has {has}")
 
 
-def dataset_of(checkpoint: dict, root: str | None) -> data.Dataset:
-    """Load the data set that a checkpoint was trained on, from below another folder if `root` names one."""
+def check_root(dataset: Mapping, option: str, path: Path) -> None:
+    """Raise ValueError for a folder of data that only a checkpoint names, and that is not there.
+
+    The checkpoint may come from anybody, and would have it made anywhere.
+    """
+    root, name = dataset.get("root"), dataset.get("name")
+    if name != "digits" and root is not None and not Path(str(root), str(name)).expanduser().is_dir():
+        raise ValueError(f"{path}: expected data in {root}/{name}, found no such folder; {option}=FOLDER names another")
+
+
+def dataset_of(checkpoint: dict, root: str | None, path: Path) -> data.Dataset:
+    """Load the data set that the checkpoint in `path` was trained on, from below another folder if `root` names one."""
     config = dict(checkpoint["config"]["dataset"])
+    if root is None:
+        check_root(config, "root", path)
     return data.build(config if root is None else {**config, "root": root})
 
 
@@ -262,9 +277,9 @@ class Metrics:
     """
 
     def __init__(self, folder: Path, step: int):
-        path = folder / "metrics.jsonl"
+        self.path = path = folder / "metrics.jsonl"
         if path.exists():
-            lines = [line for line in path.read_text().splitlines() if is_before(line, step)]
+            lines = [line for line in path.read_text(errors="replace").splitlines() if is_before(line, step)]
             write_atomically(path, lambda file: file.write("".join(f"{line}\n" for line in lines).encode()))
         self.file = path.open("a")
         try:
@@ -276,8 +291,9 @@ class Metrics:
 
     def write(self, step: int, **values: float) -> None:
         """Add a line of values of a step."""
-        self.file.write(json.dumps({"step": step, **values}) + "\n")
-        self.file.flush()
+        with naming(self.path):
+            self.file.write(json.dumps({"step": step, **values}) + "\n")
+            self.file.flush()
         if self.board:
             for name, value in values.items():
                 self.board.add_scalar(name, value, step)
@@ -286,7 +302,8 @@ class Metrics:
         return self
 
     def __exit__(self, *_) -> None:
-        self.file.close()
+        with naming(self.path):
+            self.file.close()
         if self.board:
             self.board.close()
 
@@ -295,6 +312,6 @@ def is_before(line: str, step: int) -> bool:
     """Tell whether a line of metrics is whole and of this step or an earlier one."""
     try:
         row = json.loads(line)
-    except ValueError:  # a line that a killed run left unfinished
+    except (ValueError, RecursionError):  # a line that a killed run left unfinished, or of another origin
         return False
     return isinstance(row, dict) and isinstance(row.get("step"), int) and row["step"] <= step

@@ -29,11 +29,14 @@ def read_amat(path: Path, n: int) -> np.ndarray:
     Raises:
         ValueError: another number of values, or a character other than 0 and 1.
     """
-    text, count = np.fromfile(path, np.uint8), n * SIDE**2
+    count = n * SIDE**2
+    expected = f"{path}: damaged: expected {count:,} values 0 or 1 ({n:,} images of {SIDE}×{SIDE})"
+    if path.stat().st_size > 4 * count + 1024:
+        raise ValueError(f"{expected}, found {path.stat().st_size:,} bytes")
+    text = np.fromfile(path, np.uint8)
     paired = len(text) == 2 * count and (text[1::2] <= SPACE).all()  # digit, space, …: the published files
     digits = text[::2] if paired else text[text > SPACE]  # the first is three times as fast
     bits = digits - ord("0")  # below "0" wraps around: anything but 0 and 1 is above 1
-    expected = f"{path}: damaged: expected {count:,} values 0 or 1 ({n:,} images of {SIDE}×{SIDE})"
     if len(bits) != count:
         raise ValueError(f"{expected}, found {len(bits):,}")
     if bits.max() > 1:

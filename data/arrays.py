@@ -6,11 +6,12 @@ from pathlib import Path
 
 import numpy as np
 
-from checks import check, check_one_of, unexpected
+from checks import check, check_one_of, reason_of, unexpected
 from data import cache
 from data.splits import Dataset, shuffled, sizes, three_way
 
 BLOCK = 1 << 24  # values in memory at a time
+MOST = 1 << 16  # levels or classes that a file's largest value may stand for: a model has weights for each
 
 
 def open_integers(path: Path, option: str | None = None) -> np.ndarray:
@@ -27,9 +28,8 @@ def open_integers(path: Path, option: str | None = None) -> np.ndarray:
         raise FileNotFoundError(f"{path if option is None else f'{option}={path}'}: expected a .npy file, found none")
     try:
         array = np.lib.format.open_memmap(path, mode="r")
-    except (ValueError, OSError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"{path}: expected a whole .npy file of numbers ({reason})") from None
+    except Exception as error:  # NumPy reads the header as Python would, and meets errors of nearly every type
+        raise ValueError(f"{path}: expected a whole .npy file of numbers ({reason_of(error)})") from None
     if array.dtype.kind not in "iub":
         raise ValueError(f"{path}: expected integers, found {array.dtype}")
     return array
@@ -43,14 +43,14 @@ def _blocks(images: np.ndarray) -> Iterator[slice]:
 
 def count_levels(images: np.ndarray, levels: int | None, path: Path) -> int:
     """Return `levels`, or for None the largest value + 1 (at least 2); ValueError: a value is outside."""
-    largest = 0
+    largest, most = 0, MOST if levels is None else levels
     for rows in _blocks(images):
         low, high = int(images[rows].min()), int(images[rows].max())
         largest = max(largest, high)
         for value in (low, high):
-            if value < 0 or (levels is not None and value >= levels):
-                expected = "integers from 0 on" if levels is None else f"0..{levels - 1} with levels={levels}"
-                raise ValueError(f"{path}: expected {expected}, found the value {value}")
+            if not 0 <= value < most:
+                unless = " unless dataset.levels says otherwise" if levels is None else f" with levels={levels}"
+                raise ValueError(f"{path}: expected values from 0 to {most - 1}{unless}, found {value}")
     return max(2, largest + 1) if levels is None else levels
 
 
@@ -87,16 +87,18 @@ def _convert(
         with cache.exclusive(folder):
             if not target.is_file():
                 cache.store(target, (images[order[rows]].astype(dtype) for rows in _blocks(images)))
-    images = cache.load(target)
+    images = cache.load(target, images.shape[1:], np.uint8, np.int64)
     return images, max(2, int(images.max()) + 1) if levels is None else levels
 
 
 def _labels(path: Path, n: int) -> np.ndarray:
     """Read n labels: (n,) int64."""
     labels = open_integers(path, "dataset.labels")
-    if labels.shape != (n,) or labels.min() < 0:
-        low = f" with the value {labels.min()}" if labels.size and labels.min() < 0 else ""
-        raise ValueError(f"{path}: expected ({n},) labels from 0 on, found shape {labels.shape}{low}")
+    if labels.shape != (n,):
+        raise ValueError(f"{path}: expected ({n},) labels, found shape {labels.shape}")
+    low, high = labels.min(), labels.max()
+    if low < 0 or high >= MOST:
+        raise ValueError(f"{path}: expected labels from 0 to {MOST - 1}, found {low} to {high}")
     return labels.astype(np.int64)
 
 
@@ -117,8 +119,8 @@ def npy(
         path: the file. It is converted once to root/npy/KEY.npy, (n c h w) uint8 (int64 where levels > 256)
             with the images in a random order, and memory-mapped from there.
         channels: which of the last two it is, "first" or "last"; None: see `channels_first`.
-        levels: values a sub-pixel takes; None: the largest value in the file + 1.
-        labels: a .npy file with (n,) integers from 0 on, or None.
+        levels: values a sub-pixel takes; None: the largest value in the file + 1, if that is at most MOST.
+        labels: a .npy file with (n,) integers from 0 to MOST - 1, or None.
         val, test: the fractions of the images that these parts get.
         seed: decides which image is in which part.
         root: see `path`; None is ~/.cache/pixelrnn.
@@ -129,7 +131,7 @@ def npy(
     """
     path = cache.source("path", path, "npy", "FILE.npy")
     if levels is not None:
-        check("dataset.levels", levels, int, 2)
+        check("dataset.levels", levels, int, 2, 2**31)
     check("dataset.seed", seed, int, 0)
     if channels is not None:
         check_one_of("dataset.channels", channels, ("first", "last"))

@@ -6,10 +6,12 @@ import struct
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
-from checks import unexpected
+from checks import reason_of, unexpected
+from files import write_atomically
 
 try:
     import fcntl
@@ -74,30 +76,28 @@ def store(path: Path, blocks: Iterable[np.ndarray]) -> None:
     The file grows under a temporary name and gets its own in one step: it is there whole or not at all. No
     more than a block is in memory, and n need not be known beforehand.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    n, kind = 0, None
-    try:
-        with open(temporary, "wb") as file:
-            file.write(_header(np.dtype(np.uint8), (0,)))
-            for block in blocks:
-                assert kind in (None, (block.dtype, block.shape[1:])), f"{kind} then {block.dtype} {block.shape}"
-                kind = block.dtype, block.shape[1:]
-                n += len(block)
-                file.write(np.ascontiguousarray(block).data)
-            assert kind is not None, "nothing to store"
-            file.seek(0)
-            file.write(_header(kind[0], (n, *kind[1])))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+
+    def write(file: BinaryIO) -> None:
+        n, kind = 0, None
+        file.write(_header(np.dtype(np.uint8), (0,)))
+        for block in blocks:
+            assert kind in (None, (block.dtype, block.shape[1:])), f"{kind} then {block.dtype} {block.shape}"
+            kind = block.dtype, block.shape[1:]
+            n += len(block)
+            file.write(np.ascontiguousarray(block).data)
+        assert kind is not None, "nothing to store"
+        file.seek(0)
+        file.write(_header(kind[0], (n, *kind[1])))
+
+    write_atomically(path, write)
 
 
-def load(path: Path) -> np.ndarray:
-    """Memory-map a .npy file that `store` wrote; ValueError if it is damaged."""
+def load(path: Path, rest: tuple[int, ...], *dtypes: type) -> np.ndarray:
+    """Memory-map a .npy file that `store` wrote, of shape (n, *rest) and one of these types; ValueError otherwise."""
     try:
-        return np.lib.format.open_memmap(path, mode="r")
-    except ValueError as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"{path}: damaged ({reason}); delete it and it is made again") from None
+        array = np.lib.format.open_memmap(path, mode="r")
+        if array.ndim != 1 + len(rest) or array.shape[1:] != rest or array.dtype not in dtypes:
+            raise ValueError(f"an array {array.shape} of {array.dtype}")
+    except Exception as error:  # as in `arrays.open_integers`
+        raise ValueError(f"{path}: damaged ({reason_of(error)}); delete it and it is made again") from None
+    return array

@@ -1,6 +1,7 @@
 """CIFAR-10, from its binary version: records of one label byte and 3,072 pixel bytes. No pickle is opened."""
 
 import gzip
+import io
 import os
 import tarfile
 import zlib
@@ -8,9 +9,11 @@ from pathlib import Path
 
 import numpy as np
 
+from checks import reason_of
 from data import cache
 from data.download import fetch
 from data.splits import Dataset, Split, hold_out
+from files import write_atomically
 
 COUNT = 10_000  # records a file
 HELD_OUT = 5_000  # of train, for val
@@ -28,22 +31,23 @@ DIGEST = "sha256:c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1d
 
 def _extract(archive: Path, names: tuple[str, ...]) -> None:
     """Take the named files, and nothing else, out of the archive into FOLDER beside it."""
-    folder = archive.parent / FOLDER
+    folder, most = archive.parent / FOLDER, 8 * COUNT * RECORD + (1 << 20)
     with cache.exclusive(folder):
         try:
-            with tarfile.open(archive, "r:gz") as tar:
+            with gzip.open(archive) as file:
+                content = file.read(most + 1)
+            if len(content) > most:
+                raise ValueError(f"more than {most:,} bytes unpacked")
+            with tarfile.open(fileobj=io.BytesIO(content), mode="r:") as tar:
                 for name in names:
                     # Looked up by name and read as bytes: no path in the archive decides where anything goes.
                     member = tar.getmember(f"{FOLDER}/{name}")
                     content = tar.extractfile(member) if member.size == COUNT * RECORD else None
                     if content is None:
-                        raise KeyError(f"expected {name} of {COUNT * RECORD:,} bytes, found {member.size:,}")
-                    temporary = folder / f".{name}.{os.getpid()}.tmp"
-                    temporary.write_bytes(content.read())
-                    os.replace(temporary, folder / name)
-        except (tarfile.TarError, EOFError, KeyError, zlib.error, gzip.BadGzipFile) as error:
-            reason = error.args[0] if error.args else type(error).__name__
-            raise ValueError(f"{archive}: damaged ({reason}); delete it and it is downloaded again") from None
+                        raise ValueError(f"expected {name} of {COUNT * RECORD:,} bytes, found {member.size:,}")
+                    write_atomically(folder / name, lambda file, content=content: file.write(content.read()))
+        except (tarfile.TarError, EOFError, KeyError, ValueError, zlib.error, gzip.BadGzipFile) as error:
+            raise ValueError(f"{archive}: damaged ({reason_of(error)}); delete it and it is downloaded again") from None
 
 
 def read_records(path: Path) -> tuple[np.ndarray, np.ndarray]:

@@ -2,13 +2,14 @@
 
 import os
 import sys
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps
 
-from checks import check, unexpected
+from checks import check, reason_of, unexpected
 from data import cache
 from data.splits import Dataset, shuffled, sizes, three_way
 
@@ -23,9 +24,11 @@ def read_picture(path: Path, height: int, width: int, channels: int) -> np.ndarr
         (c h w) uint8: RGB for 3 channels, grey for 1. Transparency is dropped.
 
     Raises:
-        any error of Pillow's for a file that it cannot read; ValueError for pixels that are not bytes.
+        any error of Pillow's for a file that it cannot read, or that is larger than it takes for harmless (some 90
+        million pixels); ValueError for pixels that are not bytes.
     """
-    with Image.open(path) as picture:
+    too_large = Image.DecompressionBombWarning
+    with warnings.catch_warnings(action="error", category=too_large), Image.open(path) as picture:
         picture = ImageOps.exif_transpose(picture)
         if picture.mode.startswith("I;16"):  # Pillow's own conversion would clip 16 bits, not scale them
             picture = Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
@@ -46,8 +49,7 @@ def _blocks(folder: Path, names: Sequence[str], shape: tuple[int, int, int]) -> 
         try:
             block.append(read_picture(folder / name, height, width, channels))
         except Exception as error:  # decoders meet damage with errors of nearly every type
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            print(f"{folder / name}: skipped, cannot be read ({reason})", file=sys.stderr)
+            print(f"{folder / name}: skipped, cannot be read ({reason_of(error)})", file=sys.stderr)
         if block and (len(block) == size or name == names[-1]):
             yield np.stack(block)
             block, empty = [], False
@@ -111,6 +113,6 @@ def image_folder(
             if not target.is_file():
                 order = [names[k] for k in shuffled(len(names), seed)]
                 cache.store(target, _blocks(path, order, shape))
-    images = cache.load(target)
+    images = cache.load(target, shape, np.uint8)
     counts = sizes(len(images), val, test, path)
     return Dataset("image_folder", levels=256, classes=None, **three_way(images, None, *counts))

@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from checks import reason_of
 from data.arrays import open_integers
 from data.folder import SUFFIXES, read_picture
 
@@ -20,17 +21,13 @@ def read_images(path: Path, shape: tuple[int, int, int], levels: int, n: int | N
         FileNotFoundError: nothing is there.
         ValueError: the images are not as expected; it says what was found.
     """
-    if path.suffix.lower() == ".npy":
-        x = read_array(path, shape)[:n]
-        x = torch.from_numpy(np.array(x, dtype=np.int64))
-    else:
-        x = read_pictures(path, shape, levels, n)
+    x = read_array(path, shape)[:n] if path.suffix.lower() == ".npy" else read_pictures(path, shape, levels, n)
     if not len(x):
         raise ValueError(f"{path}: expected images, found none")
     low, high = int(x.min()), int(x.max())
     if low < 0 or high >= levels:
         raise ValueError(f"{path}: expected values from 0 to {levels - 1}, found {low} to {high}")
-    return x
+    return torch.from_numpy(np.array(x, dtype=np.int64))
 
 
 def read_array(path: Path, shape: tuple[int, int, int]) -> np.ndarray:
@@ -45,8 +42,8 @@ def read_array(path: Path, shape: tuple[int, int, int]) -> np.ndarray:
     raise ValueError(f"{path}: expected shape (n, {c}, {h}, {w}) or (n, {h}, {w}, {c}), found {x.shape}")
 
 
-def read_pictures(path: Path, shape: tuple[int, int, int], levels: int, n: int | None) -> torch.Tensor:
-    """Read a picture, or the first n of a folder in the order of their names: (n c h w) int64."""
+def read_pictures(path: Path, shape: tuple[int, int, int], levels: int, n: int | None) -> np.ndarray:
+    """Read a picture, or the first n of a folder in the order of their names: (n c h w) uint8."""
     if levels != 256 or shape[0] not in (1, 3):
         raise ValueError(f"{path}: expected a .npy file, as pictures have 256 levels and are grey or RGB")
     if path.is_dir():
@@ -63,6 +60,5 @@ def read_pictures(path: Path, shape: tuple[int, int, int], levels: int, n: int |
         try:
             pictures.append(read_picture(file, h, w, c))
         except Exception as error:  # decoders meet damage with errors of nearly every type
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise ValueError(f"{file}: expected a picture, found none that can be read ({reason})") from None
-    return torch.from_numpy(np.stack(pictures)).long()
+            raise ValueError(f"{file}: expected a picture, found none that can be read ({reason_of(error)})") from None
+    return np.stack(pictures)

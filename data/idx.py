@@ -15,6 +15,7 @@ from data.download import fetch
 from data.splits import BINARIZE, Dataset, Split, hold_out
 
 COUNTS = {"train": 60_000, "t10k": 10_000}
+SIDES = (28, 28)
 HELD_OUT = 10_000  # of train, for val: as many as the fixed binarized MNIST holds out
 CLASSES = 10
 
@@ -41,42 +42,35 @@ FASHION_FILES = {
 }
 
 
-def read_idx(path: Path, shape: tuple[int | None, ...]) -> np.ndarray:
-    """Read a gzipped IDX file of unsigned bytes.
-
-    Args:
-        path: the file.
-        shape: expected in its header; None leaves an axis free.
-
-    Returns:
-        The array, uint8, read-only.
+def read_idx(path: Path, shape: tuple[int, ...]) -> np.ndarray:
+    """Read a gzipped IDX file of unsigned bytes: an array of `shape`, uint8, read-only.
 
     Raises:
         ValueError: gzip's checksum, the header or the length is wrong.
     """
+    start, size = 4 + 4 * len(shape), math.prod(shape)
     try:
         with gzip.open(path) as file:
-            data = file.read()
+            data = file.read(start + size + 1)  # no more is unpacked than can be right
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise ValueError(f"{path}: damaged gzip file ({error}); delete it and it is downloaded again") from None
-    start = 4 + 4 * len(shape)
     if data[:4] != bytes([0, 0, 8, len(shape)]) or len(data) < start:
         raise ValueError(
             f"{path}: expected an IDX file of bytes with {len(shape)} axes, found first bytes {data[:4].hex() or None}"
         )
     found = struct.unpack(f">{len(shape)}I", data[4:start])
-    if any(want not in (None, got) for want, got in zip(shape, found, strict=True)):
-        wanted = " ".join("any" if want is None else str(want) for want in shape)
-        raise ValueError(f"{path}: expected shape ({wanted}), found ({' '.join(map(str, found))})")
-    if len(data) != start + math.prod(found):
-        raise ValueError(f"{path}: damaged: expected {start + math.prod(found):,} bytes, found {len(data):,}")
-    return np.frombuffer(data, np.uint8, offset=start).reshape(found)
+    if found != shape:
+        raise ValueError(f"{path}: expected shape {shape}, found {found}")
+    if len(data) != start + size:
+        found = f"{len(data):,}" if len(data) < start + size else "more"
+        raise ValueError(f"{path}: damaged: expected {start + size:,} bytes, found {found}")
+    return np.frombuffer(data, np.uint8, offset=start).reshape(shape)
 
 
 def _part(folder: Path, prefix: str) -> tuple[np.ndarray, np.ndarray]:
-    """Read images (n 1 h w) uint8 and labels (n,) int64 of "train" or "t10k"."""
+    """Read images (n 1 28 28) uint8 and labels (n,) int64 of "train" or "t10k"."""
     n = COUNTS[prefix]
-    images = read_idx(folder / f"{prefix}-images-idx3-ubyte.gz", (n, None, None))
+    images = read_idx(folder / f"{prefix}-images-idx3-ubyte.gz", (n, *SIDES))
     path = folder / f"{prefix}-labels-idx1-ubyte.gz"
     labels = read_idx(path, (n,))
     if labels.max() >= CLASSES:

@@ -1,19 +1,19 @@
 """Downsampled ImageNet, 32×32 and 64×64, from its official .npz batches."""
 
 import os
-import zipfile
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
+from checks import reason_of
 from data import cache
 from data.splits import Dataset, Split
 
 PARTS = {"train": tuple(f"train_data_batch_{k}.npz" for k in range(1, 11)), "test": ("val_data.npz",)}
 HELD_OUT = 10_000  # of train, for val
 CLASSES = 1000
+MOST = 150_000  # images in a file; the official ones hold up to 128,123
 SITE = "https://image-net.org/download-images"
 ARCHIVES = {
     32: "Imagenet32_train_npz.zip and Imagenet32_val_npz.zip",
@@ -21,22 +21,32 @@ ARCHIVES = {
 }
 
 
+def _claim(arrays: np.lib.npyio.NpzFile, name: str) -> tuple[tuple[int, ...], np.dtype]:
+    """Return shape and type of an array in an .npz file, by its header."""
+    with arrays.zip.open(f"{name}.npy") as file:
+        read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+        shape, _, dtype = read[np.lib.format.read_magic(file)](file)
+    return shape, dtype
+
+
 def read_batch(path: Path, size: int) -> tuple[np.ndarray, np.ndarray]:
     """Read one .npz batch: images (n 3 size size) uint8, labels (n,) int64 in 0..999; ValueError if it is damaged."""
+    pixels = 3 * size * size
     try:
         with open(path, "rb") as file, np.load(file, allow_pickle=False) as arrays:
-            data, labels = arrays["data"], arrays["labels"]
-    except (ValueError, KeyError, TypeError, EOFError, OSError, zipfile.BadZipFile, zlib.error) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"{path}: expected an npz file with arrays data and labels ({reason})") from None
-    pixels = 3 * size * size
-    if data.dtype != np.uint8 or data.ndim != 2 or data.shape[1] != pixels or labels.shape != data.shape[:1]:
+            (shape, dtype), (its_shape, its_dtype) = _claim(arrays, "data"), _claim(arrays, "labels")
+            right = dtype == np.uint8 and shape[1:] == (pixels,) and shape[0] <= MOST and its_shape == shape[:1]
+            right = right and its_dtype.kind in "iu"
+            data, labels = (arrays["data"], arrays["labels"]) if right else (None, None)
+    except Exception as error:  # decoders meet damage with errors of nearly every type
+        raise ValueError(f"{path}: expected an npz file with arrays data and labels ({reason_of(error)})") from None
+    if not right:
         raise ValueError(
-            f"{path}: expected data (n, {pixels}) uint8 and labels (n,), "
-            f"found {data.shape} {data.dtype} and {labels.shape}"
+            f"{path}: expected data (n, {pixels}) uint8, n at most {MOST:,}, and n integers as labels, "
+            f"found {shape} {dtype} and {its_shape} {its_dtype}"
         )
-    if labels.dtype.kind not in "iu" or (len(labels) and not 1 <= labels.min() <= labels.max() <= CLASSES):
-        raise ValueError(f"{path}: expected labels that are integers in 1..{CLASSES}, found others")
+    if len(labels) and not 1 <= labels.min() <= labels.max() <= CLASSES:
+        raise ValueError(f"{path}: expected labels from 1 to {CLASSES}, found {labels.min()} to {labels.max()}")
     return data.reshape(-1, 3, size, size), labels.astype(np.int64) - 1
 
 
@@ -62,11 +72,11 @@ def _convert(folder: Path, part: str, names: tuple[str, ...], size: int) -> None
 
 def _load(folder: Path, part: str, size: int) -> Split:
     """Memory-map a converted part; ValueError if it is damaged."""
-    path = folder / f"{part}.npy"
-    images, labels = cache.load(path), cache.load(folder / f"{part}_labels.npy")
-    if images.shape[1:] != (3, size, size) or labels.shape != images.shape[:1]:
-        found = f"{images.shape} with {labels.shape} labels"
-        raise ValueError(f"{path}: expected (n, 3, {size}, {size}), found {found}; delete it and it is made again")
+    path = folder / f"{part}_labels.npy"
+    images = cache.load(folder / f"{part}.npy", (3, size, size), np.uint8)
+    labels = cache.load(path, (), np.int64)
+    if len(labels) != len(images):
+        raise ValueError(f"{path}: expected {len(images)} labels, found {len(labels)}; delete it and it is made again")
     return Split(images, labels)
 
 

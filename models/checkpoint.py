@@ -10,10 +10,8 @@ A checkpoint is a dict of plain values and tensors, so that it loads with `weigh
     …            what train.py adds to continue: optimizer, step, best, random states
 """
 
-import math
 import os
 import reprlib
-import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +19,9 @@ import torch
 from torch import Tensor
 
 import models
+from checks import reason_of, shortened
+from files import write_atomically
+from models.untrusted import check_archive, check_claims, check_values
 
 FORMAT = "pixelrnn-1"
 
@@ -42,24 +43,6 @@ CONTENTS = (  # of a checkpoint: key, whether a value is right, what is expected
 )
 
 
-def write_atomically(path: str | os.PathLike, write) -> None:
-    """Call write(file) on a new file beside `path`, and rename it to `path` once it is safely on the disk.
-
-    Whatever happens midway, `path` holds the old contents or the new, whole; of several processes, those of one.
-    """
-    path = Path(path)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(unfinished, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(unfinished, path)
-    except BaseException:
-        unfinished.unlink(missing_ok=True)
-        raise
-
-
 def save(path: str | os.PathLike, checkpoint: dict[str, Any]) -> None:
     """Write a checkpoint atomically; `checkpoint` has the keys above but `format`."""
     write_atomically(path, lambda file: torch.save({"format": FORMAT, **checkpoint}, file))
@@ -75,22 +58,12 @@ def read(path: str | os.PathLike, device: str | torch.device = "cpu") -> dict[st
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: expected a checkpoint, found none")
+    check_archive(path)
     try:
-        with zipfile.ZipFile(path) as archive:
-            for record in archive.infolist():  # torch.save compresses none, so none is larger than the file
-                if record.compress_type != zipfile.ZIP_STORED:
-                    raise ValueError(f"{path}: expected a checkpoint, found a compressed record {record.filename}")
-            damaged = archive.testzip()  # compares every record with its checksum, which torch.load does not
-        if damaged:
-            raise ValueError(f"{path}: expected a whole checkpoint, found its record {damaged} damaged")
         checkpoint = torch.load(path, map_location=device, weights_only=True)
-    except zipfile.BadZipFile:
-        raise ValueError(f"{path}: expected a checkpoint, found a file of another kind, or one cut short") from None
-    except ValueError:
-        raise
+        check_values(checkpoint, path.stat().st_size)
     except Exception as error:  # torch.load raises whatever its unpickler meets
-        found = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"{path}: expected a checkpoint, found {found}") from None
+        raise ValueError(f"{path}: expected a checkpoint, found {reason_of(error)}") from None
     if not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT:
         raise ValueError(f"{path}: expected a checkpoint of the format {FORMAT}, found another")
     check_contents(checkpoint, CONTENTS, path)
@@ -132,26 +105,8 @@ def load(path: str | os.PathLike, device: str | torch.device = "cpu") -> "models
 
 
 def in_one_line(error: Exception) -> str:
-    """Return an error's text in one line; its kind, where it has none."""
-    return " ".join(str(error).split()) or type(error).__name__
-
-
-def check_claims(config: dict[str, Any], weights: dict[str, Tensor]) -> None:
-    """Raise ValueError for a model larger than these weights, before it is built and takes time and memory.
-
-    Every layer has a tensor of its own, and each product below is at most the size of one of the weights.
-    """
-    limits = [(("layers",), len(weights)), (("base_layers",), len(weights))]
-    numbers = sum(weight.untyped_storage().nbytes() for weight in weights.values())  # at most one of a byte each
-    products = ["hidden hidden", "base_hidden base_hidden", "head_features", "classes hidden", "map_features hidden"]
-    products += ["channels hidden", "mixtures channels", "doublings"]
-    if config.get("head", "softmax") == "softmax":
-        products.append("levels channels")
-    limits += [(tuple(product.split()), numbers) for product in products]
-    for names, limit in limits:
-        values = [config.get(name) for name in names]
-        if all(isinstance(value, int) for value in values) and math.prod(values) > limit:
-            raise ValueError(f"{' · '.join(names)} = {math.prod(values)}, more than its weights hold")
+    """Return an error's text in one line, shortened; its type, where it has none."""
+    return shortened(" ".join(str(error).split()) or type(error).__name__)
 
 
 def find(path: str | os.PathLike | None, runs: str | os.PathLike = "runs") -> Path:

@@ -9,7 +9,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -23,7 +22,7 @@ import train
 from cli.output import grid
 from data.order import EpochOrder
 from models.checkpoint import find, load, read
-from tests.commands import COMMANDS, REPOSITORY, SHORT, TINY, process, refused
+from tests.commands import COMMANDS, REPOSITORY, SHORT, TINY, process
 
 LONG = [*TINY, "steps=300", "save_every=7", "evaluate_every=50", "log_every=10", "sample_every=0"]
 
@@ -158,38 +157,6 @@ class TestResume:
         self.same(read(last), uninterrupted)
         rows = [json.loads(line)["step"] for line in (last.parent / "metrics.jsonl").read_text().splitlines()]
         assert rows == sorted(rows) and len(rows) == len(set(rows)) + 6  # 6 evaluations share a step with a log line
-
-    @pytest.mark.slow
-    def test_after_kills_in_the_middle_of_writing_a_checkpoint(self, tmp_path, uninterrupted):
-        """Twice the fourth write of last.pt dies after half of its bytes."""
-        script = f"""
-import io, os, signal, sys
-sys.path.insert(0, {str(REPOSITORY)!r})
-import torch, train
-from cli import command
-whole, count = torch.save, 0
-def half(checkpoint, file):
-    global count
-    count += "last.pt" in file.name
-    if count == 4:
-        buffer = io.BytesIO()
-        whole(checkpoint, buffer)
-        file.write(buffer.getvalue()[: buffer.tell() // 2])
-        file.flush()
-        os.kill(os.getpid(), signal.SIGKILL)
-    whole(checkpoint, file)
-torch.save = half
-command.run("train", train.main, train.prepare)
-"""
-        line = [sys.executable, "-c", script, *LONG, "resume=auto"]
-        for step in (21, 42):
-            run = subprocess.run(line, cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True)
-            assert run.returncode == -signal.SIGKILL, run.stderr
-            (last,) = tmp_path.rglob("last.pt")
-            assert read(last)["step"] == step and list(last.parent.glob(".last.pt.*.tmp"))
-        process("train.py", f"resume={last.parent}", cwd=tmp_path, check=True)
-        self.same(read(last), uninterrupted)
-        assert not list(last.parent.glob(".last.pt.*.tmp"))
 
     def test_more_steps_for_a_finished_run(self, call):
         status, _, err = call("train", *SHORT, "decay=constant", "hydra.run.dir=one")
@@ -346,135 +313,6 @@ class TestManyImages:
             assert np.array_equal(shown, np.round(image[0] * (255 / 16)).astype(np.uint8))
         status, _, err = call("sample", *arguments[:2], "seed=4", *arguments[3:])
         assert status == 2 and "seed=3" in err
-
-
-def damaged(path: Path) -> None:
-    """Change bytes in the middle of a file."""
-    contents = bytearray(path.read_bytes())
-    middle = len(contents) // 2
-    contents[middle : middle + 64] = bytes(64 * [0x5A])
-    path.write_bytes(contents)
-
-
-class TestMistakes:
-    """Each ends in one line that names the value, exit status 2, and nothing overwritten."""
-
-    @pytest.mark.parametrize(
-        ("arguments", "words"),
-        [
-            (["model=foo"], ["foo", "diag_bilstm", "pixel_cnn"]),
-            (["stepz=3"], ["stepz"]),
-            (["model.hiden=3"], ["model.hiden"]),
-            (["+model.foo=3"], ["foo", "hidden"]),
-            (["steps=abc"], ["steps=abc", "Integer"]),
-            (["steps=0"], ["steps=0"]),
-            (["model.hidden=abc"], ["hidden='abc'", "integer"]),
-            (["model.layers=0"], ["layers=0", "at least 1"]),
-            (["model.dropout=2"], ["dropout=2", "0.95"]),
-            (["model._target_=os.system"], ["os.system", "models.DiagBiLSTM"]),
-            (["optimizer=sgd"], ["sgd", "adamw", "rmsprop"]),
-            (["optimizer.name=sgd"], ["sgd", "adamw"]),
-            (["decay=linear"], ["linear", "cosine"]),
-            (["decay=cosin"], ["decay='cosin'", "cosine or constant; did you mean cosine?"]),
-            (["optimizer.lr=fast"], ["optimizer.lr='fast'", "a number of at least 0"]),
-            (["optimizer.betas=0.9"], ["optimizer.betas=0.9", "two numbers"]),
-            (["optimizer.momentum_=0.9"], ["momentum_"]),
-            (["+foo=1"], ["KEY='foo'", "steps"]),
-            (["--steps=10"], ["--steps=10: expected steps=10, without dashes"]),
-            (["--model.hidden", "8"], ["--model.hidden: expected model.hidden=VALUE"]),
-            (["evaluate_images=0"], ["evaluate_images=0", "at least 1"]),
-            (["ema=1.5"], ["ema=1.5"]),
-            (["device=tpu"], ["tpu", "cuda"]),
-            (["dataset=foo"], ["foo", "digits", "cifar10"]),
-            (["dataset=npy"], ["dataset.path"]),
-            (["dataset=npy", "dataset.path=nothing.npy"], ["nothing.npy"]),
-            (["dataset=npy", "dataset.path=cut.npy"], ["cut.npy"]),
-            (["dataset=npy", "dataset.path=high.npy", "dataset.levels=4"], ["high.npy", "7", "levels"]),
-            (["dataset=mnist", "dataset.binarize=yes"], ["binarize", "yes", "stochastic"]),
-            (["resume=nowhere"], ["nowhere"]),
-            (["hydra.run.dir=file.txt/run"], ["file.txt"]),
-        ],
-    )
-    def test_in_training(self, call, tmp_path, arguments, words):
-        high = np.zeros((20, 4, 4), np.uint8)
-        high[3, 2, 1] = 7
-        np.save("high.npy", high)
-        (tmp_path / "cut.npy").write_bytes((tmp_path / "high.npy").read_bytes()[:200])
-        (tmp_path / "file.txt").write_text("kept")
-        if arguments[0] == "dataset=npy":
-            arguments = [*arguments, f"dataset.root={tmp_path}"]
-        refused(call("train", *arguments), words)
-        assert not list(tmp_path.glob("runs/*/*"))
-        assert (tmp_path / "file.txt").read_text() == "kept"
-
-    def test_truncated_data_file(self, call, tmp_path):
-        (tmp_path / "mnist").mkdir()
-        for name in ("train-images-idx3", "train-labels-idx1", "t10k-images-idx3", "t10k-labels-idx1"):
-            (tmp_path / "mnist" / f"{name}-ubyte.gz").write_bytes(b"\x1f\x8b\x08\x00cut")
-        result = call("train", "dataset=mnist", f"dataset.root={tmp_path}")
-        refused(result, ["ubyte.gz"])
-
-    IN_SAMPLING: ClassVar = [
-        (["n=0"], ["n=0", "from 1"]),
-        (["n=abc"], ["n=abc"]),
-        (["n=1000000000"], ["n=1000000000", "from 1 to 1048576"]),
-        (["+foo=1"], ["KEY='foo'", "checkpoint"]),
-        (["--n=10"], ["--n=10: expected n=10, without dashes"]),
-        (["complete=tset"], ["complete='tset'", "train, val or test", "did you mean test?"]),
-        (["temperature=-1"], ["temperature=-1"]),
-        (["method=fast"], ["fast", "cached", "naive"]),
-        (["columns=0"], ["columns=0"]),
-        (["out=nowhere/x.png"], ["nowhere"]),
-        (["out=samples.jpg"], ["samples.jpg", ".png"]),
-        (["out=folder.png"], ["folder.png"]),
-        (["npy=images.txt"], ["images.txt", ".npy"]),
-    ]
-    IN_BOTH: ClassVar = [
-        (["batch_size=0"], ["batch_size=0"]),
-        (["checkpoint=nothing.pt"], ["nothing.pt"]),
-        (["checkpoint=text.pt"], ["text.pt", "expected a checkpoint"]),
-        (["checkpoint=cut.pt"], ["cut.pt", "cut short"]),
-        (["checkpoint=damaged.pt"], ["damaged.pt", "damaged"]),
-        (["checkpoint=pickle.pt"], ["pickle.pt", "expected a checkpoint"]),
-        (["checkpoint=other.pt"], ["other.pt", "expected a checkpoint"]),
-        (["checkpoint=folder.png"], ["folder.png", "train.py"]),
-    ]
-
-    @pytest.mark.parametrize(
-        ("name", "arguments", "words"),
-        [("sample", *case) for case in IN_SAMPLING + IN_BOTH] + [("evaluate", *case) for case in IN_BOTH],
-    )
-    def test_in_sampling_and_evaluation(self, call, tmp_path, trained, name, arguments, words):
-        good = (trained / "best.pt").read_bytes()
-        (tmp_path / "text.pt").write_text("no checkpoint at all")
-        (tmp_path / "cut.pt").write_bytes(good[: len(good) // 2])
-        (tmp_path / "damaged.pt").write_bytes(good)
-        damaged(tmp_path / "damaged.pt")
-        torch.save({"weights": {}}, tmp_path / "other.pt")
-        torch.save(models.PixelCNN, tmp_path / "pickle.pt")  # a class: only an unsafe load would take it
-        (tmp_path / "folder.png").mkdir()
-        (tmp_path / "samples.png").write_text("kept")
-        if not arguments[0].startswith("checkpoint"):
-            arguments = [*arguments, f"checkpoint={trained}"]
-        refused(call(name, *arguments), words)
-        assert (tmp_path / "samples.png").read_text() == "kept"
-
-    def test_output_without_permission(self, call, tmp_path, trained, monkeypatch):
-        """As root everything is writable, so the system's answer is made up."""
-        monkeypatch.setattr(os, "access", lambda path, mode: False)
-        refused(call("sample", f"checkpoint={trained}"), ["samples.png", "no permission"])
-
-    def test_nothing_trained_yet(self, call):
-        refused(call("sample"), ["python train.py"])
-        refused(call("evaluate"), ["python train.py"])
-
-    def test_unknown_split(self, call, trained):
-        refused(call("evaluate", f"checkpoint={trained}", "split=dev"), ["split='dev'", "train, val or test"])
-
-    def test_traceback_on_request(self, call, monkeypatch):
-        monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
-        with pytest.raises(ValueError, match="layers=0"):
-            call("train", "model.layers=0")
 
 
 @pytest.mark.parametrize("name", COMMANDS)

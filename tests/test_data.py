@@ -53,6 +53,7 @@ def write_idx(path: Path, array: np.ndarray) -> None:
 def mnist_root(tmp_path, monkeypatch):
     """A little MNIST: 40 + 12 images of 5×4 whose every pixel is a ramp from 0 to 255."""
     monkeypatch.setattr(idx, "COUNTS", {"train": 40, "t10k": 12})
+    monkeypatch.setattr(idx, "SIDES", (5, 4))
     monkeypatch.setattr(idx, "HELD_OUT", 8)
     for name in ("mnist", "fashion_mnist"):
         (tmp_path / name).mkdir()

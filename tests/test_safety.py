@@ -250,6 +250,101 @@ def test_a_model_larger_than_its_file_is_refused_at_once(run, values):
     assert time.perf_counter() - start < 5
 
 
+class Runs:
+    """What pickles as a call."""
+
+    def __init__(self, function, *arguments):
+        self.call = function, arguments
+
+    def __reduce__(self):
+        return self.call
+
+
+def laughs(depth: int = 40) -> list:
+    """Lists of a list twice, and so on: little to write, and as long as all memory to print."""
+    inner = []
+    for _ in range(depth):
+        inner = [inner, inner]
+    return inner
+
+
+def spread(numbers: int) -> torch.Tensor:
+    """A tensor of many numbers that are all the same one in memory."""
+    return torch.zeros(1).expand(numbers)
+
+
+class TestAHostileCheckpoint:
+    """Nothing of it runs, nothing is written, and no memory is taken that it does not fill itself."""
+
+    @pytest.mark.parametrize("key", ["model", "weights", "config", "overrides", "optimizer", "more"])
+    @pytest.mark.parametrize(
+        "value",
+        [
+            Runs(os.system, "touch ran"),
+            Runs(exec, "open('ran', 'w')"),
+            Runs(bytearray, 10**12),
+            Runs(torch.FloatTensor, 10**12),
+            Runs(torch.FloatStorage, 10**12),
+            Runs(torch.nn.parameter.Parameter, spread(1)),
+            laughs(),
+            [[] for _ in range(10**6)],
+            10**5000,
+            {"weight": spread(10**12)},
+        ],
+        ids=lambda value: getattr(value, "call", [type(value)])[0].__name__,
+    )
+    def test_with_what_runs_or_grows(self, call, run, key, value):
+        path = run / "last.pt"
+        checkpoint = torch.load(path, weights_only=True)
+        checkpoint[key] = value
+        torch.save(checkpoint, path)
+        before = {file: file.read_bytes() for file in Path.cwd().rglob("*") if file.is_file()}
+        start = time.perf_counter()
+        for name, *arguments in (["sample", f"checkpoint={path}", "n=1"], ["train", f"resume={run}", "steps=14"]):
+            refused(call(name, *arguments), [str(path), "expected"])
+        assert time.perf_counter() - start < 20
+        assert {file: file.read_bytes() for file in Path.cwd().rglob("*") if file.is_file()} == before
+
+    def test_with_records_that_climb_out_of_folders(self, call, run):
+        path = run / "best.pt"
+        with zipfile.ZipFile(path, "a") as archive:
+            for name in ("../../out", "/out", "..\\out"):
+                archive.writestr(name, "written")
+        assert call("sample", f"checkpoint={path}", "n=1")[0] == 0
+        assert not [file for file in Path.cwd().parent.rglob("out") if file.is_file()]
+
+    def test_with_records_that_share_their_bytes(self, run):
+        """An archive whose directory names one record a hundred times."""
+        path = run / "best.pt"
+        with zipfile.ZipFile(path, "a") as archive:
+            largest = max(archive.infolist(), key=lambda record: record.file_size)
+            for k in range(100):
+                again = copy.copy(largest)
+                again.filename = f"{largest.filename}{k}"
+                archive.filelist.append(again)
+                archive.NameToInfo[again.filename] = again
+            archive.writestr("last", "")
+        with pytest.raises(ValueError, match=r"best\.pt: expected a whole checkpoint, found "):
+            read(path)
+
+    def test_whose_data_would_be_put_anywhere(self, call, run, tmp_path):
+        """Only this command's own arguments make a folder for data."""
+        place, images = tmp_path / "anywhere", tmp_path / "images.npy"
+        np.save(images, np.zeros((30, 1, 8, 8), np.uint8))
+        for name in ("last.pt", "best.pt"):
+            npy = {"name": "npy", "path": str(images), "root": str(place), "levels": 17}
+            change(run / name, config=with_values(dataset=npy))
+        words = [f"expected data in {place}/npy, found no such folder"]
+        refused(call("train", f"resume={run}", "steps=14"), [*words, "dataset.root=FOLDER"])
+        refused(call("evaluate", f"checkpoint={run}"), [*words, "root=FOLDER"])
+        refused(call("sample", f"checkpoint={run}", "complete=test"), [*words, "root=FOLDER"])
+        assert not place.exists()
+        for name, *arguments in (["evaluate", f"checkpoint={run}"], ["train", f"resume={run}", "steps=14"]):
+            option = "root" if name == "evaluate" else "dataset.root"
+            status, _, err = call(name, *arguments, f"{option}={tmp_path / 'mine'}")
+            assert status == 0, err
+
+
 def test_a_compressed_record_is_refused(run, tmp_path):
     packed = tmp_path / "packed.pt"
     with zipfile.ZipFile(run / "best.pt") as source, zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as out:
