@@ -1,0 +1,321 @@
+"""Three hundred wrong commands: each ends in one line that names what is wrong, exit status 2, and nothing written."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import models
+from tests.commands import REPOSITORY, SHORT, process, refused
+
+# A wrong command: its name, its arguments, and words that its line holds.
+Mistake = tuple[str, list[str], list[str]]
+NO_INTEGER = ("abc", "1.5", "[1,2]", "{a:1}", "''")
+NO_NUMBER = ("abc", "[1,2]", "{a:1}", "nan")
+NO_BOOL = ("perhaps", "2", "[true]")
+NO_TEXT = ("[a]", "{a:1}")
+
+
+def values(name: str, keys: str, *wrong: tuple) -> Iterator[Mistake]:
+    """Every wrong value of some keys of a command; the line names the key."""
+    for key in keys.split():
+        for value in (value for group in wrong for value in group):
+            yield name, [f"{key}={value}"], [key.rpartition(".")[2]]
+
+
+def in_training() -> Iterator[Mistake]:
+    yield from values("train", "steps batch_size log_every", NO_INTEGER, ("0", "-1", "null", "9" * 30))
+    yield from values("train", "evaluate_every save_every samples evaluate_images", ("0", "abc", "1.5"))
+    yield from values("train", "seed warmup sample_every", ("-1", "abc", "1.5", "null"))
+    yield from values("train", "ema", NO_NUMBER, ("1", "-0.1", "1.5", "null"))
+    yield from values("train", "clip", NO_NUMBER, ("0", "-1"))
+    yield from values("train", "bf16 cuda_graph", NO_BOOL, ("null",))
+    yield from values("train", "decay device", NO_TEXT, ("linear", "cosin", "tpu", "null"))
+    yield from values("train", "model.hidden model.layers model.head_features", NO_INTEGER, ("0", "-1", "null"))
+    yield from values("train", "model.classes", ("abc", "-1", "3", "null"))
+    yield from values("train", "model.dropout", ("abc", "2", "-0.1", "null"))
+    yield from values("train", "model.residual model.skip", ("abc", "3", "null"))
+    yield from values("train", "model.head", ("sigmoid", "3", "null", "[softmax]"))
+    for key, value in (
+        ("base", "foo"),
+        ("conditional", "foo"),
+        ("doublings", "9"),
+        ("train", "all"),
+        ("copy_known", "3"),
+    ):
+        yield "train", ["model=multi_scale", f"model.{key}={value}"], [key]
+    yield "train", ["model.head=logistic_mixture", "model.mixtures=0"], ["mixtures=0"]
+    yield from values("train", "optimizer.lr optimizer.eps optimizer.weight_decay", ("fast", "-1", "null", "[1]"))
+    yield from values("train", "optimizer.betas", ("0.9", "[1]", "[a,b]", "[0.9,2]"))
+    for key, value in (("alpha", "x"), ("momentum", "-1")):
+        yield "train", ["optimizer=rmsprop", f"optimizer.{key}={value}"], [key]
+    said = {
+        "model=foo": "foo | diag_bilstm | pixel_cnn",
+        "stepz=3": "stepz",
+        "model.hiden=3": "model.hiden",
+        "+model.foo=3": "foo | hidden",
+        "steps=abc": "steps=abc | Integer",
+        "model.dropout=2": "dropout=2 | 0.95",
+        "model.layers=0": "layers=0 | at least 1",
+        "model._target_=os.system": "os.system | models.DiagBiLSTM",
+        "optimizer=sgd": "sgd | adamw | rmsprop",
+        "optimizer.name=sgd": "sgd | adamw",
+        "optimizer.lr=fast": "optimizer.lr='fast' | a number of at least 0",
+        "optimizer.betas=0.9": "optimizer.betas=0.9 | two numbers",
+        "optimizer.momentum_=0.9": "momentum_",
+        "decay=cosin": "decay='cosin' | cosine or constant; did you mean cosine?",
+        "+foo=1": "KEY='foo' | steps",
+        "+step=1": "KEY='step' | did you mean steps?",
+        "--steps=10": "--steps=10: expected steps=10, without dashes",
+        "--model.hidden 8": "--model.hidden: expected model.hidden=VALUE",
+        "--batch-size 8": "--batch-size: expected batch_size=VALUE",
+        "--nonsense": "nonsense",
+        "device=tpu": "tpu | cuda",
+        "dataset=foo": "foo | digits | cifar10",
+        "experiment=foo": "foo | mnist_diag_bilstm_7x16",
+        "dataset=npy": "dataset.path",
+        "dataset=image_folder": "dataset.path",
+        "dataset=npy dataset.path=nothing.npy": "nothing.npy",
+        "dataset=npy dataset.path=cut.npy": "cut.npy",
+        "dataset=npy dataset.path=text.npy": "text.npy",
+        "dataset=npy dataset.path=floats.npy": "floats.npy | float64",
+        "dataset=npy dataset.path=flat.npy": "flat.npy | (20, 16)",
+        "dataset=npy dataset.path=huge.npy": "huge.npy | 18446744073709551615",
+        "dataset=npy dataset.path=far.npy": "far.npy | 10000000 | 65535",
+        "dataset=npy dataset.path=either.npy": "dataset.channels | first | last",
+        "dataset=npy dataset.path=high.npy dataset.levels=4": "high.npy | 7 | levels",
+        "dataset=npy dataset.path=high.npy dataset.levels=1": "dataset.levels=1",
+        "dataset=npy dataset.path=high.npy dataset.levels=x": "dataset.levels='x'",
+        "dataset=npy dataset.path=high.npy dataset.val=2": "dataset.val=2",
+        "dataset=npy dataset.path=high.npy dataset.val=0.9 dataset.test=0.9": "high.npy | val=0.9",
+        "dataset=npy dataset.path=high.npy dataset.channels=middle": "dataset.channels='middle'",
+        "dataset=npy dataset.path=high.npy dataset.labels=nothing.npy": "nothing.npy",
+        "dataset=npy dataset.path=high.npy dataset.labels=flat.npy": "flat.npy | (20,)",
+        "dataset=npy dataset.path=high.npy dataset.seed=-1": "dataset.seed=-1",
+        "dataset=npy dataset.path=high.npy dataset.pat=1": "pat",
+        "dataset=image_folder dataset.path=nowhere": "nowhere",
+        "dataset=image_folder dataset.path=folder.png": "folder.png | expected pictures",
+        "dataset=image_folder dataset.path=pictures dataset.size=0": "dataset.size=0",
+        "dataset=image_folder dataset.path=pictures dataset.size=[1,2,3]": "dataset.size",
+        "dataset=image_folder dataset.path=pictures dataset.channels=2": "dataset.channels=2",
+        "dataset=mnist dataset.binarize=yes": "binarize | stochastic",
+        "dataset=mnist dataset.root=[a]": "dataset.root",
+        "dataset.name=foo": "foo | digits",
+        "resume=nowhere": "nowhere",
+        "resume=folder.png": "folder.png",
+        "resume=run steps=": "steps",
+        "resume=run ~steps": "~steps",
+        "resume=run model.hidden=5": "last.pt | hidden",
+        "resume=run optimizer=rmsprop": "optimizer.name | last.pt",
+        "resume=run experiment=mnist_diag_bilstm_1x32": "experiment",
+        "resume=run hydra.run.dir=elsewhere": "elsewhere",
+        "hydra.run.dir=run": "run | resume=run",
+        "hydra.run.dir=file.txt/run": "file.txt",
+        "steps": "steps",
+        "=3": "=3",
+        "model=[": "model=[",
+        "'steps=3": "steps",
+        "~model": "model",
+        "model=pixel_cnn,row_lstm": "model",
+        "hydra.foo=1": "hydra.foo",
+        "--config-name=foo": "foo",
+        "--config-dir=nowhere": "nowhere",
+    }
+    for arguments, words in said.items():
+        yield "train", arguments.split(), words.split(" | ")
+
+
+def in_sampling() -> Iterator[Mistake]:
+    yield from values("sample", "n", NO_INTEGER, ("0", "-1", "1000000000", "9" * 30))
+    yield from values("sample", "label", ("abc", "1.5", "3", "-1", "[1]"))
+    yield from values("sample", "temperature", NO_NUMBER, ("-1", "null", "inf"))
+    yield from values("sample", "columns batch_size", ("0", "-1", "abc", "1.5"))
+    yield from values("sample", "seed", ("-1", "abc", "1.5", "null"))
+    yield from values("sample", "method backend device", ("fast", "[a]", "3"))
+    yield from values("sample", "bf16", NO_BOOL)
+    for key, value in (("keep", "2"), ("keep", "-1"), ("keep", "abc"), ("completions", "0"), ("completions", "x")):
+        yield "sample", ["complete=test", f"{key}={value}"], [key]
+    said = {
+        "n=1000000000": "from 1 to 1048576",
+        "n=1000000000 npy=a.npy": "n=1000000000 | from 1 to 16777216",
+        "+foo=1": "KEY='foo' | checkpoint",
+        "nn=3": "nn",
+        "--n=10": "--n=10: expected n=10, without dashes",
+        "complete=tset": "complete='tset' | train, val or test | did you mean test?",
+        "complete=nothing.npy": "complete='nothing.npy'",
+        "complete=cut.npy": "cut.npy",
+        "complete=floats.npy": "floats.npy",
+        "complete=flat.npy": "flat.npy | (n, 1, 8, 8)",
+        "complete=pictures": "pictures",
+        "complete=folder.png": "folder.png",
+        "complete=test completions=1000000000": "completions=1000000000",
+        "complete=test n=0": "n=0",
+        "complete=test root=nowhere n=x": "n",
+        "complete=test mask=nothing.npy": "nothing.npy",
+        "complete=test mask=flat.npy": "flat.npy | (8, 8)",
+        "complete=test mask=floats.npy": "floats.npy",
+        "method=naive backend=triton": "backend",
+        "out=nowhere/x.png": "nowhere",
+        "out=samples.jpg": "samples.jpg | .png",
+        "out=folder.png": "folder.png",
+        "out=[a]": "out",
+        "npy=images.txt": "images.txt | .npy",
+        "npy=nowhere/a.npy": "nowhere",
+        "npy=flat.npy": "flat.npy | expected no file",
+        "npy=a.npy pngs=b": "pngs='b'",
+        "pngs=file.txt": "file.txt",
+        "pngs=drawn n=3": "samples.json | seed",
+        "npy=drawn.npy n=4": "drawn.npy.json | n=4",
+    }
+    for arguments, words in said.items():
+        yield (
+            "sample",
+            arguments.split(),
+            [word.replace("+", " ") if word[0] != "+" else word for word in words.split()],
+        )
+
+
+def in_both() -> Iterator[Mistake]:
+    for name in ("sample", "evaluate"):
+        for value in (
+            "nothing.pt",
+            "text.pt",
+            "cut.pt",
+            "damaged.pt",
+            "pickle.pt",
+            "other.pt",
+            "empty.pt",
+            "folder.png",
+        ):
+            yield name, [f"checkpoint={value}"], [value, "expected"]
+        yield name, ["checkpoint=[a]"], ["checkpoint"]
+        yield name, ["checkpoint="], ["checkpoint"]
+
+
+def in_evaluation() -> Iterator[Mistake]:
+    yield from values("evaluate", "batch_size", NO_INTEGER, ("0", "-1", "null"))
+    yield from values("evaluate", "seed", ("-1", "abc", "1.5"))
+    yield from values("evaluate", "split", ("dev", "tset", "[test]", "null"))
+    yield from values("evaluate", "classify", NO_BOOL, ("true",))
+    yield from values("evaluate", "out", ("folder.png", "a.txt", "nowhere/a.json", "[a]"))
+    yield from values("evaluate", "device", ("tpu", "[cpu]"))
+    for argument in ("+foo=1", "n=3", "--split=test", "sed=3"):
+        yield "evaluate", [argument], [argument.lstrip("+-").partition("=")[0]]
+
+
+MISTAKES = [*in_training(), *in_sampling(), *in_both(), *in_evaluation()]
+GROUPS = 16
+
+
+def test_there_are_three_hundred():
+    assert len({(name, *arguments) for name, arguments, _ in MISTAKES}) >= 300
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("trained") / "run"
+    process("train.py", *SHORT, "model=pixel_cnn", f"hydra.run.dir={folder}", check=True)
+    return folder
+
+
+def make_files(run: Path) -> None:
+    """Fill the current folder with what the wrong commands name."""
+    good = (run / "best.pt").read_bytes()
+    middle = len(good) // 2
+    Path("run").mkdir()
+    for path in run.glob("*.pt"):
+        Path("run", path.name).write_bytes(path.read_bytes())
+    Path("text.pt").write_text("no checkpoint at all")
+    Path("empty.pt").write_bytes(b"")
+    Path("cut.pt").write_bytes(good[:middle])
+    Path("damaged.pt").write_bytes(good[:middle] + bytes(64 * [0x5A]) + good[middle + 64 :])
+    torch.save({"weights": {}}, "other.pt")
+    torch.save(models.PixelCNN, "pickle.pt")  # a class: only an unsafe load would take it
+    Path("folder.png").mkdir()
+    for name in ("samples.png", "file.txt", "a.npy.json", "text.npy"):
+        Path(name).write_text("kept")
+    high = np.zeros((20, 4, 4), np.uint8)
+    high[3, 2, 1] = 7
+    np.save("high.npy", high)
+    np.save("flat.npy", high.reshape(20, 16))
+    np.save("floats.npy", high.astype(float))
+    np.save("huge.npy", np.where(high, 2**64 - 1, high.astype(np.uint64)))
+    np.save("far.npy", np.where(high, 10**7, high.astype(np.int64)))
+    np.save("either.npy", np.zeros((20, 3, 3, 3), np.uint8))
+    np.save("drawn.npy", np.zeros((3, 1, 8, 8), np.uint8))
+    for place in (Path("drawn.npy.json"), Path("drawn/samples.json")):
+        place.parent.mkdir(exist_ok=True)
+        place.write_text('{"seed": 77, "n": 3}')
+    Path("cut.npy").write_bytes(Path("high.npy").read_bytes()[:200])
+    Path("pictures").mkdir()
+    for k in range(12):
+        Image.new("L", (8, 8), k).save(f"pictures/{k}.png")
+
+
+def contents() -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in Path().rglob("*") if path.is_file()}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("group", range(GROUPS))
+def test_a_wrong_command_ends_in_one_line(call, run, group):
+    make_files(run)
+    before = contents()
+    home = Path("cache").resolve()
+    failed = []
+    for name, arguments, words in MISTAKES[group::GROUPS]:
+        given = list(arguments)
+        if name != "train" and not any(argument.startswith("checkpoint") for argument in given):
+            given.append("checkpoint=run")
+        if any(argument in ("dataset=npy", "dataset=image_folder") for argument in given):
+            given.append(f"dataset.root={home}")
+        result = call(name, *given)
+        try:
+            refused(result, words)
+            assert "Traceback" not in result[2] and len(result[2]) < 700, "too long"
+        except AssertionError as error:
+            failed.append(f"{name}.py {' '.join(arguments)}: expected {words}, found {result}\n{error}")
+        after = {path: text for path, text in contents().items() if "cache" not in path.parts}
+        if after != before:
+            failed.append(f"{name}.py {' '.join(arguments)}: {[*(after.items() ^ before.items())]} differ"[:500])
+            break
+    assert not failed, "\n\n".join(failed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["sampling", "training", "kernels", "sweep", "cost", "compile", "figures", "gpu"])
+def test_a_wrong_benchmark_ends_in_its_usage(name):
+    line = [sys.executable, "-m", f"bench.{name}", "--nonsense"]
+    done = subprocess.run(line, cwd=REPOSITORY, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.splitlines()[-1].endswith("unrecognized arguments: --nonsense")
+    assert "Traceback" not in done.stderr
+
+
+def test_nothing_trained_yet(call):
+    refused(call("sample"), ["python train.py"])
+    refused(call("evaluate"), ["python train.py"])
+
+
+def test_a_data_file_that_is_cut(call, tmp_path):
+    (tmp_path / "mnist").mkdir()
+    for name in ("train-images-idx3", "train-labels-idx1", "t10k-images-idx3", "t10k-labels-idx1"):
+        (tmp_path / "mnist" / f"{name}-ubyte.gz").write_bytes(b"\x1f\x8b\x08\x00cut")
+    refused(call("train", "dataset=mnist", f"dataset.root={tmp_path}"), ["ubyte.gz"])
+
+
+def test_output_without_permission(call, run, monkeypatch):
+    """As root everything is writable, so the system's answer is made up."""
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    refused(call("sample", f"checkpoint={run}"), ["samples.png", "no permission"])
+
+
+def test_a_traceback_on_request(call, monkeypatch):
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
+    with pytest.raises(ValueError, match="layers=0"):
+        call("train", "model.layers=0")
