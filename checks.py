@@ -15,7 +15,7 @@ def unexpected(name: str, value: object, expected: str) -> ValueError:
 def check(name: str, value: object, kind: type, low: float, high: float = math.inf) -> None:
     """Raise ValueError unless `value` is an int, float or bool, as `kind` says, from `low` to `high`."""
     right = isinstance(value, kind) or (kind is float and isinstance(value, int))
-    if isinstance(value, bool) != (kind is bool) or not right or not low <= value <= high:
+    if isinstance(value, bool) != (kind is bool) or not right or not low <= value <= high or value == math.inf:
         limits = "" if kind is bool else f" of at least {low}" if high == math.inf else f" from {low} to {high}"
         raise unexpected(name, value, KINDS[kind] + limits)
 

@@ -24,6 +24,7 @@ def in_words(summary: dict[str, float]) -> str:
 
 def main(cfg) -> None:
     check("batch_size", cfg.batch_size, int, 1)
+    check("seed", cfg.seed, int, 0)
     out = None if cfg.out is None else Path(cfg.out)
     if out is not None:
         check_writable(out, ".json")

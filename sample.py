@@ -167,7 +167,7 @@ def main(cfg) -> None:
     print(f"{path} · {type(model).__name__}, {model.channels}×{model.height}×{model.width}, {model.levels} levels")
 
     request = request_of(cfg, model, checkpoint, path)
-    check_arguments(**{key: cfg[key] for key in ("seed", "method", "bf16", "temperature", "batch_size")})
+    check_arguments(**{key: cfg[key] for key in ("seed", "method", "backend", "bf16", "temperature", "batch_size")})
     model.check_condition(request.n, request.label)
     sink = sink_of(cfg, request.n, model, path)
     images = share(sink.missing())

@@ -139,7 +139,7 @@ class Training:
 
     def save(self, path: Path) -> None:
         """Write a checkpoint, whole or not at all, and none that holds a number that is not finite."""
-        check_finite(self.largest(), "a weight", f"after step {self.step}", path.parent)
+        self.check_weights(path.parent)
         checkpoint = {
             "model": self.model_config,
             "weights": self.model.state_dict(),
@@ -158,13 +158,14 @@ class Training:
         }
         save(path, checkpoint)
 
-    def largest(self) -> float:
-        """Return the largest of all weights' and the optimizer's numbers, without signs; NaN if there is one."""
+    def check_weights(self, folder: Path) -> None:
+        """Stop the run of a folder if a weight or a number of the optimizer's is infinite or none."""
         kept = [x for state in self.optimizer.state.values() for x in state.values() if isinstance(x, Tensor)]
         tensors = [*self.evaluated.parameters(), *self.model.parameters(), *(x for x in kept if x.dim())]
         tensors = [x for x in tensors if x.numel()]
         with torch.no_grad():
-            return torch.stack(torch._foreach_norm(tensors, math.inf)).max().item()
+            largest = torch.stack(torch._foreach_norm(tensors, math.inf)).max().item()
+        check_finite(largest, "a weight", f"after step {self.step}", folder)
 
     def restore(self, path: Path, checkpoint: dict) -> None:
         """Continue where a checkpoint was written; ValueError if its model or optimizer is another than this run's."""
@@ -225,6 +226,7 @@ def validate(run: Training, split: data.Split, folder: Path, metrics: Metrics, b
 
 def save_samples(run: Training, folder: Path) -> None:
     """Write a picture of samples."""
+    run.check_weights(folder.parent)
     folder.mkdir(exist_ok=True)
     n, seed = run.config["samples"], run.config["seed"]
     label, columns = labels_in_rows(run.model.classes, n)
@@ -308,10 +310,10 @@ def train(cfg, folder: Path) -> float:
                 log(run, throughput, folder, metrics, bar)
             if to_validate and not signals.caught:
                 validate(run, val, folder, metrics, bar)
-            if to_validate or to_save:
-                run.save(last)
             if to_draw and not signals.caught:
                 save_samples(run, folder / "samples")
+            if to_validate or to_save:  # last, as a run that goes on from here does none of this again
+                run.save(last)
             if to_validate or to_save or to_draw:
                 throughput.restart()
     if signals.caught and run.step < cfg.steps:

@@ -1,18 +1,19 @@
 """Run a command under Hydra: a mistake ends in one line and exit status 2, and a signal stops it between two steps."""
 
+import io
 import os
-import shutil
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, suppress
 from dataclasses import fields
 from pathlib import Path
 
 import hydra
 import torch
+from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException
+from hydra.errors import HydraException, OverrideParseException
 from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
@@ -23,7 +24,6 @@ from files import naming
 
 CONF = Path(schema.__file__).resolve().parent
 ROOT = CONF.parent
-LOCK = ".lock"  # in the folder of a run, held by the process that trains it
 MISTAKES = (ValueError, OSError, HydraException, OmegaConfBaseException)
 
 
@@ -72,6 +72,8 @@ def one_line(error: BaseException) -> str:
             if line.startswith(("Config search path", "provider=", "full_key:", "object_type=", "Set the env")):
                 continue
             lines.append(line)
+    if isinstance(error, OverrideParseException):
+        lines = [f"{error.override}: expected KEY=VALUE ({lines[0]})"]
     if isinstance(error, OSError) and error.strerror and error.filename:
         lines = [f"{error.filename}: {error.strerror}"]
     return " ".join(line for line in lines if line) or type(error).__name__
@@ -102,7 +104,7 @@ def run(
             with memory_named():
                 return main(cfg)
         except (*MISTAKES, Stopped) as error:
-            drop_if_unused(Path(HydraConfig.get().runtime.output_dir))
+            drop_if_empty(Path(HydraConfig.get().runtime.output_dir))
             if show_traceback or HydraConfig.get().mode == RunMode.MULTIRUN:
                 raise  # a sweep's other runs go on first
             leave(error)
@@ -113,7 +115,7 @@ def run(
         paths = [str(ROOT), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
         # A launcher's processes find this code by its modules' names.
         os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(filter(None, paths)))
-        check_dashes(sys.argv[1:], keys)
+        check_arguments(sys.argv[1:], keys)
         sys.argv[1:] = prepare(sys.argv[1:])
         with naming(Path.cwd()):  # what Hydra writes may be below it
             hydra.main(version_base="1.3", config_path=str(CONF), config_name=name)(task)()
@@ -140,18 +142,27 @@ def memory_named() -> Iterator[None]:
         raise
 
 
-def check_dashes(argv: list[str], keys: list[str]) -> None:
-    """Raise ValueError for a key that is given as --KEY=VALUE or --KEY VALUE."""
+def check_arguments(argv: list[str], keys: list[str]) -> None:
+    """Raise ValueError for a key that is given as --KEY=VALUE or --KEY VALUE, an unknown option, and =VALUE."""
     for argument in argv:
         key, _, value = argument.lstrip("-").partition("=")
+        if not key:
+            raise ValueError(f"{argument}: expected KEY=VALUE")
         if argument.startswith("-") and key.replace("-", "_").split(".")[0] in keys:
             raise ValueError(f"{argument}: expected {key.replace('-', '_')}={value or 'VALUE'}, without dashes")
+    said = io.StringIO()
+    try:
+        with redirect_stderr(said):
+            get_args_parser().parse_args(argv)
+    except SystemExit:  # of argparse, after its usage of many lines
+        raise ValueError(f"{said.getvalue().strip().rpartition('error: ')[2]}; --help lists what there is") from None
 
 
-def drop_if_unused(folder: Path) -> None:
+def drop_if_empty(folder: Path) -> None:
     """Remove the folder of a run that failed before it wrote anything."""
-    if folder.is_dir() and folder != Path.cwd() and {path.name for path in folder.iterdir()} <= {LOCK}:
-        shutil.rmtree(folder)
+    if folder != Path.cwd():
+        with suppress(OSError):  # it is not empty, or Hydra did not make it
+            folder.rmdir()
 
 
 def leave(error: BaseException) -> None:

@@ -25,7 +25,7 @@ from einops import rearrange
 from PIL import Image
 from torch import Tensor
 
-from files import reserve, write_atomically
+from files import naming, reserve, write_atomically
 
 # ---------------------------------------------------------------------------------------------------------------- files
 
@@ -41,7 +41,8 @@ def check_writable(path: Path, suffix: str) -> None:
     if not os.access(path.parent, os.W_OK) or (path.exists() and not os.access(path, os.W_OK)):
         raise PermissionError(f"{path}: expected a place to write to, found no permission")
     probe = path.with_name(f".{path.name}.{os.getpid()}.probe")  # each process has its own
-    write_atomically(probe, lambda file: None)
+    with naming(path, probe):
+        write_atomically(probe, lambda file: None)
     probe.unlink()
 
 

@@ -14,12 +14,14 @@ from omegaconf.errors import OmegaConfBaseException
 
 import data
 from checks import one_of, reason_of, unexpected
-from cli.command import CONF, LOCK, Stopped
+from cli.command import CONF, Stopped
 from cli.output import rank_and_world
 from conf.schema import Train
 from files import naming, write_atomically
 from models.base import ImageModel
 from models.checkpoint import check_contents, read
+
+LOCK = ".lock"  # in the folder of a run, held by the process that trains it
 
 
 def key_of(override: str) -> str:
@@ -228,10 +230,12 @@ def held(folder: Path) -> Iterator[None]:
     except Timeout:
         raise ValueError(f"{folder}: expected a folder of one process, found another one that trains there") from None
     try:
-        for path in folder.glob(".*.tmp"):
+        for path in folder.rglob(".*.tmp"):
             path.unlink()
         yield
     finally:
+        if [path.name for path in folder.iterdir()] == [LOCK]:  # the run failed before it wrote anything
+            (folder / LOCK).unlink()
         lock.release()
 
 

@@ -7,6 +7,7 @@ EVENT is of the K-th write of a whole file, or of the K-th line of metrics:
     named       dies once it has its name
     line        dies in the middle of a line of metrics
     full        the disk is full
+    full-line   the disk is full when a line of metrics is written
 """
 
 import errno
@@ -58,11 +59,15 @@ def half_a_line(metrics, *_) -> None:
     die()
 
 
+def fill_line(metrics, *_) -> None:
+    os.dup2(os.open("/dev/full", os.O_WRONLY), metrics.file.fileno())
+
+
 def arrange(event: str, k: int) -> None:
-    if event == "line":
+    if event in ("line", "full-line"):
         from cli.runs import Metrics
 
-        Metrics.write = at(k, half_a_line, Metrics.write)
+        Metrics.write = at(k, {"line": half_a_line, "full-line": fill_line}[event], Metrics.write)
     elif event in ("half", "full"):
         os.fsync = at(k, {"half": halve, "full": fill}[event], os.fsync)
     else:

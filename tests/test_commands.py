@@ -141,16 +141,15 @@ class TestResume:
         return run, next(cwd.rglob("last.pt"))
 
     @pytest.mark.slow
-    @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+    @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
     def test_after_a_signal(self, tmp_path, uninterrupted, number):
         run, last = self.start(tmp_path)
         run.send_signal(number)
         out, err = run.communicate(timeout=60)
-        assert run.returncode == (-number if number == signal.SIGKILL else 128 + number), (out, err)
+        assert run.returncode == 128 + number, (out, err)
         step = read(last)["step"]
         assert 0 < step < 300
-        if number != signal.SIGKILL:
-            assert f"stopped at step {step}" in err and "resume=" in err and "Traceback" not in err
+        assert f"stopped at step {step}" in err and "resume=" in err and "Traceback" not in err
         again = process("train.py", *LONG, "resume=auto", cwd=tmp_path, check=True)
         assert f"steps {step} to 300" in again.stdout
         assert list(tmp_path.rglob("last.pt")) == [last]

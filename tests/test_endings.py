@@ -5,6 +5,7 @@ ENDINGS=50 tries fifty random moments and twenty pairs, where the suite tries a 
 """
 
 import errno
+import itertools
 import json
 import os
 import shutil
@@ -12,6 +13,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from random import Random
 
@@ -24,7 +26,14 @@ from tests import killed
 from tests.commands import REPOSITORY, TINY, process
 
 pytestmark = pytest.mark.slow
-MANY = int(os.environ.get("ENDINGS", 2))
+MANY = int(os.environ.get("ENDINGS", 1))
+
+
+def some(*few: int) -> Iterator[int]:
+    """The writes at which something happens: all until there are no more, where ENDINGS is large."""
+    return iter(few) if MANY < 10 else itertools.count(1)
+
+
 RUN = [*TINY, "model=pixel_cnn", "steps=24", "warmup=2", "log_every=4", "evaluate_every=6", "save_every=5"]
 RUN += ["sample_every=12", "samples=4", "evaluate_images=64"]
 DRAW = ["n=12", "batch_size=3", "npy=drawn.npy", "out=drawn.png"]
@@ -111,45 +120,48 @@ def test_a_run_killed_at_random_ends_bit_equal(tmp_path, whole, seed):
     assert finished(tmp_path) == result(whole[0])
 
 
-@pytest.mark.parametrize(("event", "step"), [("half", 3), ("written", 4), ("named", 3), ("line", 2)])
-def test_a_run_killed_at_any_write_ends_bit_equal(tmp_path, whole, event, step):
-    """At each of its writes where ENDINGS is large, else at some."""
-    for k in range(1, 40, step if MANY < 10 else 1):
+@pytest.mark.parametrize(("event", "few"), [("half", (9,)), ("written", (4,)), ("named", (5,)), ("line", (6,))])
+def test_a_run_killed_at_any_write_ends_bit_equal(tmp_path, whole, event, few):
+    for k in some(*few):
         shutil.rmtree(tmp_path / "run", ignore_errors=True)
         run = at_its_write(tmp_path, event, k, "train.py", *RUN, "hydra.run.dir=run")
         whole_checkpoints(tmp_path)
-        if run.returncode == 0:
+        if run.returncode == 0:  # after its last write
+            assert MANY >= 10 and k > 5
             break
         assert run.returncode == -signal.SIGKILL, run
         assert finished(tmp_path) == result(whole[0]), k
-    assert k > 5
 
 
 def test_a_run_on_a_full_disk_ends_in_a_line_and_goes_on(tmp_path, whole):
     """At any of its writes of a whole file."""
-    for k in range(1, 40, 3 if MANY < 10 else 1):
+    for k in some(10):
         shutil.rmtree(tmp_path / "run", ignore_errors=True)
         run = at_its_write(tmp_path, "full", k, "train.py", *RUN, "hydra.run.dir=run")
-        if run.returncode == 0:
+        if run.returncode == 0:  # after its last write
+            assert MANY >= 10 and k > 5
             break
         one_line_of_a_full_disk(run, tmp_path)
         whole_checkpoints(tmp_path)
         assert finished(tmp_path) == result(whole[0]), k
-    assert k > 5
 
 
-def test_metrics_on_a_full_disk(tmp_path):
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run/metrics.jsonl").symlink_to("/dev/full")
-    done = process("train.py", *RUN, "hydra.run.dir=run", cwd=tmp_path)
+def test_metrics_on_a_full_disk(tmp_path, whole):
+    done = at_its_write(tmp_path, "full-line", 3, "train.py", *RUN, "hydra.run.dir=run")
     one_line_of_a_full_disk(done, tmp_path)
-    assert "metrics.jsonl" in done.stderr
+    assert "run/metrics.jsonl" in done.stderr
+    assert finished(tmp_path) == result(whole[0])
 
 
-@pytest.mark.parametrize("place", [[], ["npy=drawn.npy"], ["pngs=drawn"]], ids=str)
-@pytest.mark.parametrize("event", ["half", "named", "full"])
-def test_a_draw_that_is_cut_short_goes_on(tmp_path, whole, place, event):
-    line = ["sample.py", f"checkpoint={whole[0]}", "n=6", "batch_size=2", "out=drawn.png", *place]
+PLACES = {"memory": [], "npy": ["npy=drawn.npy"], "pngs": ["pngs=drawn"]}
+CUTS = [("npy", "half", 4), ("npy", "named", 4), ("pngs", "full", 3)]
+if MANY >= 10:
+    CUTS = [(place, event, 1) for place in PLACES for event in ("half", "named", "full")]
+
+
+@pytest.mark.parametrize(("place", "event", "few"), CUTS)
+def test_a_draw_that_is_cut_short_goes_on(tmp_path, whole, place, event, few):
+    line = ["sample.py", f"checkpoint={whole[0]}", "n=6", "batch_size=2", "out=drawn.png", *PLACES[place]]
     kept = ("drawn.npy", "drawn.png", "drawn/000005.png")
 
     def images() -> dict:
@@ -157,17 +169,17 @@ def test_a_draw_that_is_cut_short_goes_on(tmp_path, whole, place, event):
 
     process(*line, cwd=tmp_path, check=True)
     expected = images()
-    for k in range(1, 20, 2 if MANY < 10 else 1):
+    for k in some(few):
         for path in tmp_path.iterdir():
             shutil.rmtree(path) if path.is_dir() else path.unlink()
         done = at_its_write(tmp_path, event, k, *line)
-        if done.returncode == 0:
+        if done.returncode == 0:  # after its last write
+            assert MANY >= 10 and k > 1
             break
         if event == "full":
             one_line_of_a_full_disk(done, tmp_path)
         process(*line, cwd=tmp_path, check=True)
         assert images() == expected
-    assert k > 1
 
 
 @pytest.fixture
@@ -190,7 +202,7 @@ def test_a_disk_that_is_really_too_small(small_disk, whole):
     """From one that holds nothing to one that holds all, and once it is read-only."""
     line = ["train.py", *RUN, "hydra.run.dir=run"]
     ends = set()
-    for size in range(4, 400, 60 if MANY < 10 else 8):
+    for size in (60, 400) if MANY < 10 else range(4, 400, 8):
         shutil.rmtree(small_disk / "run", ignore_errors=True)
         resize(small_disk, f"size={size}k")
         done = process(*line, cwd=small_disk)
@@ -206,7 +218,7 @@ def test_a_disk_that_is_really_too_small(small_disk, whole):
     try:
         for again in (["train.py", "resume=run"], ["train.py", *RUN], ["sample.py", *DRAW]):
             done = process(*again, cwd=small_disk)
-            assert done.returncode == 2 and "Read-only file system" in done.stderr, done
+            assert done.returncode == 2 and ("Read-only file" in done.stderr or "no permission" in done.stderr), done
             assert len(done.stderr.splitlines()) == 1
     finally:
         resize(small_disk, "rw")

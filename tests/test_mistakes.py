@@ -18,7 +18,7 @@ from tests.commands import REPOSITORY, SHORT, process, refused
 Mistake = tuple[str, list[str], list[str]]
 NO_INTEGER = ("abc", "1.5", "[1,2]", "{a:1}", "''")
 NO_NUMBER = ("abc", "[1,2]", "{a:1}", "nan")
-NO_BOOL = ("perhaps", "2", "[true]")
+NO_BOOL = ("perhaps", "[true]")
 NO_TEXT = ("[a]", "{a:1}")
 
 
@@ -30,7 +30,7 @@ def values(name: str, keys: str, *wrong: tuple) -> Iterator[Mistake]:
 
 
 def in_training() -> Iterator[Mistake]:
-    yield from values("train", "steps batch_size log_every", NO_INTEGER, ("0", "-1", "null", "9" * 30))
+    yield from values("train", "steps batch_size log_every", NO_INTEGER, ("0", "-1", "null"))
     yield from values("train", "evaluate_every save_every samples evaluate_images", ("0", "abc", "1.5"))
     yield from values("train", "seed warmup sample_every", ("-1", "abc", "1.5", "null"))
     yield from values("train", "ema", NO_NUMBER, ("1", "-0.1", "1.5", "null"))
@@ -115,7 +115,7 @@ def in_training() -> Iterator[Mistake]:
         "resume=run optimizer=rmsprop": "optimizer.name | last.pt",
         "resume=run experiment=mnist_diag_bilstm_1x32": "experiment",
         "resume=run hydra.run.dir=elsewhere": "elsewhere",
-        "hydra.run.dir=run": "run | resume=run",
+        "hydra.run.dir=run": "run | resume=",
         "hydra.run.dir=file.txt/run": "file.txt",
         "steps": "steps",
         "=3": "=3",
@@ -170,15 +170,11 @@ def in_sampling() -> Iterator[Mistake]:
         "npy=flat.npy": "flat.npy | expected no file",
         "npy=a.npy pngs=b": "pngs='b'",
         "pngs=file.txt": "file.txt",
-        "pngs=drawn n=3": "samples.json | seed",
+        "pngs=drawn n=3": "samples.json | checkpoint",
         "npy=drawn.npy n=4": "drawn.npy.json | n=4",
     }
     for arguments, words in said.items():
-        yield (
-            "sample",
-            arguments.split(),
-            [word.replace("+", " ") if word[0] != "+" else word for word in words.split()],
-        )
+        yield "sample", arguments.split(), words.split(" | ")
 
 
 def in_both() -> Iterator[Mistake]:
@@ -203,7 +199,9 @@ def in_evaluation() -> Iterator[Mistake]:
     yield from values("evaluate", "seed", ("-1", "abc", "1.5"))
     yield from values("evaluate", "split", ("dev", "tset", "[test]", "null"))
     yield from values("evaluate", "classify", NO_BOOL, ("true",))
-    yield from values("evaluate", "out", ("folder.png", "a.txt", "nowhere/a.json", "[a]"))
+    yield from values("evaluate", "out", ("[a]",))
+    for value in ("folder.png", "a.txt", "nowhere/a.json"):
+        yield "evaluate", [f"out={value}"], [value.partition("/")[0]]
     yield from values("evaluate", "device", ("tpu", "[cpu]"))
     for argument in ("+foo=1", "n=3", "--split=test", "sed=3"):
         yield "evaluate", [argument], [argument.lstrip("+-").partition("=")[0]]
@@ -231,6 +229,7 @@ def make_files(run: Path) -> None:
     Path("run").mkdir()
     for path in run.glob("*.pt"):
         Path("run", path.name).write_bytes(path.read_bytes())
+    Path("run/.lock").touch()
     Path("text.pt").write_text("no checkpoint at all")
     Path("empty.pt").write_bytes(b"")
     Path("cut.pt").write_bytes(good[:middle])

@@ -84,7 +84,7 @@ def batches(
     """
     batch_size = batch_size_for(model) if batch_size is None else batch_size
     check("n", n, int, 1)
-    check_arguments(seed, method, bf16, temperature, batch_size)
+    check_arguments(seed, method, backend, bf16, temperature, batch_size)
     label = torch.full((n,), label) if isinstance(label, int) else label
     model.check_condition(n, label, cond)
     if uniforms is not None:
@@ -130,10 +130,14 @@ def batches(
         yield x.to("cpu", torch.uint8 if model.levels <= 256 else torch.int64)
 
 
-def check_arguments(seed: int, method: str, bf16: bool, temperature: float, batch_size: int | None) -> None:
+def check_arguments(
+    seed: int, method: str, backend: str | None, bf16: bool, temperature: float, batch_size: int | None
+) -> None:
     """Raise ValueError unless `batches` takes these arguments."""
     check("seed", seed, int, 0, 2**64 - 1)
     check_one_of("method", method, METHODS)
+    if backend is not None and method == "naive":
+        raise unexpected("backend", backend, "None with method='naive', which computes no rows")
     check("bf16", bf16, bool, False)
     check("temperature", temperature, float, 0)
     if batch_size is not None:
