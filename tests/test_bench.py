@@ -85,6 +85,7 @@ def test_a_part_that_there_is_not_is_refused(tmp_path, capsys):
     assert "--parts=speed: expected " in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_whole_naive_run_is_not_extrapolated(tmp_path):
     result, _ = run(
         sampling, tmp_path, "--full-naive", "--models", "pixel_cnn", "--repeats", "1", "--parts", "methods,colour"
@@ -93,6 +94,7 @@ def test_a_whole_naive_run_is_not_extrapolated(tmp_path):
     assert {row["model"] for row in result["rows"]} == {"pixel_cnn"}
 
 
+@pytest.mark.slow
 def test_training_writes_what_it_measured(tmp_path, capsys):
     result, name = run(training, tmp_path, "--name", "here")
     assert name == "here.json"
@@ -140,6 +142,7 @@ def test_multiply_adds_are_those_of_live_weights():
     assert counts[models.DiagBiLSTM] == 3 * (6 * (stem + 2 * diagonal) + 5 * head)
 
 
+@pytest.mark.slow
 def test_the_benchmarks_need_no_hydra():
     """Nor do the tests that `bench.gpu` runs: a GPU may stand in a machine that has little installed."""
     modules = [f"bench.{path.stem}" for path in (ROOT / "bench").glob("*.py")]

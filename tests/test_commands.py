@@ -26,6 +26,8 @@ from tests.commands import COMMANDS, REPOSITORY, SHORT, TINY, process
 
 LONG = [*TINY, "steps=300", "save_every=7", "evaluate_every=50", "log_every=10", "sample_every=0"]
 
+pytestmark = pytest.mark.slow  # commands, run to their end
+
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> Path:
@@ -140,7 +142,6 @@ class TestResume:
             time.sleep(0.01)
         return run, next(cwd.rglob("last.pt"))
 
-    @pytest.mark.slow
     @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
     def test_after_a_signal(self, tmp_path, uninterrupted, number):
         run, last = self.start(tmp_path)
@@ -320,7 +321,6 @@ def test_help_shows_how_to_begin(call, name):
     assert status == 0 and f"python {name}.py" in out and "seed: 0" in out
 
 
-@pytest.mark.slow
 def test_every_config_composes_and_builds():
     """Every model with every data set's shape, from the files in conf/ alone."""
     from hydra import compose, initialize_config_dir

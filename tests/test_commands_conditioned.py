@@ -20,6 +20,8 @@ from tests.commands import SHORT, process, refused
 
 CLASSES = [*SHORT, "model=pixel_cnn", "model.classes=10", "model.hidden=8", "steps=20"]
 
+pytestmark = pytest.mark.slow  # commands, run to their end
+
 
 @pytest.fixture(scope="module")
 def classes(tmp_path_factory) -> Path:

@@ -16,6 +16,7 @@ print(tuple(x.shape), float(model.log_prob(x).sum()) < 0, len(pixelrnn.dataset({
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("installed", [False, True], ids=["by_path", "installed"])
 def test_it_works_in_another_folder(installed, tmp_path):
     environment = {**os.environ, "PYTHONPATH": "" if installed else str(REPOSITORY)}

@@ -153,6 +153,7 @@ def commands() -> list[list[str]]:
     return runs
 
 
+@pytest.mark.slow
 def test_every_command_of_the_page_builds():
     runs = commands()
     for arguments in runs:

@@ -14,6 +14,8 @@ from PIL import Image
 import models
 from tests.commands import REPOSITORY, SHORT, process, refused
 
+pytestmark = pytest.mark.slow
+
 # A wrong command: its name, its arguments, and words that its line holds.
 Mistake = tuple[str, list[str], list[str]]
 NO_INTEGER = ("abc", "1.5", "[1,2]", "{a:1}", "''")
@@ -261,7 +263,6 @@ def contents() -> dict[Path, bytes]:
     return {path: path.read_bytes() for path in Path().rglob("*") if path.is_file()}
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("group", range(GROUPS))
 def test_a_wrong_command_ends_in_one_line(call, run, group):
     make_files(run)
@@ -287,7 +288,6 @@ def test_a_wrong_command_ends_in_one_line(call, run, group):
     assert not failed, "\n\n".join(failed)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", ["sampling", "training", "kernels", "sweep", "cost", "compile", "figures", "gpu"])
 def test_a_wrong_benchmark_ends_in_its_usage(name):
     line = [sys.executable, "-m", f"bench.{name}", "--nonsense"]

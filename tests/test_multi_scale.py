@@ -176,6 +176,7 @@ def test_a_pixel_of_the_smaller_image_reaches_the_four_in_its_place_and_those_ar
 # --------------------------------------------------------------------------------------------------- sampling
 
 
+@pytest.mark.slow
 @every_copy_known
 @every_head
 @every_classes

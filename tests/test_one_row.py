@@ -120,8 +120,11 @@ def every_rule(model, b: int) -> dict:
 @pytest.mark.parametrize("case", list(every_network()))
 @pytest.mark.parametrize(
     "images_last, dtype",
-    [(False, torch.float32), (False, torch.bfloat16), (True, torch.float32)],
-    ids=["gpu", "gpu_bf16", "cpu"],
+    [
+        pytest.param(False, torch.float32, id="gpu", marks=pytest.mark.slow),
+        pytest.param(False, torch.bfloat16, id="gpu_bf16", marks=pytest.mark.slow),
+        pytest.param(True, torch.float32, id="cpu"),
+    ],
 )
 def test_a_row_neither_allocates_nor_speaks_with_the_host(case, images_last, dtype):
     b, model = 2, build(case, height=2, width=2, hidden=6, head_features=6).to(dtype)

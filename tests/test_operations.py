@@ -306,6 +306,7 @@ def test_operation_is_registered_as_torch_wants_it(name):
 # ------------------------------------------------------------------------------------------------------ whole models
 
 
+@pytest.mark.slow
 @needs_triton
 @in_the_interpreter
 @pytest.mark.parametrize("channels", [1, 3])

@@ -21,6 +21,8 @@ from cli.runs import choices, held, is_before, resumed
 from models.checkpoint import load, read
 from tests.commands import REPOSITORY, SHORT, process, refused
 
+pytestmark = pytest.mark.slow  # commands, run to their end
+
 
 @pytest.fixture(scope="module")
 def ended(tmp_path_factory) -> Path:
@@ -377,7 +379,6 @@ class TestSeveralProcesses:
         assert call("train", f"resume={run}", "steps=14")[0] == 0
         assert not list(run.glob("*.tmp"))
 
-    @pytest.mark.slow
     def test_processes_of_one_draw_share_its_places(self, tmp_path, ended):
         arguments = f"checkpoint={ended}", "n=12", "npy=a.npy", "batch_size=2"
         ranks = [start(tmp_path, "sample.py", *arguments, RANK=str(k), WORLD_SIZE="4") for k in range(4)]

@@ -76,6 +76,7 @@ def test_cached_and_naive_draw_the_same_pixels(case, size):
     assert drawn.unique().numel() > 1 or height * width == 1
 
 
+@pytest.mark.slow
 @every_kind
 @every_state
 def test_the_cached_sampler_is_the_network_in_every_state_of_life(case, state):
@@ -85,6 +86,7 @@ def test_the_cached_sampler_is_the_network_in_every_state_of_life(case, state):
     assert_methods_agree(model)
 
 
+@pytest.mark.slow
 @every_target
 @pytest.mark.parametrize("layers", [1, 4])
 def test_wide_groups_that_are_not_equal(case, layers):
@@ -158,6 +160,7 @@ def test_a_sample_is_what_the_definition_gives(case, temperature):
     assert torch.equal(drawn.long(), independent(model, uniforms, temperature))
 
 
+@pytest.mark.slow
 @every_case
 def test_frequencies_of_drawn_images_are_their_probabilities(case):
     """Chi-square over all images: above the limit once in 1,000.
