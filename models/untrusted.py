@@ -35,7 +35,7 @@ def check_archive(path: Path) -> None:
             if damaged:
                 raise ValueError(f"its record {damaged} damaged")
             for record in records:
-                if record.filename.endswith(".pkl"):
+                if record.filename.lower().endswith(".pkl"):  # torch finds its own in any letters
                     check_pickle(archive.read(record))
     except zipfile.BadZipFile:
         raise ValueError(f"{path}: expected a checkpoint, found a file of another kind, or one cut short") from None

@@ -24,7 +24,8 @@ def imported(path: Path) -> set[str]:
         ("data/*.py", {"kernels", "models", "cli", "conf", *COMMANDS}),
         ("cli/*.py", {*COMMANDS}),
         *((f"{name}.py", {*COMMANDS} - {name}) for name in COMMANDS),
-        ("checks.py", {"kernels", "models", "data", "cli", "conf"}),
+        ("checks.py", {"kernels", "models", "data", "cli", "conf", "files"}),
+        ("files.py", {"kernels", "models", "data", "cli", "conf", "checks"}),
         ("cli/[mop]*.py", {"hydra", "omegaconf", "conf"}),  # machine, output, progress: bench/ has no Hydra everywhere
     ],
 )

@@ -315,6 +315,16 @@ class TestAHostileCheckpoint:
         call("sample", f"checkpoint={path}", "n=1")
         assert not [file for file in Path.cwd().parent.rglob("out") if file.is_file()]
 
+    def test_with_its_description_in_capital_letters(self, run, tmp_path):
+        """By which torch finds it too."""
+        path = tmp_path / "capital.pt"
+        change(run / "best.pt", more=Runs(bytearray, 10**12))
+        with zipfile.ZipFile(run / "best.pt") as source, zipfile.ZipFile(path, "w") as out:
+            for record in source.infolist():
+                out.writestr(record.filename.replace("data.pkl", "DATA.PKL"), source.read(record))
+        with pytest.raises(ValueError, match=r"capital\.pt: expected a whole checkpoint, found __?builtin"):
+            read(path)
+
     def test_with_records_that_share_their_bytes(self, run):
         """An archive whose directory names one record a hundred times."""
         path = run / "best.pt"
