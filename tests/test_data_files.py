@@ -1,7 +1,12 @@
 """What `data` promises about files that users bring: .npy arrays, folders of pictures, ImageNet's batches."""
 
+import gzip
 import os
 import pickle
+import struct
+import tracemalloc
+import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +14,8 @@ import pytest
 from PIL import Image
 
 import data
-from data import arrays, cache, folder, imagenet
+from data import arrays, cache, cifar, folder, idx, imagenet
+from data.given import read_images
 
 
 def one_line(error) -> str:
@@ -423,3 +429,82 @@ def test_a_pickle_in_place_of_a_batch_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"val_data\.npz: expected an npz file") as error:
         imagenet.read_batch(path, 32)
     one_line(error)
+
+
+# -------------------------------------------------------------------------------- claims beyond what a file can hold
+
+
+def npy_with_header(text: str) -> bytes:
+    """A .npy file of nothing but this header."""
+    head = text.encode().ljust(117) + b"\n"
+    return b"\x93NUMPY\x01\x00" + struct.pack("<H", len(head)) + head
+
+
+HUGE = "{'descr': '|u1', 'fortran_order': False, 'shape': (%s, 3072), }"
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        HUGE % "1800000000",  # 5 TB
+        HUGE % ("9" * 40),
+        HUGE % "-3",
+        "{'descr': '<U99999999', 'fortran_order': False, 'shape': (3,), }",
+        "{'descr': '|u1', 'fortran_order': False, 'shape': (3, 3072), ",
+        "(" * 90,
+        "{'descr': [('a', '|O')], 'fortran_order': False, 'shape': (3,), }",
+    ],
+)
+@pytest.mark.parametrize("kind", ["npy", "npz"])
+def test_a_header_that_lies_is_refused(tmp_path, header, kind):
+    path = tmp_path / f"claims.{kind}"
+    if kind == "npy":
+        path.write_bytes(npy_with_header(header))
+    else:
+        with zipfile.ZipFile(path, "w") as archive:
+            for name in ("data", "labels"):
+                archive.writestr(f"{name}.npy", npy_with_header(header))
+    with pytest.raises(ValueError, match=rf"claims\.{kind}: expected") as error:
+        arrays.open_integers(path) if kind == "npy" else imagenet.read_batch(path, 32)
+    one_line(error)
+
+
+def test_compressed_files_are_unpacked_no_further_than_can_be_right(tmp_path):
+    """Zeros without end in a little file, of which no more than the expected bytes are made."""
+    bomb = gzip.compress(bytes(1 << 26), compresslevel=9)
+    path = tmp_path / "bomb.gz"
+    path.write_bytes(gzip.compress(struct.pack(">HBB2I", 0, 8, 2, 3, 5)) + 8 * bomb)
+    tracemalloc.start()
+    with pytest.raises(ValueError, match=r"bomb\.gz: damaged: expected 27 bytes, found more"):
+        idx.read_idx(path, (3, 5))
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 1 << 22
+
+
+def test_an_archive_of_zeros_is_not_unpacked(tmp_path, monkeypatch):
+    monkeypatch.setattr(cifar, "COUNT", 4)
+    (tmp_path / "cifar10").mkdir()
+    path = tmp_path / "cifar10" / cifar.ARCHIVE
+    path.write_bytes(gzip.compress(bytes(1 << 26), compresslevel=9))
+    with pytest.raises(ValueError, match=r"cifar-10-binary\.tar\.gz: damaged .more than .* bytes unpacked"):
+        data.build({"name": "cifar10", "root": tmp_path})
+
+
+def test_a_picture_of_too_many_pixels_is_not_decoded(tmp_path):
+    Image.new("L", (9, 9)).save(tmp_path / "large.png")
+    content = (tmp_path / "large.png").read_bytes()
+    header = b"IHDR" + struct.pack(">II", 13000, 13000) + content[24:29]
+    (tmp_path / "large.png").write_bytes(content[:12] + header + struct.pack(">I", zlib.crc32(header)) + content[33:])
+    with pytest.raises(ValueError, match=r"large\.png: expected a picture.*169000000 pixels"):
+        read_images(tmp_path / "large.png", (1, 8, 8), 256)
+
+
+@pytest.mark.parametrize("value", [2**64 - 1, 10**7])
+def test_one_large_value_asks_for_no_model_of_as_many_levels(tmp_path, value):
+    raw = np.zeros((30, 2, 2), np.uint64)
+    raw[3, 1, 1] = value
+    with pytest.raises(ValueError, match=rf"images\.npy: expected values from 0 to 65535 .*found {value}"):
+        data.build(save(tmp_path, raw))
+    with pytest.raises(ValueError, match=rf"images\.npy: expected values from 0 to 16, found 0 to {value}"):
+        read_images(tmp_path / "images.npy", (1, 2, 2), 17)
