@@ -115,7 +115,7 @@ def run(
         paths = [str(ROOT), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
         # A launcher's processes find this code by its modules' names.
         os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(filter(None, paths)))
-        check_arguments(sys.argv[1:], keys)
+        check_command_line(sys.argv[1:], keys)
         sys.argv[1:] = prepare(sys.argv[1:])
         with naming(Path.cwd()):  # what Hydra writes may be below it
             hydra.main(version_base="1.3", config_path=str(CONF), config_name=name)(task)()
@@ -142,7 +142,7 @@ def memory_named() -> Iterator[None]:
         raise
 
 
-def check_arguments(argv: list[str], keys: list[str]) -> None:
+def check_command_line(argv: list[str], keys: list[str]) -> None:
     """Raise ValueError for a key that is given as --KEY=VALUE or --KEY VALUE, an unknown option, and =VALUE."""
     for argument in argv:
         key, _, value = argument.lstrip("-").partition("=")

@@ -66,6 +66,7 @@ def in_training() -> Iterator[Mistake]:
         "model.dropout=2": "dropout=2 | 0.95",
         "model.layers=0": "layers=0 | at least 1",
         "model._target_=os.system": "os.system | models.DiagBiLSTM",
+        "model.hidden=1000000": "not enough memory",
         "optimizer=sgd": "sgd | adamw | rmsprop",
         "optimizer.name=sgd": "sgd | adamw",
         "optimizer.lr=fast": "optimizer.lr='fast' | a number of at least 0",
