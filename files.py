@@ -8,7 +8,7 @@ from typing import BinaryIO
 
 
 def nameless(error: BaseException | None, path: Path) -> OSError | None:
-    """Find, in an error or what it came of, one of the system that names no file, or this one."""
+    """Return the system's error behind another one, if it names no file, or only this one."""
     while error is not None:
         if isinstance(error, OSError) and error.errno:
             return error if error.filename in (None, str(path)) else None
@@ -20,7 +20,7 @@ def nameless(error: BaseException | None, path: Path) -> OSError | None:
 def naming(path: Path, written: Path | None = None) -> Iterator[None]:
     """Have an OSError of what is done inside name `path`: that of a full disk names no file.
 
-    Also one that another error came of, as in torch.save, which fails anew while it closes its archive.
+    torch.save raises another error while it closes its archive; the system's is then behind that one.
 
     Args:
         written: the file that is meant by that name.

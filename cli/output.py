@@ -173,7 +173,7 @@ def describe(path: Path, what: dict) -> None:
     except (ValueError, RecursionError):
         before = None
     if not isinstance(before, dict):
-        raise ValueError(f"{path}: expected JSON that says what the images are, found damage; remove it to start again")
+        raise ValueError(f"{path}: expected JSON about the images, found damage; remove it to start again")
     for name in what:
         if name != "versions" and before.get(name) != what[name]:
             raise ValueError(

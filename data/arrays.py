@@ -11,7 +11,7 @@ from data import cache
 from data.splits import Dataset, shuffled, sizes, three_way
 
 BLOCK = 1 << 24  # values in memory at a time
-MOST = 1 << 16  # levels or classes that a file's largest value may stand for: a model has weights for each
+MOST = 1 << 16  # levels, or classes, if only a file's largest value says how many: a model has weights for each
 
 
 def open_integers(path: Path, option: str | None = None) -> np.ndarray:

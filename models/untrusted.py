@@ -82,7 +82,7 @@ def check_values(checkpoint: object, size: int) -> None:
 def check_claims(config: dict[str, Any], weights: dict[str, Tensor]) -> None:
     """Raise ValueError for a model larger than these weights, before it is built and takes time and memory.
 
-    Every layer has a tensor of its own, and each product below is at most the size of one of the weights.
+    Each layer has at least one tensor, and some weight has at least as many numbers as each product below.
     """
     limits = [(("layers",), len(weights)), (("base_layers",), len(weights))]
     numbers = sum(weight.untyped_storage().nbytes() for weight in weights.values())  # at most one of a byte each

@@ -17,7 +17,7 @@ from tests.damage import DAMAGE, damaged, in_gzip, in_png, in_zip
 
 @pytest.mark.slow
 def test_damaged_files_are_refused_by_name_or_read(tmp_path, monkeypatch):
-    """In a process of its own, in which a file may take 2 GB and 10 s."""
+    """In another process; it fails for a file that takes more than 2 GB or 10 s."""
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     line = [sys.executable, "-m", "tests.damage", "400", "7"]
     done = subprocess.run(line, cwd=REPOSITORY, capture_output=True, text=True)

@@ -31,6 +31,12 @@ def values(name: str, keys: str, *wrong: tuple) -> Iterator[Mistake]:
             yield name, [f"{key}={value}"], [key.rpartition(".")[2]]
 
 
+def written(name: str, said: dict[str, str]) -> Iterator[Mistake]:
+    """Commands written out, with the words of each between bars."""
+    for arguments, words in said.items():
+        yield name, arguments.split(), words.split(" | ")
+
+
 def in_training() -> Iterator[Mistake]:
     yield from values("train", "steps batch_size log_every", NO_INTEGER, ("0", "-1", "null"))
     yield from values("train", "evaluate_every save_every samples evaluate_images", ("0", "abc", "1.5"))
@@ -130,8 +136,7 @@ def in_training() -> Iterator[Mistake]:
         "--config-name=foo": "foo",
         "--config-dir=nowhere": "nowhere",
     }
-    for arguments, words in said.items():
-        yield "train", arguments.split(), words.split(" | ")
+    yield from written("train", said)
 
 
 def in_sampling() -> Iterator[Mistake]:
@@ -176,8 +181,7 @@ def in_sampling() -> Iterator[Mistake]:
         "pngs=drawn n=3": "samples.json | checkpoint",
         "npy=drawn.npy n=4": "drawn.npy.json | n=4",
     }
-    for arguments, words in said.items():
-        yield "sample", arguments.split(), words.split(" | ")
+    yield from written("sample", said)
 
 
 def in_both() -> Iterator[Mistake]:
