@@ -9,6 +9,7 @@ stack (spilled registers), shared memory, matrix instructions. Exit status 1 if 
     no stack          a spilled register is a trip to memory at each use
     shared memory     a kernel above the GPU's limit compiles, and fails when it is loaded
     matrix            products of bfloat16 numbers run on matrix instructions
+    replication       no product is computed by several warps alike, but in float64, which only tests use
     async copies      of memory that the same kernel writes, only by a loop that stores nothing there, after a barrier
     barrier           where a program reads back what it stored at an earlier step, one stands after its last store
     addresses         offsets into what grows with the batch are 64-bit numbers, from before anything is multiplied
@@ -37,7 +38,7 @@ from torch import Tensor
 
 import kernels
 import models
-from bench.compiled_text import hasty_copies, narrow_addresses, unguarded
+from bench.compiled_text import hasty_copies, narrow_addresses, replicated, unguarded
 from bench.measure import build
 from bench.stand_in import TARGETS, Compiled, StandIn, Variant, compile_all
 from bench.training import ON_A_GPU
@@ -221,10 +222,12 @@ def judged(variant: Variant, target: str, out: Compiled) -> dict:
     same = {f"%{name}": f"%{other}" for name, other in variant.same.items()}
     copies, narrow = hasty_copies(texts["ttgir"], same), narrow_addresses(texts["ttir"], SMALL)
     bare = unguarded(texts["ttir"])
+    twice = [] if "*fp64" in variant.signature.values() else replicated(texts["ttgir"])
     rules = {
         f"{out.stack} bytes of stack": out.stack > 0,
         f"{out.shared} bytes of shared memory, {limit} at most": out.shared > limit,
         "no matrix instruction": wants_matrix and not matrix,
+        f"products that several warps compute alike ({', '.join(twice)})": bool(twice),
         f"asynchronous copies of what it writes ({', '.join(copies)})": bool(copies),
         f"no barrier after its stores to what it reads ({', '.join(bare)})": bool(bare),
         f"32-bit addresses ({', '.join(narrow)})": bool(narrow),

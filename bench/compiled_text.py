@@ -138,3 +138,28 @@ def narrow_addresses(text: str, small: tuple[str, ...]) -> list[str]:
         if not wide and not (source or "").endswith(small):
             out.append(f"the offset into {source}")
     return out
+
+
+def tile_of(layout: str) -> list[int]:
+    """The rows and columns of a result that all warps of a program hold once, by the text of the result's layout."""
+    fields = {
+        name: [int(x) for x in numbers.split(",")] for name, numbers in re.findall(r"(\w+) = \[([\d, ]+)\]", layout)
+    }
+    if "instrShape" not in fields:  # products without matrix instructions
+        parts = (fields[name][-2:] for name in ("sizePerThread", "threadsPerWarp", "warpsPerCTA"))
+        return [size * threads * warps for size, threads, warps in zip(*parts, strict=True)]
+    rows_and_columns = fields["instrShape"][:2] if "versionMajor = 3" in layout else fields["instrShape"][-2:]
+    return [size * warps for size, warps in zip(rows_and_columns, fields["warpsPerCTA"][-2:], strict=True)]
+
+
+def replicated(text: str) -> list[str]:
+    """Products (in ttgir) that several warps compute alike, as all warps together have more room than the result."""
+    layouts = dict(re.findall(r"^#(\w+) = #(.*)", text, re.M))
+    found = re.findall(r"= (?:tt\.dot|ttng\.warp_group_dot) .*-> tensor<(\d+)x(\d+)x\w+, #(\w+)>", text)
+    out = {}
+    for rows, columns, layout in found:
+        tile = tile_of(layouts[layout])
+        times = max(1, tile[0] // int(rows)) * max(1, tile[1] // int(columns))
+        if times > 1:
+            out[f"{rows}×{columns} {times} times"] = None
+    return list(out)

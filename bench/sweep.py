@@ -73,7 +73,7 @@ def scan_cases(size: tuple, form: str, cuts: list[dict], args: argparse.Namespac
 def scan_sweep(args: argparse.Namespace) -> Cases:
     cuts = [{"block_n": n, "block_k": k, "warps": warps} for n, k, warps in BLOCKS]
     yield from scan_cases(SCAN, "streamed", cuts, args)
-    yield from scan_cases(SMALL_SCAN, "resident", [{"warps": warps} for warps in WARPS], args)
+    yield from scan_cases(SMALL_SCAN, "carried", [{"warps": warps} for warps in WARPS], args)
     yield from scan_cases(TALL_SCAN, "streamed", [cut for cut in cuts if cut["block_n"] <= 64], args)
 
 

@@ -17,13 +17,20 @@ Both scans compute `positions` of an image together, step after step, each from 
 (b h w ·): a diagonal is address arithmetic (`pixel`), nothing is skewed in memory, and a pixel outside the image is a
 masked load of zero. Direction 1 counts columns from the right.
 
-A program owns some images of one direction and walks all steps; programs never wait for each other. At each step it
-reads back from `hidden` what the step before stored, so there is a barrier between steps, and nothing may be loaded
-ahead of it: these kernels are compiled with `num_stages=1`. One kernel has three forms:
+One product makes all four gates of a block of features, side by side, and one formula activates them: tanh(x) is
+2σ(2x) − 1.
 
-    resident   all weights are loaded once, before the first step, and stay in shared memory
+A program owns some images of one direction and walks all steps; programs never wait for each other. One kernel has
+three forms:
+
+    carried    all weights are loaded once, before the first step, and stay in shared memory; states and cells stay in
+               registers. A tap moves the rows of the states by a product with a matrix of zeros and ones, which is
+               exact. Nothing that the kernel wrote is read, so the next steps' numbers may be loaded ahead.
     streamed   features in blocks; each block's weights come from the L2 cache at each step
     launches   one launch a step, blocks of positions and features in parallel: for scans too large for one program
+
+The last two read back at each step what the step before stored, so there is a barrier between steps, and nothing may
+be loaded ahead of it: they are compiled with `num_stages=1`.
 
 The backward kernel walks the steps in reverse. The gradient of a pixel's hidden state is gathered from the gate
 gradients of those that read it, and the gradient of the weights is one matrix product over all pixels afterwards. The
@@ -41,19 +48,20 @@ from checks import one_of, unexpected
 from kernels.activations import sigmoid, tanh
 from kernels.jit import cdiv, jit, launch, next_power_of_2, tl, triton
 
-FORMS = ("resident", "streamed", "launches")
+FORMS = ("carried", "streamed", "launches")
 
 
 class Form(NamedTuple):
     """How a scan is cut: the kernels' constants and the grid."""
 
-    resident: bool
+    carried: bool
     launches: bool
     images: int  # of a program
     positions: int  # of each of these images in a program, a power of two
     block_n: int  # features computed at a time
-    block_k: int  # features read at a time: of one tap; resident: of all taps
+    block_k: int  # features read at a time, of one tap
     warps: int
+    stages: int = 1  # steps whose loads are under way at once
 
 
 def form_of(f: int, taps: int, extent: int, itemsize: int, backward: bool, name: str = "auto") -> Form:
@@ -66,27 +74,28 @@ def form_of(f: int, taps: int, extent: int, itemsize: int, backward: bool, name:
     Raises:
         ValueError: there is no form `name`, or it is not for this size.
     """
-    padded, all_taps = max(16, next_power_of_2(f)), next_power_of_2(taps)
+    padded = max(16, next_power_of_2(f))
     positions = min(64, next_power_of_2(extent))
     images = max(1, 16 // positions)  # a matrix product has at least 16 rows
     half, even = itemsize == 2, f % 16 == 0
-    # Without matrix instructions all operands are in registers: not all weights at once.
-    fits = half and even and 4 * all_taps * padded**2 * itemsize <= 65536 and images * positions * padded <= 2048
-    fits = fits and not (backward and all_taps * padded**2 > 1024)  # which reads all taps of four gates at once
+    # What is carried from step to step takes registers, and so do all operands where there are no matrix instructions.
+    fits = half and even and padded <= 32 and images * positions * padded <= 1024
+    fits = fits and taps * padded <= (64 if backward else 128)
     if name == "auto":
-        name = "launches" if extent > 64 or f > 256 else "resident" if fits else "streamed"
+        name = "launches" if extent > 64 or f > 256 else "carried" if fits else "streamed"
     allowed = FORMS if extent <= positions else ("launches",)
     if name not in allowed:
         raise unexpected("form", name, f"{one_of(allowed)} for {extent} positions")
-    if name == "resident":
+    if name == "carried":
         if not fits and not triton.knobs.runtime.interpret:
             sizes = f"{f} features of {itemsize} bytes at {extent} positions"
-            raise unexpected("form", name, f"streamed or launches for {sizes}: the weights do not fit in a program")
-        return Form(True, False, images, positions, padded, all_taps * padded, 8 if positions * padded >= 2048 else 4)
+            raise unexpected("form", name, f"streamed or launches for {sizes}: the states do not fit in registers")
+        warps = images * positions // 16 if backward else 8 if padded == 32 else 4
+        return Form(True, False, images, positions, padded, padded, warps, 2 if backward and padded == 32 else 3)
     if not half:
         block_n, block_k, warps = 16, 16, 4
     elif not even:
-        block_n, block_k, warps = 32 if backward else 16, 64, 8
+        block_n, block_k, warps = 32 if backward else 16, 64, 8 if padded > 16 else 4
     elif backward:
         block_n, block_k, warps = 32 if name == "launches" else 128 if images * positions <= 32 else 64, 128, 8
     elif images * positions > 32:
@@ -156,10 +165,39 @@ def neighbours(base, step, position, shift, feature, live, direction, h, w, widt
 
 
 @jit
-def features_of_taps(f, TAPS: tl.constexpr, DIAGONAL: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
-    """All taps' features side by side (k): tap, feature, shift (1 k), and whether they exist."""
-    tap, feature = tl.arange(0, BLOCK_K) // BLOCK_N, tl.arange(0, BLOCK_K) % BLOCK_N
-    return tap, feature, shift_of(tap, TAPS, DIAGONAL)[None, :], (tap < TAPS) & (feature < f)
+def shuffle_of(image, position, SHIFT: tl.constexpr, type: tl.constexpr):
+    """Make the matrix (M M) of zeros and ones that has a one where its row is read by its column's position.
+
+    `SHIFT` is how far a position reads. A product with it is exact, as each sum has one term.
+    """
+    same_image = image[:, None] == image[None, :]
+    return (same_image & (position[:, None] == position[None, :] + SHIFT)).to(type)
+
+
+@jit
+def gates_of(block, f, BLOCK_N: tl.constexpr):
+    """Where all gates o f i g of a block of features are in rows of 4f: places (4n), and whether they exist."""
+    column = tl.arange(0, 4 * BLOCK_N)
+    feature = block * BLOCK_N + column % BLOCK_N
+    return column // BLOCK_N * f + feature, feature < f
+
+
+@jit
+def activated(sums):
+    """Activate sums of the gates o f i g (M 4n)."""
+    column = tl.arange(0, sums.shape[1])[None, :]
+    slope = tl.where(column < sums.shape[1] // 4 * 3, 1.0, 2.0).to(sums.dtype)
+    return sigmoid(sums * slope) * slope - (slope - 1)
+
+
+@jit
+def split_gates(gates):
+    """Cut gates (M 4n) in o f i g (M n)."""
+    M: tl.constexpr = gates.shape[0]
+    o_i, f_g = tl.split(tl.permute(tl.reshape(gates, (M, 2, 2, gates.shape[1] // 4)), (0, 3, 1, 2)))
+    o, i = tl.split(o_i)
+    forget, g = tl.split(f_g)
+    return o, forget, i, g
 
 
 @jit
@@ -183,19 +221,16 @@ def store_gates(first, stride, mask, o, forget, i, g):
 
 
 @jit
-def add_product(total, a, b):
-    """total + a · b, summed in total's type."""
-    return tl.dot(a, b, total, input_precision="ieee", out_dtype=total.dtype)
+def join_gates(o, forget, i, g):
+    """Put gates o f i g (M n) side by side: (M 4n)."""
+    every = tl.join(tl.join(o, i), tl.join(forget, g))  # (M n 2 2)
+    return tl.reshape(tl.permute(every, (0, 2, 3, 1)), (o.shape[0], 4 * o.shape[1]))
 
 
 @jit
-def add_products(o, forget, i, g, states, weights):
-    """Add to the sums of each gate states (M k) · the gate's weights (k n)."""
-    o = add_product(o, states, weights[0])
-    forget = add_product(forget, states, weights[1])
-    i = add_product(i, states, weights[2])
-    g = add_product(g, states, weights[3])
-    return o, forget, i, g
+def add_product(total, a, b):
+    """total + a · b, summed in total's type."""
+    return tl.dot(a, b, total, input_precision="ieee", out_dtype=total.dtype)
 
 
 @jit(varying=("b", "h", "w", "first", "last"))
@@ -214,42 +249,50 @@ def lstm_scan_fwd_kernel(
     DIRECTIONS: tl.constexpr,
     TAPS: tl.constexpr,
     DIAGONAL: tl.constexpr,
-    RESIDENT: tl.constexpr,
+    CARRIED: tl.constexpr,
     IMAGES: tl.constexpr,
     POSITIONS: tl.constexpr,
     ONE: tl.constexpr,  # a program computes one block of features, else all
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    STAGES: tl.constexpr,  # loads of how many steps are under way at once
     STATE: tl.constexpr,  # the type of sums and cells
 ):
     direction, image, position = images_of(DIRECTIONS, IMAGES, POSITIONS)
     base = tl.where(image < b, image * h * w * DIRECTIONS + direction, -1)
     weight += direction * TAPS * f * 4 * f
+    type = hidden.dtype.element_ty
 
-    if RESIDENT:
-        tap, feature, shift, live = features_of_taps(f, TAPS, DIAGONAL, BLOCK_N, BLOCK_K)
-        out = tl.arange(0, BLOCK_N)
-        at_weight = weight + (tap * f + feature)[:, None] * (4 * f) + out[None, :]
-        weights = load_gates(at_weight, f, live[:, None] & (out < f)[None, :])
+    if CARRIED:
+        weights, shuffles = (), ()
+        k = tl.arange(0, BLOCK_N)
+        column, live = gates_of(0, f, BLOCK_N)
+        for tap in tl.static_range(TAPS):
+            at_weight = weight + (tap * f + k)[:, None] * (4 * f) + column[None, :]
+            weights += (tl.load(at_weight, mask=(k < f)[:, None] & live[None, :], other=0.0),)
+            shuffles += (shuffle_of(image, position, -tap if DIAGONAL else tap - TAPS // 2, type),)
+        cell = tl.zeros((IMAGES * POSITIONS, BLOCK_N), STATE)
+        state = tl.zeros((IMAGES * POSITIONS, BLOCK_N), type)
 
-    for step in range(first, last):
+    for step in tl.range(first, last, num_stages=STAGES):
         row, inside = rows_of(base, step, position, direction, h, w, DIRECTIONS, DIAGONAL)
-        before, had_before = rows_of(base, step - 1, position, direction, h, w, DIRECTIONS, DIAGONAL)
         for block in range(0, 1 if ONE else tl.cdiv(f, BLOCK_N)):
             n = (tl.program_id(2) + block) * BLOCK_N + tl.arange(0, BLOCK_N)
+            column, live = gates_of(tl.program_id(2) + block, f, BLOCK_N)
             mask = inside[:, None] & (n < f)[None, :]
-            at = row[:, None] * (4 * f) + n[None, :]
-            o, forget, i, g = load_gates(pre + at, f, mask)
-            o, forget, i, g = o.to(STATE), forget.to(STATE), i.to(STATE), g.to(STATE)
-            cell_mask = had_before[:, None] & (n < f)[None, :]
-            cell = tl.load(cells + before[:, None] * f + n[None, :], mask=cell_mask, other=0.0)
-            if RESIDENT:
-                at_k, read = neighbours(
-                    base, step - 1, position, shift, feature, live, direction, h, w, f, DIRECTIONS, DIAGONAL
-                )
-                states = tl.load(hidden + at_k, mask=read, other=0.0)
-                o, forget, i, g = add_products(o, forget, i, g, states, weights)
+            at_gates = row[:, None] * (4 * f) + column[None, :]
+            sums = tl.load(pre + at_gates, mask=inside[:, None] & live[None, :], other=0.0).to(STATE)
+            if CARRIED:
+                for tap in tl.static_range(TAPS):
+                    read = state
+                    if not DIAGONAL or tap > 0:  # in columns: no warp then computes what another one does
+                        nothing = tl.zeros((BLOCK_N, IMAGES * POSITIONS), STATE)
+                        read = tl.trans(add_product(nothing, tl.trans(state), shuffles[tap]).to(type))
+                    sums = add_product(sums, read, weights[tap])
             else:
+                before, had_before = rows_of(base, step - 1, position, direction, h, w, DIRECTIONS, DIAGONAL)
+                cell_mask = had_before[:, None] & (n < f)[None, :]
+                cell = tl.load(cells + before[:, None] * f + n[None, :], mask=cell_mask, other=0.0)
                 blocks_k = tl.cdiv(f, BLOCK_K)
                 for block_k in range(0, TAPS * blocks_k):
                     tap = block_k // blocks_k
@@ -259,15 +302,20 @@ def lstm_scan_fwd_kernel(
                         base, step - 1, position, shift, k, k < f, direction, h, w, f, DIRECTIONS, DIAGONAL
                     )
                     states = tl.load(hidden + at_k, mask=read, other=0.0)
-                    at_weight = weight + (tap * f + k)[:, None] * (4 * f) + n[None, :]
-                    weights = load_gates(at_weight, f, (k < f)[:, None] & (n < f)[None, :])
-                    o, forget, i, g = add_products(o, forget, i, g, states, weights)
-            o, forget, i, g = sigmoid(o), sigmoid(forget), sigmoid(i), tanh(g)
+                    at_weight = weight + (tap * f + k)[:, None] * (4 * f) + column[None, :]
+                    weights = tl.load(at_weight, mask=(k < f)[:, None] & live[None, :], other=0.0)
+                    sums = add_product(sums, states, weights)
+            o, forget, i, g = split_gates(activated(sums))
             cell = forget * cell + i * g
-            store_gates(gates + at, f, mask, o, forget, i, g)
-            tl.store(cells + row[:, None] * f + n[None, :], cell, mask=mask)
-            tl.store(hidden + row[:, None] * f + n[None, :], (o * tanh(cell)).to(hidden.dtype.element_ty), mask=mask)
-        tl.debug_barrier()  # the next step reads what this one stored
+            if CARRIED:  # nothing is carried out of a pixel outside the image
+                cell = tl.where(inside[:, None], cell, 0.0)
+            state = (o * tanh(cell)).to(type)
+            at = row[:, None] * f + n[None, :]
+            store_gates(gates + row[:, None] * (4 * f) + n[None, :], f, mask, o, forget, i, g)
+            tl.store(cells + at, cell, mask=mask)
+            tl.store(hidden + at, state, mask=mask)
+        if not CARRIED:
+            tl.debug_barrier()  # the next step reads what this one stored
 
 
 @jit(varying=("b", "h", "w", "first", "last"))
@@ -287,12 +335,13 @@ def lstm_scan_bwd_kernel(
     DIRECTIONS: tl.constexpr,
     TAPS: tl.constexpr,
     DIAGONAL: tl.constexpr,
-    RESIDENT: tl.constexpr,
+    CARRIED: tl.constexpr,
     IMAGES: tl.constexpr,
     POSITIONS: tl.constexpr,
     ONE: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    STAGES: tl.constexpr,
     STATE: tl.constexpr,
 ):
     direction, image, position = images_of(DIRECTIONS, IMAGES, POSITIONS)
@@ -300,31 +349,39 @@ def lstm_scan_bwd_kernel(
     extent = h if DIAGONAL else w
     scratch = (image * DIRECTIONS + direction) * extent + position
     weight += direction * TAPS * f * 4 * f
+    type = d_pre.dtype.element_ty
 
-    if RESIDENT:
-        tap, feature, shift, live = features_of_taps(f, TAPS, DIAGONAL, BLOCK_N, BLOCK_K)
-        out = tl.arange(0, BLOCK_N)
-        at_weight = weight + (feature * TAPS * f + tap * f)[:, None] + out[None, :]
-        weight_o, weight_f, weight_i, weight_g = load_gates(at_weight, TAPS * f * f, live[:, None] & (out < f)[None, :])
+    if CARRIED:
+        weights, shuffles = (), ()
+        n = tl.arange(0, BLOCK_N)
+        k, live = gates_of(0, f, BLOCK_N)
+        for tap in tl.static_range(TAPS):
+            at_weight = weight + k[:, None] * (TAPS * f) + tap * f + n[None, :]
+            weights += (tl.load(at_weight, mask=live[:, None] & (n < f)[None, :], other=0.0),)
+            shuffles += (shuffle_of(image, position, -tap if DIAGONAL else tap - TAPS // 2, type),)
+        dc = tl.zeros((IMAGES * POSITIONS, BLOCK_N), STATE)
+        d_gates = tl.zeros((IMAGES * POSITIONS, 4 * BLOCK_N), type)
 
-    for back in range(0, last - first):
+    for back in tl.range(0, last - first, num_stages=STAGES):
         step = last - 1 - back
         row, inside = rows_of(base, step, position, direction, h, w, DIRECTIONS, DIAGONAL)
         before, had_before = rows_of(base, step - 1, position, direction, h, w, DIRECTIONS, DIAGONAL)
         for block in range(0, 1 if ONE else tl.cdiv(f, BLOCK_N)):
             n = (tl.program_id(2) + block) * BLOCK_N + tl.arange(0, BLOCK_N)
             mask = inside[:, None] & (n < f)[None, :]
-            dh = tl.load(d_hidden + row[:, None] * f + n[None, :], mask=mask, other=0.0).to(STATE)
-            if RESIDENT:  # a reader is on the other side: hence −shift
-                at_k, read = neighbours(
-                    base, step + 1, position, -shift, feature, live, direction, h, w, 4 * f, DIRECTIONS, DIAGONAL
-                )
-                dh = add_product(dh, tl.load(d_pre + at_k, mask=read, other=0.0), weight_o)
-                dh = add_product(dh, tl.load(d_pre + f + at_k, mask=read, other=0.0), weight_f)
-                dh = add_product(dh, tl.load(d_pre + 2 * f + at_k, mask=read, other=0.0), weight_i)
-                dh = add_product(dh, tl.load(d_pre + 3 * f + at_k, mask=read, other=0.0), weight_g)
+            at = row[:, None] * f + n[None, :]
+            dh = tl.load(d_hidden + at, mask=mask, other=0.0).to(STATE)
+            handed = d_cells + scratch[:, None] * f + n[None, :]
+            if CARRIED:
+                for tap in tl.static_range(TAPS):
+                    of_reader = d_gates
+                    if not DIAGONAL or tap > 0:
+                        nothing = tl.zeros((IMAGES * POSITIONS, 4 * BLOCK_N), STATE)
+                        of_reader = add_product(nothing, shuffles[tap], d_gates).to(type)
+                    dh = add_product(dh, of_reader, weights[tap])
             else:
-                blocks_k = tl.cdiv(4 * f, BLOCK_K)  # all gates, side by side
+                dc = tl.load(handed, mask=mask, other=0.0)
+                blocks_k = tl.cdiv(4 * f, BLOCK_K)
                 for block_k in range(0, TAPS * blocks_k):
                     tap = block_k // blocks_k
                     k = block_k % blocks_k * BLOCK_K + tl.arange(0, BLOCK_K)
@@ -336,22 +393,24 @@ def lstm_scan_bwd_kernel(
                     at_weight = weight + (k * TAPS * f + tap * f)[:, None] + n[None, :]
                     weights = tl.load(at_weight, mask=(k < 4 * f)[:, None] & (n < f)[None, :], other=0.0)
                     dh = add_product(dh, d_gates, weights)
-            at = row[:, None] * (4 * f) + n[None, :]
-            o, forget, i, g = load_gates(gates + at, f, mask)
+            at_gates = row[:, None] * (4 * f) + n[None, :]
+            # Outside the image all gates are loaded as zeros, and so their gradients are zeros.
+            o, forget, i, g = load_gates(gates + at_gates, f, mask)
             o, forget, i, g = o.to(STATE), forget.to(STATE), i.to(STATE), g.to(STATE)
-            cell = tl.load(cells + row[:, None] * f + n[None, :], mask=mask, other=0.0)
+            tanh_cell = tanh(tl.load(cells + at, mask=mask, other=0.0))
             cell_mask = had_before[:, None] & (n < f)[None, :]
             cell_before = tl.load(cells + before[:, None] * f + n[None, :], mask=cell_mask, other=0.0)
-            tanh_cell = tanh(cell)
-            handed = d_cells + scratch[:, None] * f + n[None, :]
-            dc = tl.load(handed, mask=mask, other=0.0) + dh * o * (1 - tanh_cell * tanh_cell)
-            tl.store(handed, dc * forget, mask=mask)
-            type = d_pre.dtype.element_ty  # each is stored before the next is computed: registers are few
-            tl.store(d_pre + at, (dh * tanh_cell * o * (1 - o)).to(type), mask=mask)
-            tl.store(d_pre + at + f, (dc * cell_before * forget * (1 - forget)).to(type), mask=mask)
-            tl.store(d_pre + at + 2 * f, (dc * g * i * (1 - i)).to(type), mask=mask)
-            tl.store(d_pre + at + 3 * f, (dc * i * (1 - g * g)).to(type), mask=mask)
-        tl.debug_barrier()
+            dc += dh * o * (1 - tanh_cell * tanh_cell)
+            d_o, d_forget = dh * tanh_cell * o * (1 - o), dc * cell_before * forget * (1 - forget)
+            d_i, d_g = dc * g * i * (1 - i), dc * i * (1 - g * g)
+            store_gates(d_pre + at_gates, f, mask, d_o, d_forget, d_i, d_g)
+            dc *= forget
+            if CARRIED:
+                d_gates = join_gates(d_o, d_forget, d_i, d_g).to(type)
+            else:
+                tl.store(handed, dc, mask=mask)
+        if not CARRIED:
+            tl.debug_barrier()
 
 
 # ------------------------------------------------------------------------------------------------- host and autograd
@@ -363,12 +422,13 @@ def constants(form: Form, f: int, taps: int, directions: int, diagonal: bool, st
         "DIRECTIONS": directions,
         "TAPS": taps,
         "DIAGONAL": diagonal,
-        "RESIDENT": form.resident,
+        "CARRIED": form.carried,
         "IMAGES": form.images,
         "POSITIONS": form.positions,
         "ONE": form.launches or f <= form.block_n,
         "BLOCK_N": form.block_n,
         "BLOCK_K": form.block_k,
+        "STAGES": form.stages,
         "STATE": tl.float64 if state == torch.float64 else tl.float32,
         "num_warps": form.warps,
         "num_stages": 1,
@@ -428,7 +488,8 @@ def lstm_scan_backward_op(
     d_pre = torch.empty_like(gates)
     if not gates.numel():
         return d_pre, state_weight.new_zeros(state_weight.shape)
-    weight, d_cells = state_weight.to(gates.dtype).contiguous(), cells.new_zeros(b, d, extent, f)
+    weight = state_weight.to(gates.dtype).contiguous()  # (d 4f n·f)
+    d_cells = cells.new_zeros(b, d, extent, f)
     tensors = [d_hidden.contiguous(), weight, gates, cells, d_pre, d_cells]
     scan(lstm_scan_bwd_kernel, tensors, shape, f, taps, diagonal, cut, state)
     read = what_taps_read(hidden, taps, diagonal).view(-1, d, taps * f).transpose(0, 1)  # (d bhw n·f)

@@ -10,7 +10,7 @@ import pytest
 pytest.importorskip("triton", reason="Triton is for Linux")
 
 from bench.compile import main
-from bench.compiled_text import hasty_copies, narrow_addresses, unguarded
+from bench.compiled_text import hasty_copies, narrow_addresses, replicated, unguarded
 
 pytestmark = pytest.mark.slow
 
@@ -47,6 +47,7 @@ def test_every_kernel_keeps_the_rules(tmp_path):
     [
         ("diagonal 64 positions, f = 128, bfloat16: lstm_scan_fwd", "maxnreg=64", "bytes of stack"),
         ("diagonal 64 positions, f = 128, bfloat16: lstm_scan_fwd", "num_stages=3", "asynchronous copies"),
+        ("diagonal 28 positions, f = 16, bfloat16: lstm_scan_bwd", "num_warps=4", "compute alike (32×16 2 times"),
         ("convolution 3×3 B, 128 → 128, bfloat16: masked_conv_kernel", "num_stages=9", "bytes of shared memory"),
         ("convolution 3×3 B, 16 → 16, bfloat16: masked_conv_weight", "BLOCK_N=24", "does not compile"),
     ],
@@ -122,3 +123,19 @@ def test_a_missing_barrier_is_found(barrier):
     assert unguarded(text + f"{barrier}\n") == []
     assert unguarded(f"{barrier}\n" + text) == ["%u"]
     assert unguarded(text.replace("store %u", "store %w")) == []
+
+
+@pytest.mark.parametrize(
+    ("layout", "times"),
+    [
+        ("ttg.nvidia_mma<{versionMajor = 2, versionMinor = 0, warpsPerCTA = [8, 1], instrShape = [16, 8]}>", 4),
+        ("ttg.nvidia_mma<{versionMajor = 2, versionMinor = 0, warpsPerCTA = [2, 4], instrShape = [16, 8]}>", 1),
+        ("ttg.nvidia_mma<{versionMajor = 3, versionMinor = 0, warpsPerCTA = [4, 1], instrShape = [16, 32, 16]}>", 2),
+        ("ttg.blocked<{sizePerThread = [1, 4], threadsPerWarp = [8, 4], warpsPerCTA = [4, 2], order = [1, 0]}>", 1),
+        ("ttg.blocked<{sizePerThread = [1, 8], threadsPerWarp = [8, 4], warpsPerCTA = [4, 2], order = [1, 0]}>", 2),
+    ],
+)
+def test_products_that_warps_compute_alike_are_found(layout, times):
+    """All warps' tile of a layout, against a result of 32×32."""
+    product = "%total = tt.dot %a, %b, %c : tensor<32x16xbf16, #x> * tensor<16x32xbf16, #y> -> tensor<32x32xf32, #out>"
+    assert replicated(f"#out = #{layout}\n{product} loc(#loc1)\n") == ([f"32×32 {times} times"] if times > 1 else [])

@@ -246,7 +246,7 @@ def test_more_positions_than_one_program_has():
     """Above 64 columns a row is several programs, and each step a launch."""
     assert form_of(2, 3, 66, 4, False).launches
     check(OPERATIONS["row_lstm"], (1, 2, 66, 1, 2), "triton", torch.float32)
-    for form in ("resident", "streamed", "nonsense"):  # programs that walk all steps do not wait for each other
+    for form in ("carried", "streamed", "nonsense"):  # programs that walk all steps do not wait for each other
         with pytest.raises(ValueError, match=rf"form='{form}'.* 66 positions"):
             form_of(2, 3, 66, 4, False, form)
 
@@ -258,13 +258,13 @@ def test_row_scan_with_other_taps_and_a_left_neighbour(n, m):
 
 
 @needs_triton
-def test_weights_that_fill_a_program_are_not_resident(monkeypatch):
+def test_weights_that_fill_a_program_are_not_carried(monkeypatch):
     monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
-    assert form_of(32, 2, 28, 2, False).resident
+    assert form_of(32, 2, 28, 2, False).carried
     for f, itemsize in ((32, 4), (40, 2), (512, 2)):
-        assert not form_of(f, 2, 28, itemsize, False).resident
-        with pytest.raises(ValueError, match=rf"form='resident'.* {f} features of {itemsize} bytes"):
-            form_of(f, 2, 28, itemsize, False, "resident")
+        assert not form_of(f, 2, 28, itemsize, False).carried
+        with pytest.raises(ValueError, match=rf"form='carried'.* {f} features of {itemsize} bytes"):
+            form_of(f, 2, 28, itemsize, False, "carried")
 
 
 def test_backends_are_named():

@@ -384,7 +384,7 @@ def both_ways(operation, *inputs):
 
 def scan(diagonal: bool, form: str):
     """Several programs, two blocks of features."""
-    b, h, w, d, n, f = (2, 2, 2, 2, 2, 17) if diagonal else (9 if form == "resident" else 2, 2, 2, 1, 3, 17)
+    b, h, w, d, n, f = (2, 2, 2, 2, 2, 17) if diagonal else (9 if form == "carried" else 2, 2, 2, 1, 3, 17)
     inputs = numbers((b, h, w, d, 4 * f), (d, 4 * f, n * f))
     return both_ways(lambda pre, weight: lstm_scan(pre, weight / 8, diagonal, form), *inputs)
 
