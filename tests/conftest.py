@@ -14,6 +14,24 @@ if not torch.cuda.is_available():
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 
+def count_loops_with_numpy_2_4() -> None:
+    """Triton 3.6's interpreter counts loops by int(array of one number), which numpy 2.4 refuses."""
+    try:
+        from triton.runtime import interpreter
+    except ImportError:
+        return
+    patch = interpreter._patch_lang_tensor
+
+    def patched(tensor, scope):
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    interpreter._patch_lang_tensor = patched
+
+
+count_loops_with_numpy_2_4()
+
+
 def pytest_collection_modifyitems(items) -> None:
     if torch.cuda.is_available():
         return
