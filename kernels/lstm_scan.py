@@ -97,7 +97,8 @@ def form_of(f: int, taps: int, extent: int, itemsize: int, backward: bool, name:
     elif not even:
         block_n, block_k, warps = 32 if backward else 16, 64, 8 if padded > 16 else 4
     elif backward:
-        block_n, block_k, warps = 32 if name == "launches" else 128 if images * positions <= 32 else 64, 128, 8
+        few = images * positions <= 32
+        block_n, block_k, warps = 32 if name == "launches" else 128 if few else 64, 64 if few else 128, 8
     elif images * positions > 32:
         block_n, block_k, warps = 32, 128, 8
     elif name == "launches":
@@ -401,12 +402,17 @@ def lstm_scan_bwd_kernel(
             cell_mask = had_before[:, None] & (n < f)[None, :]
             cell_before = tl.load(cells + before[:, None] * f + n[None, :], mask=cell_mask, other=0.0)
             dc += dh * o * (1 - tanh_cell * tanh_cell)
-            d_o, d_forget = dh * tanh_cell * o * (1 - o), dc * cell_before * forget * (1 - forget)
-            d_i, d_g = dc * g * i * (1 - i), dc * i * (1 - g * g)
-            store_gates(d_pre + at_gates, f, mask, d_o, d_forget, d_i, d_g)
+            d_o = (dh * tanh_cell * o * (1 - o)).to(type)
+            tl.store(d_pre + at_gates, d_o, mask=mask)  # before the next is computed: registers are few
+            d_forget = (dc * cell_before * forget * (1 - forget)).to(type)
+            tl.store(d_pre + at_gates + f, d_forget, mask=mask)
+            d_i = (dc * g * i * (1 - i)).to(type)
+            tl.store(d_pre + at_gates + 2 * f, d_i, mask=mask)
+            d_g = (dc * i * (1 - g * g)).to(type)
+            tl.store(d_pre + at_gates + 3 * f, d_g, mask=mask)
             dc *= forget
             if CARRIED:
-                d_gates = join_gates(d_o, d_forget, d_i, d_g).to(type)
+                d_gates = join_gates(d_o, d_forget, d_i, d_g)
             else:
                 tl.store(handed, dc, mask=mask)
         if not CARRIED:
