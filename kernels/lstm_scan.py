@@ -67,9 +67,9 @@ class Form(NamedTuple):
 def form_of(f: int, taps: int, extent: int, itemsize: int, backward: bool, name: str = "auto") -> Form:
     """Choose the form for f features, `taps` taps, `extent` positions, and numbers of `itemsize` bytes.
 
-    The blocks are the quickest that leave no register on the stack: `python -m bench.sweep` times them, `python -m
-    bench.compile` compiles them. Where f is no multiple of 16, each number is loaded from an address of its own, and
-    only smaller blocks fit in registers.
+    The blocks leave no register on the stack: `python -m bench.compile` compiles them. `python -m bench.sweep` times
+    them on a GPU, and has not since one product makes all gates. Where f is no multiple of 16, each number is loaded
+    from an address of its own, and only smaller blocks fit in registers.
 
     Raises:
         ValueError: there is no form `name`, or it is not for this size.
@@ -166,13 +166,13 @@ def neighbours(base, step, position, shift, feature, live, direction, h, w, widt
 
 
 @jit
-def shuffle_of(image, position, SHIFT: tl.constexpr, type: tl.constexpr):
+def shuffle_of(image, position, shift, type: tl.constexpr):
     """Make the matrix (M M) of zeros and ones that has a one where its row is read by its column's position.
 
-    `SHIFT` is how far a position reads. A product with it is exact, as each sum has one term.
+    `shift` is how far a position reads. A product with it is exact, as each sum has one term.
     """
     same_image = image[:, None] == image[None, :]
-    return (same_image & (position[:, None] == position[None, :] + SHIFT)).to(type)
+    return (same_image & (position[:, None] == position[None, :] + shift)).to(type)
 
 
 @jit
@@ -271,7 +271,7 @@ def lstm_scan_fwd_kernel(
         for tap in tl.static_range(TAPS):
             at_weight = weight + (tap * f + k)[:, None] * (4 * f) + column[None, :]
             weights += (tl.load(at_weight, mask=(k < f)[:, None] & live[None, :], other=0.0),)
-            shuffles += (shuffle_of(image, position, -tap if DIAGONAL else tap - TAPS // 2, type),)
+            shuffles += (shuffle_of(image, position, shift_of(tap, TAPS, DIAGONAL), type),)
         cell = tl.zeros((IMAGES * POSITIONS, BLOCK_N), STATE)
         state = tl.zeros((IMAGES * POSITIONS, BLOCK_N), type)
 
@@ -359,7 +359,7 @@ def lstm_scan_bwd_kernel(
         for tap in tl.static_range(TAPS):
             at_weight = weight + k[:, None] * (TAPS * f) + tap * f + n[None, :]
             weights += (tl.load(at_weight, mask=live[:, None] & (n < f)[None, :], other=0.0),)
-            shuffles += (shuffle_of(image, position, -tap if DIAGONAL else tap - TAPS // 2, type),)
+            shuffles += (shuffle_of(image, position, shift_of(tap, TAPS, DIAGONAL), type),)
         dc = tl.zeros((IMAGES * POSITIONS, BLOCK_N), STATE)
         d_gates = tl.zeros((IMAGES * POSITIONS, 4 * BLOCK_N), type)
 
