@@ -117,9 +117,9 @@ CASES = {
 
 
 def slow_if_between(name: str) -> list:
-    """The marks of a case: slow, unless it is an architecture as it is, with skips, or with mixture and conditions."""
+    """The marks of a case: slow, unless it is an architecture as it is, or with a mixture and conditions."""
     switches = name.removeprefix(name.split("-")[0])
-    return [] if switches in ("", "-skip", "-mixture-given") else [pytest.mark.slow]
+    return [] if switches in ("", "-mixture-given") else [pytest.mark.slow]
 
 
 def every(condition: Callable[[Case], bool] = lambda case: True):
@@ -372,7 +372,7 @@ def assert_methods_agree(model, n: int = 3, **arguments):
 
 def noises(model, seed: int, n: int):
     """The noise that `sample` makes of a seed for n images, a tensor for each of the model's nets."""
-    return [noise(seed, range(n), net.shape, k) for k, net in enumerate(model.nets)]
+    return [noise(seed, range(n), net.shape, k, backend="torch") for k, net in enumerate(model.nets)]
 
 
 def independent(model, uniforms, temperature=1.0, x=None, known=None):

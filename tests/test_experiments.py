@@ -93,6 +93,7 @@ def test_the_page_lists_every_experiment_once():
     assert sorted(row[0] for row in table("experiment")) == NAMES
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_builds_with_the_parameters_that_the_page_says(name):
     cfg = composed(f"experiment={name}")
@@ -131,6 +132,7 @@ def test_multi_scale_is_two_row_lstms_with_copied_pixels():
     assert composed("experiment=imagenet64_multi_scale").model.copy_known is True
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_is_trained_as_the_page_says(name):
     cfg = composed(f"experiment={name}")

@@ -209,6 +209,7 @@ def test_gradients_are_finite(dtype, levels, kind):
     assert nats.min() >= -1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("levels", [2, 5, 256])
 def test_gradients_are_those_of_finite_differences(levels):
     head, generator = make(3, levels, mixtures=2)

@@ -643,6 +643,7 @@ def test_a_config_without_target_is_refused_and_no_config_is_changed():
         models.build(arguments)
 
 
+@pytest.mark.slow
 @every_state
 @every_target
 def test_noise_moves_every_parameter(case, state):

@@ -117,6 +117,7 @@ def every_rule(model, b: int) -> dict:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", list(every_network()))
 @pytest.mark.parametrize(
     "images_last, dtype",
