@@ -20,15 +20,12 @@ stack (spilled registers), shared memory, matrix instructions. Exit status 1 if 
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import platform
 import re
 import shlex
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from datetime import UTC, datetime
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -40,11 +37,12 @@ import kernels
 import models
 from bench.compiled_text import hasty_copies, narrow_addresses, replicated, unguarded
 from bench.measure import build
-from bench.stand_in import TARGETS, Compiled, StandIn, Variant, compile_all
+from bench.stand_in import TARGETS, Compiled, StandIn, Variant, compile_all, write_rows
 from bench.training import ON_A_GPU
 from bench.widths import launch_every_level, launch_every_width, launch_row_kernels, short
 from kernels.jit import triton
 from kernels.lstm_scan import lstm_scan
+from kernels.philox import uniforms
 from models.sampling.rules import Draw, Given, Keep, Record
 from models.sampling.triton_row import TritonRow
 
@@ -109,6 +107,7 @@ def elementwise() -> Launches:
         for v in (2, 256, 1024):
             yield f"cross-entropy, {v} levels, {short(dtype)}", partial(cross_entropy, v, dtype)
         yield f"gate, {short(dtype)}", partial(gate, dtype)
+    yield "noise", partial(uniforms, torch.zeros(3, 2, dtype=torch.long), 3072, 1)
 
 
 def rows() -> Launches:
@@ -271,10 +270,7 @@ def main(argv: list[str] | None = None) -> int:
     print(f"Triton {triton.__version__}: {len(rows)} kernels compiled, {broken} break a rule")
     if args.json:
         command = shlex.join(["python", "-m", "bench.compile", *(f"--set={text}" for text in args.set)])
-        head = {"command": command, "date": datetime.now(UTC).isoformat(timespec="seconds")}
-        head |= {"python": platform.python_version(), "torch": torch.__version__, "triton": triton.__version__}
-        lines = ",\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
-        args.json.write_text(json.dumps(head, indent=1)[:-2] + f',\n "rows": [\n{lines}\n]}}\n')
+        write_rows(args.json, command, rows)
     return 1 if broken else 0
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import platform
 import re
 import subprocess
 import tempfile
@@ -21,6 +22,7 @@ import time
 from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from functools import partial
 from itertools import product
 from multiprocessing import get_context
@@ -262,3 +264,11 @@ def compile_all(variants: list[Variant], targets: list[str]) -> list[tuple[Varia
     work = list(product(variants, targets))
     found = in_processes(compile_variant, *zip(*work, strict=True), together=len(targets))
     return [(*of, out) for of, out in zip(work, found, strict=True)]
+
+
+def write_rows(path: Path, command: str, rows: list[dict]) -> None:
+    """Write a report as JSON, a line a row, after the versions that it is of."""
+    head = {"command": command, "date": datetime.now(UTC).isoformat(timespec="seconds")}
+    head |= {"python": platform.python_version(), "torch": torch.__version__, "triton": triton.__version__}
+    lines = ",\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
+    path.write_text(json.dumps(head, indent=1)[:-2] + f',\n "rows": [\n{lines}\n]}}\n')
