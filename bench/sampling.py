@@ -30,6 +30,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench.measure import Clock, Results, build, ceilings, describe, interleave, parse, parser, spread, table, whole
 from bench.plain import live_multiply_adds
+from kernels.jit import has_triton
 from models.sampling import PixelLoop, noise, sample
 from models.sampling.cached import Cached
 from models.sampling.loop import threads_for
@@ -200,30 +201,32 @@ class Noise:
     """
 
     def __init__(self, args: argparse.Namespace):
-        self.args, self.sets, self.making, self.moving = args, [], [], []
+        self.args, self.sets, self.making = args, [], {}
 
     def of(self, shape: tuple[int, int, int], b: int) -> list[torch.Tensor]:
         """For b images of `shape` (c h w), b at most the largest batch: a set a repeat, (b c h w) each."""
         if not self.sets or self.sets[0].shape[1:] != shape:
-            self.sets, self.making, self.moving = [], [], []
+            self.sets, self.making = [], {}
+            makers = ("torch", "triton")[: 1 + has_triton(self.args.device)]
             for seed in range(self.args.repeats):
-                times = interleave({"": partial(self.make, seed, shape)}, self.args.device, 1, warmup=0)[""]
-                self.making += times["made"]
-                self.moving += times["moved"]
+                made = {backend: partial(self.make, seed, shape, backend) for backend in makers}
+                for backend, laps in interleave(made, self.args.device, 1, warmup=0).items():
+                    self.making.setdefault(backend, []).extend(laps["made"])
         return [x[:b] for x in self.sets]
 
-    def make(self, seed: int, shape: tuple[int, int, int], clock: Clock) -> None:
-        x = noise(seed, range(max(self.args.batches)), shape)
+    def make(self, seed: int, shape: tuple[int, int, int], backend: str, clock: Clock) -> None:
+        x = noise(seed, range(max(self.args.batches)), shape, device=self.args.device, backend=backend)
         clock.lap("made")
-        self.sets.append(x.to(self.args.device))
-        clock.lap("moved")
+        self.sets[seed:] = [x]
 
-    def row(self, shape: tuple[int, int, int]) -> dict:
-        """How long one set takes."""
+    def rows(self, shape: tuple[int, int, int]) -> list[dict]:
+        """How long one set takes, on the device."""
         b = len(self.of(shape, max(self.args.batches))[0])
-        ms = spread(self.making)
-        row = {"part": "noise", "shape": [b, *shape], "ms": ms, "images_per_second": b / ms["median"] * 1e3}
-        return row | {"to_device_ms": spread(self.moving)}
+        out = []
+        for backend, times in self.making.items():
+            row = {"part": "noise", "shape": [b, *shape], "backend": backend, "ms": spread(times)}
+            out.append(row | {"images_per_second": b / row["ms"]["median"] * 1e3})
+        return out
 
 
 def throughput(name: str, make, backend: str, bf16: bool, b: int, noises: Noise, most: dict, args) -> list[dict]:
@@ -368,7 +371,7 @@ def throughput_part(args: argparse.Namespace, results: Results) -> Cases:
     noises = Noise(args)
     if names:
         shape = make(names[0], args).shape
-        yield {"part": "noise"}, lambda: [noises.row(shape)]
+        yield {"part": "noise"}, lambda: noises.rows(shape)
     for ((backend, bf16), batches), name in product(variants.items(), names):
         for b in batches:
             about = {"model": name, "backend": backend, "bf16": bf16, "batch": b}
@@ -380,7 +383,7 @@ OF_GROWTH = "model", "shape", "seconds", "images_per_second", "ms_per_pixel", "r
 OF_PRODUCTS = "model", "shape", "hidden", "ms", "products_ms", "share", "calls_ms", "share_of_calls", "gflop", "gflops"
 OF_THROUGHPUT = (
     *("model", "shape", "backend", "bf16", "ms", "images_per_second", "floor_seconds", "share", "memory_mb"),
-    *("weights_seconds", "gflop", "weight_gigabytes", "gflops", "gigabytes_per_second", "to_device_ms"),
+    *("weights_seconds", "gflop", "weight_gigabytes", "gflops", "gigabytes_per_second"),
 )
 PARTS = {
     "throughput": ("One batch after another; share: of the time, what the floor is", OF_THROUGHPUT, throughput_part),

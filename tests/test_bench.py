@@ -69,6 +69,7 @@ def test_sampling_writes_what_it_measured(tmp_path, capsys):
     assert "pixel_cnn" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_products_of_a_row_are_the_live_weights_and_what_is_packed_beside_them(name):
     sizes = {"channels": 1, "levels": 2, "height": 5, "width": 6, "hidden": 4, "layers": 3, "skip": True}

@@ -49,12 +49,18 @@ def test_no_leak_in_bfloat16(name):
             assert not moved[: k + 1].any()
 
 
+def test_noise_is_the_same_as_on_a_cpu():
+    for stage in (0, 1):
+        arguments = 2**64 - 1, range(2**40, 2**40 + 100), (3, 32, 32), stage
+        assert torch.equal(noise(*arguments, device="cuda").cpu(), noise(*arguments, backend="torch"))
+
+
 @pytest.mark.parametrize("head", ["softmax", "logistic_mixture"])
 @pytest.mark.parametrize("name", CLASSES)
 def test_the_cached_sampler_draws_what_the_network_says(name, head):
     """By each backend, in one program and in several, with the row captured in the first batch or in the second."""
     model = build(name, channels=3, hidden=18, height=4, width=5, head=head).cuda().eval()
-    uniforms = noise(0, range(60), model.shape).cuda()
+    uniforms = noise(0, range(60), model.shape, backend="torch").cuda()
     naive = sample(model, 60, method="naive", uniforms=[uniforms])
     for backend, batch_size in itertools.product(kernels.BACKENDS, (15, 20, 60)):
         drawn = sample(model, 60, backend=backend, uniforms=[uniforms], batch_size=batch_size)

@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 import kernels
 import models.sampling
+from kernels.jit import triton
 from models.multi_scale import KINDS
 from models.sampling import PixelLoop, noise, sample
 from models.sampling.loop import backend_of_rows
@@ -96,6 +97,7 @@ def test_wide_groups_that_are_not_equal(case, layers):
     assert_methods_agree(model)
 
 
+@pytest.mark.slow
 @every_case
 def test_sampling_follows_the_weights(case):
     """Nothing of an earlier call is kept: images drawn after more training are the trained model's."""
@@ -151,6 +153,7 @@ def test_scan_network_and_samplers_agree_for_any_model(case, arguments, of_one_n
 # ---------------------------------------------------------------------------------------------- what is drawn
 
 
+@pytest.mark.slow
 @every_case
 @pytest.mark.parametrize("temperature", [1.0, 0.5, 0])
 def test_a_sample_is_what_the_definition_gives(case, temperature):
@@ -202,6 +205,7 @@ def test_log_probability_added_up_while_sampling_is_that_of_the_sample(case, met
         torch.testing.assert_close(total, model.log_prob(x, **conditions).detach(), rtol=1e-5, atol=1e-4)
 
 
+@pytest.mark.slow
 @every_case
 @pytest.mark.parametrize("temperature", [1.0, 0])
 def test_known_sub_pixels_are_kept_and_the_rest_is_drawn(case, temperature):
@@ -265,6 +269,7 @@ def test_injected_noise_is_what_is_used(case, method):
         assert torch.equal(drawn, sample(model, 3, method=method, uniforms=own[0], **conditions))
 
 
+@pytest.mark.slow
 @every_kind
 @every_method
 def test_an_image_depends_on_seed_and_number_not_on_the_batch(case, method):
@@ -313,6 +318,17 @@ def test_noise_is_uniform_and_of_each_image_its_own():
     assert torch.equal(noise(0, range(7, 9), (3, 4, 5)), numbers[7:9])
     assert not torch.equal(noise(1, range(7, 9), (3, 4, 5)), numbers[7:9])
     assert noise(2**64 - 1, range(1), (1, 1, 1)).isfinite().all()
+
+
+@pytest.mark.skipif(triton is None or torch.cuda.is_available(), reason="it runs in Triton's interpreter")
+@pytest.mark.parametrize(
+    ("seed", "images", "shape", "stage"),
+    [(0, [0, 1, 5], (3, 4, 5), 0), (2**64 - 1, [2**40, 7], (1, 33, 32), 2), (2**63 + 5, [2**64 - 1], (1, 1, 1), 1)],
+)
+def test_the_kernel_makes_the_same_noise(seed, images, shape, stage):
+    """Parts of a block of eight numbers, more blocks than a program makes, and keys of 64 bits."""
+    arguments = seed, images, shape, stage
+    assert torch.equal(noise(*arguments, backend="triton"), noise(*arguments))
 
 
 def test_each_stage_has_noise_of_its_own():
@@ -516,6 +532,7 @@ class Trace(TorchDispatchMode):
         return "new" if new else x.data_ptr(), tuple(x.shape), x.stride()
 
 
+@pytest.mark.slow
 @every_case
 def test_all_rows_but_the_first_do_the_same_to_the_same_memory(case):
     """So do the first ones of two batches: both kinds can be captured and replayed, and the host is asked nothing."""

@@ -104,7 +104,7 @@ def batches(
     def numbers_of(batch: slice) -> list[Tensor]:
         if uniforms is not None:
             return [x[batch] for x in uniforms]
-        return [noise(seed, images[batch], net.shape, k) for k, net in enumerate(model.nets)]
+        return [noise(seed, images[batch], net.shape, k, model.device) for k, net in enumerate(model.nets)]
 
     slices = [slice(start, min(start + batch_size, n)) for start in range(0, n, batch_size)]
     following = numbers_of(slices[0])

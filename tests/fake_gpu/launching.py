@@ -106,7 +106,7 @@ def test_a_last_batch_compiles_no_row_anew():
     with StandIn() as gpu:
         for n in (1, 2, 16, 18):
             sample(small(), n, backend="triton")
-        assert [variant.kernel for variant in gpu.variants] == ["draw_row_kernel"]
+        assert sorted(variant.kernel for variant in gpu.variants) == ["draw_row_kernel", "philox_kernel"]
 
 
 def test_amd_gpus_are_not_asked_for_what_their_compiler_has_not(monkeypatch):
