@@ -1,6 +1,6 @@
 """Compile every kernel as it is launched, without a GPU, and say what came of it.
 
-    python -m bench.compile [--target sm_80|sm_90|sm_100] [--only TEXT] [--set num_warps=8 …] [--json FILE]
+    python -m bench.compile [--target sm_80|sm_90|…|gfx942] [--only TEXT] [--set num_warps=8 …] [--json FILE]
 
 The operations and models here are launched on a stand-in for a GPU (`bench.stand_in`), so that what is compiled is what
 runs: Triton's own specialisation of the arguments that the project's code passes. For each kernel: registers a thread,
@@ -48,7 +48,11 @@ from models.sampling.triton_row import TritonRow
 
 NVIDIA = [name for name, (backend, *_) in TARGETS.items() if backend == "cuda"]
 DTYPES = (torch.bfloat16, torch.float32)
-SMALL = ("weight", "bias")  # how arguments end that do not grow with the batch
+SMALL = (
+    "weight",
+    "bias",
+    "counts",
+)  # how arguments end that do not grow with the batch, or not beyond what runs at once
 PRODUCTS = ("lstm_scan_fwd_kernel", "lstm_scan_bwd_kernel", "masked_conv_kernel", "masked_conv_weight_kernel")
 PRODUCTS += ("draw_row_kernel",)
 
@@ -65,17 +69,20 @@ def both_ways(out: Tensor, *wanted: Tensor) -> None:
 def scans() -> Launches:
     """The LSTM scans: the papers' sizes, and both sides of where one form gives way to the next."""
 
-    def run(diagonal: bool, extent: int, f: int, dtype: torch.dtype) -> None:
+    def run(diagonal: bool, extent: int, f: int, dtype: torch.dtype, form: str = "auto") -> None:
         (h, w), directions, taps = ((extent, 1), 2, 2) if diagonal else ((1, extent), 1, 3)
         pre = torch.empty(1, h, w, directions, 4 * f, dtype=dtype, requires_grad=True)
         weight = torch.empty(directions, 4 * f, taps * f, requires_grad=True)
-        both_ways(lstm_scan(pre, weight, diagonal), pre, weight)
+        both_ways(lstm_scan(pre, weight, diagonal, form), pre, weight)
 
     widths = {torch.bfloat16: (7, 16, 32, 64, 128, 512), torch.float32: (7, 128, 512)}
     for diagonal, extent in ((True, 28), (True, 64), (False, 32), (False, 64)):
         for dtype, f in ((dtype, f) for dtype, widths_ in widths.items() for f in widths_):
             name = f"{'diagonal' if diagonal else 'row'} {extent} positions, f = {f}, {short(dtype)}"
             yield name, partial(run, diagonal, extent, f, dtype)
+        for f in (64, 128):
+            name = f"{'diagonal' if diagonal else 'row'} {extent} positions, f = {f}, bfloat16, shared"
+            yield name, partial(run, diagonal, extent, f, torch.bfloat16, "shared")
 
 
 def convolutions() -> Launches:
@@ -216,7 +223,7 @@ def judged(variant: Variant, target: str, out: Compiled) -> dict:
     if out.error:
         return {**row, "broken": [f"does not compile: {out.error}"]}
     limit, texts = TARGETS[target][3], out.texts
-    matrix = sorted(set(re.findall(r"(wgmma\.mma_async|mma\.sync|tcgen05\.mma)", texts["ptx"])))
+    matrix = sorted(set(re.findall(r"(wgmma\.mma_async|mma\.sync|tcgen05\.mma|v_mfma)", texts["assembly"])))
     wants_matrix = variant.kernel in PRODUCTS and "*bf16" in variant.signature.values()
     same = {f"%{name}": f"%{other}" for name, other in variant.same.items()}
     copies, narrow = hasty_copies(texts["ttgir"], same), narrow_addresses(texts["ttir"], SMALL)
@@ -243,7 +250,7 @@ def judge(variants: list[Variant], targets: list[str]) -> list[dict]:
 
 def main(argv: list[str] | None = None) -> int:
     options = argparse.ArgumentParser(prog="python -m bench.compile", description=__doc__.split("\n")[0])
-    options.add_argument("--target", choices=NVIDIA, action="append", help="(all)")
+    options.add_argument("--target", choices=TARGETS, action="append", help=f"({', '.join(NVIDIA)})")
     options.add_argument("--only", default="", metavar="TEXT", help="kernels whose name holds this text")
     options.add_argument("--set", nargs="+", default=[], metavar="NAME=N", help="another constant or option")
     options.add_argument("--widths", type=int, metavar="N", help="models of every hidden width up to N too: an hour")

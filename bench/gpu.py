@@ -1,4 +1,4 @@
-"""Everything that wants a GPU: `python -m bench.gpu --part 1`, then `--part 2`, each less than five minutes.
+"""Everything that wants a GPU: `python -m bench.gpu --part 1`, then `--part 2`, then 3, each less than five minutes.
 
 Part 1, whether the kernels are right, and as quick as a model of their cost says:
 
@@ -14,7 +14,12 @@ Part 2, how quick everything is:
     tests-training  the tests that train, with torch.compile too
     sanitizer       some tests under compute-sanitizer, where that is installed
 
-Without --part, both. Nothing that was measured is lost, whatever happens and whenever the command is killed. Each step
+Part 3, the form of the LSTM scans whose programs wait for each other, by itself and last:
+
+    tests-shared    whether it is right
+    shared          python -m bench.sweep --sweep shared: how quick it is
+
+Without --part, all. Nothing that was measured is lost, whatever happens and whenever the command is killed. Each step
 is a process of its own, and may take until the time of all steps up to it is over: what one leaves is the next one's.
 What hangs is killed with all that it started. DIR gets
 
@@ -22,7 +27,7 @@ What hangs is killed with all that it started. DIR gets
     gpu-1.log       all that they print, which this command prints too
     STEP-cuda.json  what a benchmark measured, each row as soon as it is there
 
-(gpu-2 for part 2, gpu without --part.) Exit status 1 if any step failed. It needs no Hydra.
+(gpu-2 for part 2, gpu-3 for part 3, gpu without --part.) Exit status 1 if any step failed. It needs no Hydra.
 """
 
 import argparse
@@ -49,7 +54,11 @@ from cli.machine import environment  # noqa: E402
 from files import write_atomically  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
-PARTS = {"1": ("cost", "sweep", "tests"), "2": ("sampling", "training", "kernels", "tests-training", "sanitizer")}
+PARTS = {
+    "1": ("cost", "sweep", "tests"),
+    "2": ("sampling", "training", "kernels", "tests-training", "sanitizer"),
+    "3": ("tests-shared", "shared"),
+}
 LIMITS = {  # seconds; those of a part are 285 together
     "cost": 55,
     "sweep": 115,
@@ -59,10 +68,19 @@ LIMITS = {  # seconds; those of a part are 285 together
     "kernels": 45,
     "tests-training": 45,
     "sanitizer": 35,
+    "tests-shared": 120,
+    "shared": 60,
 }
-CASES = {"cost": 20, "sweep": 20, "sampling": 30, "training": 30, "kernels": 30}  # seconds for one case of each
+CASES = {
+    "cost": 20,
+    "sweep": 20,
+    "sampling": 30,
+    "training": 30,
+    "kernels": 30,
+    "shared": 20,
+}  # seconds for one case of each
 COMPILE = 240  # seconds more for the kernels, where loops are compiled too
-LOG = 15 << 17  # bytes that a step may print: those of eight steps are less than 16 MiB
+LOG = 15 << 17  # bytes that a step may print: those of ten steps are less than 20 MiB
 
 
 class Step(NamedTuple):
@@ -112,6 +130,8 @@ def steps(names: list[str], out: Path, quick: bool = False, compiled: bool = Fal
         "kernels": benchmark("kernels", *["--compile"] * compiled, repeats=5),
         "tests-training": [*tests, "tests/test_gpu.py", "-k", training],
         "sanitizer": [*sanitizer, *pytest, "tests/test_operations.py", "-k", layouts],
+        "tests-shared": [*pytest, "tests/test_gpu_shared.py"],
+        "shared": benchmark("sweep", "--sweep", "shared", "--name", "shared-cuda" + "-quick" * quick),
     }
     return [Step(name, commands[name], limits[name], name in cases) for name in names]
 
@@ -278,7 +298,7 @@ def main(argv: list[str] | None = None) -> int:
         prog="python -m bench.gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     known = [name for part in PARTS.values() for name in part]
-    options.add_argument("--part", choices=PARTS, help="the steps of a part (both)")
+    options.add_argument("--part", choices=PARTS, help="the steps of a part (all)")
     options.add_argument("--only", metavar="STEPS", help="these steps, with commas between, in this order")
     options.add_argument("--out", default="bench/results", type=Path, metavar="DIR", help="folder (%(default)s)")
     options.add_argument("--quick", action="store_true", help="tiny sizes and few tests: does it run at all?")

@@ -37,6 +37,7 @@ TARGETS = {  # name → backend, architecture, threads of a warp, bytes of share
     "sm_80": ("cuda", 80, 32, 163 << 10),
     "sm_90": ("cuda", 90, 32, 227 << 10),
     "sm_100": ("cuda", 100, 32, 227 << 10),
+    "sm_120": ("cuda", 120, 32, 99 << 10),
     "gfx942": ("hip", "gfx942", 64, 64 << 10),
 }
 
@@ -193,7 +194,7 @@ class Compiled:
     """What came of a variant for a target: the texts on the way, and what the kernel takes; or why there is none."""
 
     seconds: float
-    texts: dict[str, str] = field(default_factory=dict)  # ttir, ttgir, ptx
+    texts: dict[str, str] = field(default_factory=dict)  # ttir, ttgir, assembly
     registers: int = 0
     stack: int = 0
     shared: int = 0
@@ -236,8 +237,15 @@ def compile_variant(variant: Variant, target: str) -> Compiled:
     except Exception as error:  # whatever the compiler meets is something to report
         first = next(iter(str(error).strip().splitlines()[-1:]), "")
         return Compiled(time.perf_counter() - start, error=f"{type(error).__name__}: {first}")
-    texts = {kind: compiled.asm[kind] for kind in ("ttir", "ttgir", "ptx") if kind in compiled.asm}
-    registers, stack = usage(compiled.asm["cubin"]) if "cubin" in compiled.asm else (0, 0)
+    texts = {kind: compiled.asm[kind] for kind in ("ttir", "ttgir")}
+    if TARGETS[target][0] == "cuda":
+        texts["assembly"], (registers, stack) = compiled.asm["ptx"], usage(compiled.asm["cubin"])
+    else:
+        texts["assembly"] = compiled.asm["amdgcn"]
+        counts = (
+            re.search(rf"\.{name}:\s*(\d+)", texts["assembly"]) for name in ("vgpr_count", "private_segment_fixed_size")
+        )
+        registers, stack = (int(count[1]) for count in counts)
     return Compiled(time.perf_counter() - start, texts, registers, stack, compiled.metadata.shared)
 
 

@@ -4,6 +4,7 @@
             of a block, at several batch sizes
     scan    the Diagonal BiLSTM's scan at the paper's CIFAR-10 size, forward and backward, by features computed and read
             at a time, and by warps; at the MNIST size, in the form that keeps all weights; and on 64×64 images
+    shared  the form of the scan whose programs wait for each other, beside the usual one; only if asked for
 
 A row says how long one launch takes, and what the compiler made: registers, spills, shared memory. What does not fit in
 a GPU is a row that says `no_room`, which is no failure. Numbers are bfloat16.
@@ -20,7 +21,7 @@ from bench.cost import QUICK_SCAN, ROUNDS, SCAN, on_a_gpu, pixel_cnn, scan_launc
 from bench.measure import Results, parser, spread, table, text_of
 
 SMALL_SCAN, TALL_SCAN = (16, 28, 29, 16), (16, 64, 65, 64)
-BLOCKS = [(128, 64, 8), (128, 128, 8), (64, 128, 8)]  # features computed and read at a time, warps
+BLOCKS = [(128, 32, 8), (128, 64, 8), (64, 64, 8), (32, 64, 8)]  # features computed and read at a time, warps
 WARPS = (4, 8)
 FORMS = [  # images of a program, outputs and features of a block, blocks of weights on their way, warps
     {"images": images, "block_n": 64, "block_k": 64, "stages": stages, "warps": warps}
@@ -87,12 +88,21 @@ def row_cases(args: argparse.Namespace) -> Cases:
             yield about, partial(rows, b, changes, about, args)
 
 
-SWEEPS = {"rows": row_cases, "scan": scan_sweep}
+def shared_sweep(args: argparse.Namespace) -> Cases:
+    """Beside the form that it is an alternative to."""
+    yield from scan_cases(SCAN, "streamed", [{}], args)
+    yield from scan_cases(SCAN, "shared", [{"block_k": k, "stages": n} for k, n in ((64, 3), (128, 3), (64, 2))], args)
+
+
+SWEEPS = {"rows": row_cases, "scan": scan_sweep, "shared": shared_sweep}
+USUAL = "rows,scan"  # the last one could wait in vain
 
 
 def main(argv: list[str] | None = None) -> int:
     description = "Compare how the kernels are cut: features of a block, images of a program, warps."
-    args = on_a_gpu(parser("sweep", description, repeats=5, names=SWEEPS), argv)
+    options = parser("sweep", description, repeats=5, names=SWEEPS)
+    options.set_defaults(names=USUAL)
+    args = on_a_gpu(options, argv)
     columns = ("kernel", "shape", "form", "ms", "step_us", "pixel_ms", "images_per_second")
     columns += ("registers", "spills", "shared_bytes", "no_room")
     results = Results(args, columns)

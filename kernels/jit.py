@@ -20,7 +20,8 @@ except ImportError:
 
 __all__ = ["cdiv", "has_triton", "jit", "launch", "multiprocessors", "next_power_of_2", "tl", "triton"]
 
-OPTIONS = {"num_warps", "num_stages", "maxnreg", "enable_fp_fusion"}  # what a launch may tell the compiler
+# What a launch may tell the compiler.
+OPTIONS = {"num_warps", "num_stages", "maxnreg", "enable_fp_fusion", "launch_cooperative_grid"}
 # What Triton takes from a launch for itself. A kernel's argument of such a name would never reach the kernel.
 TAKEN = OPTIONS | {"grid", "warmup", "stream", "device", "device_type", "debug", "instrumentation_mode", "num_ctas"}
 

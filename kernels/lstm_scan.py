@@ -20,17 +20,22 @@ masked load of zero. Direction 1 counts columns from the right.
 One product makes all four gates of a block of features, side by side, and one formula activates them: tanh(x) is
 2σ(2x) − 1.
 
-A program owns some images of one direction and walks all steps; programs never wait for each other. One kernel has
-three forms:
+A program owns some images of one direction and walks all steps. One kernel has four forms:
 
     carried    all weights are loaded once, before the first step, and stay in shared memory; states and cells stay in
                registers. A tap moves the rows of the states by a product with a matrix of zeros and ones, which is
                exact. Nothing that the kernel wrote is read, so the next steps' numbers may be loaded ahead.
     streamed   features in blocks; each block's weights come from the L2 cache at each step
     launches   one launch a step, blocks of positions and features in parallel: for scans too large for one program
+    shared     as streamed, but the features of an image are shared out to several programs. A program counts its steps
+               in memory, and waits until the others have made the step that it reads. All must run at once: it is a
+               cooperative launch, which fails if they do not fit.
 
-The last two read back at each step what the step before stored, so there is a barrier between steps, and nothing may
-be loaded ahead of it: they are compiled with `num_stages=1`.
+The last three read back at each step what the step before stored. So there is a barrier after each block, and nothing
+may be loaded ahead of it: only the loops over features that are read fetch ahead, in which nothing is stored, and the
+kernels are compiled with `num_stages=1`. Only in the last form programs wait for each other. None waits forever: it
+gives up after `PATIENCE` looks, says so in memory, and then `scan` fails. That form has not run on a GPU yet and is
+chosen by its name alone.
 
 The backward kernel walks the steps in reverse. The gradient of a pixel's hidden state is gathered from the gate
 gradients of those that read it, and the gradient of the weights is one matrix product over all pixels afterwards. The
@@ -39,6 +44,7 @@ activated gates are kept for it, in the type of the products; cells are kept in 
 
 from __future__ import annotations
 
+from math import prod
 from typing import NamedTuple
 
 import torch
@@ -46,30 +52,31 @@ from torch import Tensor
 
 from checks import one_of, unexpected
 from kernels.activations import sigmoid, tanh
-from kernels.jit import cdiv, jit, launch, next_power_of_2, tl, triton
+from kernels.jit import cdiv, jit, launch, multiprocessors, next_power_of_2, tl, triton
 
-FORMS = ("carried", "streamed", "launches")
+FORMS = ("carried", "streamed", "launches", "shared")
+PATIENCE = 10**6  # looks at another program's count: a second or so
 
 
 class Form(NamedTuple):
     """How a scan is cut: the kernels' constants and the grid."""
 
-    carried: bool
-    launches: bool
+    name: str
     images: int  # of a program
     positions: int  # of each of these images in a program, a power of two
     block_n: int  # features computed at a time
     block_k: int  # features read at a time, of one tap
     warps: int
-    stages: int = 1  # steps whose loads are under way at once
+    stages: int  # loads under way at once
 
 
 def form_of(f: int, taps: int, extent: int, itemsize: int, backward: bool, name: str = "auto") -> Form:
     """Choose the form for f features, `taps` taps, `extent` positions, and numbers of `itemsize` bytes.
 
-    The blocks leave no register on the stack: `python -m bench.compile` compiles them. `python -m bench.sweep` times
-    them on a GPU, and has not since one product makes all gates. Where f is no multiple of 16, each number is loaded
-    from an address of its own, and only smaller blocks fit in registers.
+    The blocks are the quickest by `python -m bench.model` of those that leave no register on the stack
+    (`python -m bench.compile`). `python -m bench.sweep` times them on a GPU, and has not since one product makes all
+    gates. Where f is no multiple of 16, each number is loaded from an address of its own, and only smaller blocks fit
+    in registers.
 
     Raises:
         ValueError: there is no form `name`, or it is not for this size.
@@ -86,26 +93,29 @@ def form_of(f: int, taps: int, extent: int, itemsize: int, backward: bool, name:
     allowed = FORMS if extent <= positions else ("launches",)
     if name not in allowed:
         raise unexpected("form", name, f"{one_of(allowed)} for {extent} positions")
+    if not {"carried": fits, "shared": half and even}.get(name, True) and not triton.knobs.runtime.interpret:
+        sizes = f"{f} features of {itemsize} bytes at {extent} positions"
+        raise unexpected("form", name, f"streamed or launches for {sizes}, which do not fit in registers")
     if name == "carried":
-        if not fits and not triton.knobs.runtime.interpret:
-            sizes = f"{f} features of {itemsize} bytes at {extent} positions"
-            raise unexpected("form", name, f"streamed or launches for {sizes}: the states do not fit in registers")
         warps = images * positions // 16 if backward else 8 if padded == 32 else 4
-        return Form(True, False, images, positions, padded, padded, warps, 2 if backward and padded == 32 else 3)
+        return Form(name, images, positions, padded, padded, warps, 2 if backward and padded == 32 else 3)
     if not half:
         block_n, block_k, warps = 16, 16, 4
     elif not even:
         block_n, block_k, warps = 32 if backward else 16, 64, 8 if padded > 16 else 4
+    elif name == "shared":
+        block_n, block_k, warps = 32, 128 if backward else 64, 8
     elif backward:
         few = images * positions <= 32
-        block_n, block_k, warps = 32 if name == "launches" else 128 if few else 64, 64 if few else 128, 8
+        block_n, block_k, warps = 32 if name == "launches" else 128 if few else 64, 64, 8
     elif images * positions > 32:
-        block_n, block_k, warps = 32, 128, 8
+        block_n, block_k, warps = 32, 64, 8
     elif name == "launches":
-        block_n, block_k, warps = 64, 128, 8
+        block_n, block_k, warps = 64, 64, 8
     else:
-        block_n, block_k, warps = 128, 64, 8
-    return Form(False, name == "launches", images, positions, min(block_n, padded), min(block_k, padded), warps)
+        block_n, block_k, warps = 128, 32, 8
+    stages = 3 if half and even else 1
+    return Form(name, images, positions, min(block_n, padded), min(block_k, padded), warps, stages)
 
 
 # ------------------------------------------------------------------------------------------------------- kernels
@@ -229,6 +239,27 @@ def join_gates(o, forget, i, g):
 
 
 @jit
+def wait(counts, steps, patience):
+    """Wait until the programs of one image and direction have made that many steps together, for `patience` looks.
+
+    Returns:
+        The patience for the next time: none, if this was in vain.
+    """
+    made, looks = tl.atomic_add(counts + tl.program_id(0), 0, sem="acquire"), 0
+    while (made < steps) & (looks < patience):
+        made = tl.atomic_add(counts + tl.program_id(0), 0, sem="acquire")
+        looks += 1
+    return tl.where(made < steps, 0, patience)
+
+
+@jit
+def made_a_step(counts):
+    """Let the other programs see what this one has stored."""
+    tl.debug_barrier()
+    tl.atomic_add(counts + tl.program_id(0), 1, sem="release")
+
+
+@jit
 def add_product(total, a, b):
     """total + a · b, summed in total's type."""
     return tl.dot(a, b, total, input_precision="ieee", out_dtype=total.dtype)
@@ -241,6 +272,7 @@ def lstm_scan_fwd_kernel(
     gates,  # (b h w d 4f), out
     hidden,  # (b h w d f), out
     cells,  # (b h w d f), out
+    counts,  # (programs along the first axis + 1) of form "shared", else None: steps made; then how many gave up; zeros
     b,
     h,
     w,
@@ -251,12 +283,14 @@ def lstm_scan_fwd_kernel(
     TAPS: tl.constexpr,
     DIAGONAL: tl.constexpr,
     CARRIED: tl.constexpr,
+    SHARED: tl.constexpr,
     IMAGES: tl.constexpr,
     POSITIONS: tl.constexpr,
     ONE: tl.constexpr,  # a program computes one block of features, else all
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    STAGES: tl.constexpr,  # loads of how many steps are under way at once
+    STAGES: tl.constexpr,  # how many loads of one loop's are under way: of steps, where carried, else of features
+    PATIENCE: tl.constexpr,  # of form "shared"
     STATE: tl.constexpr,  # the type of sums and cells
 ):
     direction, image, position = images_of(DIRECTIONS, IMAGES, POSITIONS)
@@ -264,6 +298,9 @@ def lstm_scan_fwd_kernel(
     weight += direction * TAPS * f * 4 * f
     type = hidden.dtype.element_ty
 
+    if CARRIED or SHARED:
+        cell = tl.zeros((IMAGES * POSITIONS, BLOCK_N), STATE)
+        patience = tl.zeros((), tl.int32) + PATIENCE
     if CARRIED:
         weights, shuffles = (), ()
         k = tl.arange(0, BLOCK_N)
@@ -272,10 +309,9 @@ def lstm_scan_fwd_kernel(
             at_weight = weight + (tap * f + k)[:, None] * (4 * f) + column[None, :]
             weights += (tl.load(at_weight, mask=(k < f)[:, None] & live[None, :], other=0.0),)
             shuffles += (shuffle_of(image, position, shift_of(tap, TAPS, DIAGONAL), type),)
-        cell = tl.zeros((IMAGES * POSITIONS, BLOCK_N), STATE)
         state = tl.zeros((IMAGES * POSITIONS, BLOCK_N), type)
 
-    for step in tl.range(first, last, num_stages=STAGES):
+    for step in tl.range(first, last, num_stages=STAGES if CARRIED else 1):
         row, inside = rows_of(base, step, position, direction, h, w, DIRECTIONS, DIAGONAL)
         for block in range(0, 1 if ONE else tl.cdiv(f, BLOCK_N)):
             n = (tl.program_id(2) + block) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -291,11 +327,14 @@ def lstm_scan_fwd_kernel(
                         read = tl.trans(add_product(nothing, tl.trans(state), shuffles[tap]).to(type))
                     sums = add_product(sums, read, weights[tap])
             else:
-                before, had_before = rows_of(base, step - 1, position, direction, h, w, DIRECTIONS, DIAGONAL)
-                cell_mask = had_before[:, None] & (n < f)[None, :]
-                cell = tl.load(cells + before[:, None] * f + n[None, :], mask=cell_mask, other=0.0)
+                if SHARED:
+                    patience = wait(counts, (step - first) * tl.num_programs(2), patience)
+                else:
+                    before, had_before = rows_of(base, step - 1, position, direction, h, w, DIRECTIONS, DIAGONAL)
+                    cell_mask = had_before[:, None] & (n < f)[None, :]
+                    cell = tl.load(cells + before[:, None] * f + n[None, :], mask=cell_mask, other=0.0)
                 blocks_k = tl.cdiv(f, BLOCK_K)
-                for block_k in range(0, TAPS * blocks_k):
+                for block_k in tl.range(0, TAPS * blocks_k, num_stages=STAGES):
                     tap = block_k // blocks_k
                     k = block_k % blocks_k * BLOCK_K + tl.arange(0, BLOCK_K)
                     shift = shift_of(tap, TAPS, DIAGONAL)
@@ -308,15 +347,19 @@ def lstm_scan_fwd_kernel(
                     sums = add_product(sums, states, weights)
             o, forget, i, g = split_gates(activated(sums))
             cell = forget * cell + i * g
-            if CARRIED:  # nothing is carried out of a pixel outside the image
+            if CARRIED or SHARED:  # nothing is carried out of a pixel outside the image
                 cell = tl.where(inside[:, None], cell, 0.0)
             state = (o * tanh(cell)).to(type)
             at = row[:, None] * f + n[None, :]
+            tl.store(hidden + at, state, mask=mask)
+            if SHARED:
+                made_a_step(counts)
             store_gates(gates + row[:, None] * (4 * f) + n[None, :], f, mask, o, forget, i, g)
             tl.store(cells + at, cell, mask=mask)
-            tl.store(hidden + at, state, mask=mask)
-        if not CARRIED:
-            tl.debug_barrier()  # the next step reads what this one stored
+            if not (CARRIED or SHARED):
+                tl.debug_barrier()  # the next step reads what this one stored
+    if SHARED:
+        tl.atomic_add(counts + tl.num_programs(0), tl.where(patience == 0, 1, 0))
 
 
 @jit(varying=("b", "h", "w", "first", "last"))
@@ -327,6 +370,7 @@ def lstm_scan_bwd_kernel(
     cells,  # (b h w d f)
     d_pre,  # (b h w d 4f), out
     d_cells,  # (b d positions f): what each position hands to the step before; zeros at first
+    counts,
     b,
     h,
     w,
@@ -337,12 +381,14 @@ def lstm_scan_bwd_kernel(
     TAPS: tl.constexpr,
     DIAGONAL: tl.constexpr,
     CARRIED: tl.constexpr,
+    SHARED: tl.constexpr,
     IMAGES: tl.constexpr,
     POSITIONS: tl.constexpr,
     ONE: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     STAGES: tl.constexpr,
+    PATIENCE: tl.constexpr,
     STATE: tl.constexpr,
 ):
     direction, image, position = images_of(DIRECTIONS, IMAGES, POSITIONS)
@@ -352,6 +398,9 @@ def lstm_scan_bwd_kernel(
     weight += direction * TAPS * f * 4 * f
     type = d_pre.dtype.element_ty
 
+    if CARRIED or SHARED:
+        dc = tl.zeros((IMAGES * POSITIONS, BLOCK_N), STATE)
+        patience = tl.zeros((), tl.int32) + PATIENCE
     if CARRIED:
         weights, shuffles = (), ()
         n = tl.arange(0, BLOCK_N)
@@ -360,10 +409,9 @@ def lstm_scan_bwd_kernel(
             at_weight = weight + k[:, None] * (TAPS * f) + tap * f + n[None, :]
             weights += (tl.load(at_weight, mask=live[:, None] & (n < f)[None, :], other=0.0),)
             shuffles += (shuffle_of(image, position, shift_of(tap, TAPS, DIAGONAL), type),)
-        dc = tl.zeros((IMAGES * POSITIONS, BLOCK_N), STATE)
         d_gates = tl.zeros((IMAGES * POSITIONS, 4 * BLOCK_N), type)
 
-    for back in tl.range(0, last - first, num_stages=STAGES):
+    for back in tl.range(0, last - first, num_stages=STAGES if CARRIED else 1):
         step = last - 1 - back
         row, inside = rows_of(base, step, position, direction, h, w, DIRECTIONS, DIAGONAL)
         before, had_before = rows_of(base, step - 1, position, direction, h, w, DIRECTIONS, DIAGONAL)
@@ -372,6 +420,12 @@ def lstm_scan_bwd_kernel(
             mask = inside[:, None] & (n < f)[None, :]
             at = row[:, None] * f + n[None, :]
             dh = tl.load(d_hidden + at, mask=mask, other=0.0).to(STATE)
+            at_gates = row[:, None] * (4 * f) + n[None, :]
+            # Outside the image all gates are loaded as zeros, and so their gradients are zeros.
+            o, forget, i, g = load_gates(gates + at_gates, f, mask)
+            cell = tl.load(cells + at, mask=mask, other=0.0)
+            cell_mask = had_before[:, None] & (n < f)[None, :]
+            cell_before = tl.load(cells + before[:, None] * f + n[None, :], mask=cell_mask, other=0.0)
             handed = d_cells + scratch[:, None] * f + n[None, :]
             if CARRIED:
                 for tap in tl.static_range(TAPS):
@@ -381,9 +435,12 @@ def lstm_scan_bwd_kernel(
                         of_reader = add_product(nothing, shuffles[tap], d_gates).to(type)
                     dh = add_product(dh, of_reader, weights[tap])
             else:
-                dc = tl.load(handed, mask=mask, other=0.0)
+                if SHARED:
+                    patience = wait(counts, back * tl.num_programs(2), patience)
+                else:
+                    dc = tl.load(handed, mask=mask, other=0.0)
                 blocks_k = tl.cdiv(4 * f, BLOCK_K)
-                for block_k in range(0, TAPS * blocks_k):
+                for block_k in tl.range(0, TAPS * blocks_k, num_stages=STAGES):
                     tap = block_k // blocks_k
                     k = block_k % blocks_k * BLOCK_K + tl.arange(0, BLOCK_K)
                     shift = -shift_of(tap, TAPS, DIAGONAL)
@@ -394,13 +451,8 @@ def lstm_scan_bwd_kernel(
                     at_weight = weight + (k * TAPS * f + tap * f)[:, None] + n[None, :]
                     weights = tl.load(at_weight, mask=(k < 4 * f)[:, None] & (n < f)[None, :], other=0.0)
                     dh = add_product(dh, d_gates, weights)
-            at_gates = row[:, None] * (4 * f) + n[None, :]
-            # Outside the image all gates are loaded as zeros, and so their gradients are zeros.
-            o, forget, i, g = load_gates(gates + at_gates, f, mask)
             o, forget, i, g = o.to(STATE), forget.to(STATE), i.to(STATE), g.to(STATE)
-            tanh_cell = tanh(tl.load(cells + at, mask=mask, other=0.0))
-            cell_mask = had_before[:, None] & (n < f)[None, :]
-            cell_before = tl.load(cells + before[:, None] * f + n[None, :], mask=cell_mask, other=0.0)
+            tanh_cell = tanh(cell)
             dc += dh * o * (1 - tanh_cell * tanh_cell)
             d_o = (dh * tanh_cell * o * (1 - o)).to(type)
             tl.store(d_pre + at_gates, d_o, mask=mask)  # before the next is computed: registers are few
@@ -413,10 +465,14 @@ def lstm_scan_bwd_kernel(
             dc *= forget
             if CARRIED:
                 d_gates = join_gates(d_o, d_forget, d_i, d_g)
+            elif SHARED:
+                made_a_step(counts)
             else:
                 tl.store(handed, dc, mask=mask)
-        if not CARRIED:
-            tl.debug_barrier()
+            if not (CARRIED or SHARED):
+                tl.debug_barrier()
+    if SHARED:
+        tl.atomic_add(counts + tl.num_programs(0), tl.where(patience == 0, 1, 0))
 
 
 # ------------------------------------------------------------------------------------------------- host and autograd
@@ -428,13 +484,15 @@ def constants(form: Form, f: int, taps: int, directions: int, diagonal: bool, st
         "DIRECTIONS": directions,
         "TAPS": taps,
         "DIAGONAL": diagonal,
-        "CARRIED": form.carried,
+        "CARRIED": form.name == "carried",
+        "SHARED": form.name == "shared",
         "IMAGES": form.images,
         "POSITIONS": form.positions,
-        "ONE": form.launches or f <= form.block_n,
+        "ONE": form.name in ("launches", "shared") or f <= form.block_n,
         "BLOCK_N": form.block_n,
         "BLOCK_K": form.block_k,
         "STAGES": form.stages,
+        "PATIENCE": PATIENCE,
         "STATE": tl.float64 if state == torch.float64 else tl.float32,
         "num_warps": form.warps,
         "num_stages": 1,
@@ -448,13 +506,20 @@ def scan(kernel, tensors: list[Tensor], shape: tuple, f: int, taps: int, diagona
     extent, steps = (h, h + w - 1) if diagonal else (w, h)
     options = constants(form, f, taps, d, diagonal, state)
     grid = (cdiv(b, form.images) * d, cdiv(extent, form.positions), 1)
-    if not form.launches:
-        launch(kernel, grid, *tensors, b, h, w, f, 0, steps, **options)
+    if form.name in ("carried", "streamed"):
+        launch(kernel, grid, *tensors, None, b, h, w, f, 0, steps, **options)
         return
     grid = (*grid[:2], cdiv(f, form.block_n))
+    if form.name == "shared":
+        if (programs := prod(grid)) > (processors := multiprocessors(tensors[0].device)):
+            raise unexpected("form", "shared", f"another form: {programs} programs for {processors} multiprocessors")
+        counts = tensors[0].new_zeros(grid[0] + 1, dtype=torch.int32)
+        launch(kernel, grid, *tensors, counts, b, h, w, f, 0, steps, launch_cooperative_grid=True, **options)
+        torch._assert_async(counts[-1] == 0, "a scan's program waited in vain for another one")
+        return
     order = range(steps) if kernel is lstm_scan_fwd_kernel else reversed(range(steps))
     for step in order:
-        launch(kernel, grid, *tensors, b, h, w, f, step, step + 1, **options)
+        launch(kernel, grid, *tensors, None, b, h, w, f, step, step + 1, **options)
 
 
 def sizes_of(pre: Tensor, state_weight: Tensor, diagonal: bool, form: str, backward: bool):

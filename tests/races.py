@@ -13,10 +13,12 @@ of its barriers is taken as unordered, and so is all that two programs of a laun
     store after load     it stores to bytes that it loaded, unless through the same tensor of pointers, element by
                          element: then each thread loads and stores its own
     twice in a store     two elements of one store are the same bytes
-    two programs         two programs touch the same bytes, and one of them stores
+    two programs         two programs touch the same bytes, and one of them stores, and nothing orders the two
     out of bounds        bytes outside of the storage of the tensor whose pointer it was
 
-Atomic operations are ordered among themselves. Bytes are compared, not addresses of elements. Every storage gets
+Atomic operations are ordered among themselves. One that releases orders what its program did before its last barrier,
+and all that this program knows to be ordered, before what a program does that acquires the same number later. Programs
+may take turns (`tests.interleaved`). Bytes are compared, not addresses of elements. Every storage gets
 addresses of its own, far from all others', so that a pointer never leads from one tensor into another; what is out of
 bounds is not carried out.
 
@@ -24,8 +26,8 @@ bounds is not carried out.
 `watched(without=(file, line))` takes the barrier at that line away.
 
 Memory has a shadow: for each of its grains, a number that says when and where it was last stored, and one for loads.
-"When" is an interval: it begins with a program and at each of its barriers. Intervals are counted through a launch, so
-whether a mark is of this interval or of another program is one comparison.
+"When" is an interval: it begins with a program and at each of its barriers. Intervals are counted through a launch, and
+each is some program's.
 """
 
 from __future__ import annotations
@@ -40,6 +42,8 @@ from typing import NamedTuple
 from unittest import mock
 
 import numpy as np
+
+from tests import interleaved as turns
 
 ROOT = Path(__file__).parents[1]
 ROOM = 40  # bits of an address within a storage
@@ -105,6 +109,24 @@ class Memory:
         return (first[:, None] + np.arange(size // self.grain)).ravel()
 
 
+class Program:
+    """A program of a launch, while it runs."""
+
+    def __init__(self, number: int):
+        self.number = number  # from 0
+        self.interval = 0  # marks are at least so much since the last barrier
+        self.known = np.zeros(number + 1, np.int64)  # of each program, up to which interval all is before what comes
+        self.waiting = []  # stores that are not visible yet
+
+    def learn(self, known: np.ndarray) -> None:
+        self.known = joined(self.known, known)
+
+
+def joined(known: np.ndarray, other: np.ndarray) -> np.ndarray:
+    size = max(len(known), len(other))
+    return np.maximum(np.pad(known, (0, size - len(known))), np.pad(other, (0, size - len(other))))
+
+
 class Launch:
     """What is known while a kernel runs."""
 
@@ -112,9 +134,25 @@ class Launch:
         self.kernel, self.tensors = kernel, tensors
         self.memories: dict[int, Memory] = {}  # by number
         self.numbers: dict[int, int] = {}  # by the true address of a storage
-        self.interval = self.program = 0  # marks are at least so much since the last barrier, since the program began
-        self.several = False  # whether a program ran before this one
-        self.waiting = []  # stores that are not visible yet
+        self.programs: dict[tuple, Program] = {}  # by their places in the grid
+        self.owners = np.zeros(1, np.int64)  # of each interval: the program's number
+        self.intervals = 0
+        self.released: dict[int, np.ndarray] = {}  # by address of an atomic operation: what who acquires it then knows
+
+    def begin(self, program: Program) -> None:
+        """Begin an interval."""
+        self.intervals += 1
+        if self.intervals == len(self.owners):
+            self.owners = np.pad(self.owners, (0, len(self.owners)))
+        self.owners[self.intervals] = program.number
+        program.interval = self.intervals << SITES
+
+    def of_others(self, program: Program, marks: np.ndarray) -> np.ndarray:
+        """Which marks are of other programs, and not known to be before this one's."""
+        intervals = marks >> SITES
+        owners = self.owners[intervals]
+        known = np.pad(program.known, (0, max(0, len(self.programs) - len(program.known))))
+        return (marks > 0) & (owners != program.number) & (intervals > known[owners])
 
     def memory(self, tensor) -> Memory:
         storage = tensor.untyped_storage()
@@ -146,24 +184,34 @@ class Watch:
 
     # ----------------------------------------------------------------------------------- the course of a program
 
-    def begin_program(self) -> None:
+    def begin_program(self, place: tuple) -> None:
         launch = self.launch
-        self.show()
-        launch.several = launch.interval > 0
-        launch.interval += 1 << SITES
-        launch.program = launch.interval
+        for before in launch.programs.values():  # they have ended, or not begun
+            self.show(before)
+        program = launch.programs[place] = Program(len(launch.programs))
+        launch.begin(program)
 
-    def barrier(self, site: Site) -> None:
+    def barrier(self, program: Program, site: Site) -> None:
         self.barriers[site[0]] += 1
         if site[0] != self.without:
-            self.show()
-            self.launch.interval += 1 << SITES
+            self.show(program)
+            self.launch.begin(program)
 
-    def show(self) -> None:
+    def show(self, program: Program) -> None:
         """Carry out the stores that wait."""
-        waiting, self.launch.waiting = self.launch.waiting, []
+        waiting, program.waiting = program.waiting, []
         for store in waiting:
             store()
+
+    def order(self, program: Program, address: int, order: str) -> None:
+        """An atomic operation orders programs: "acquire", "release", "acq_rel" or "relaxed"."""
+        nothing = np.zeros(0, np.int64)
+        if order in ("release", "acq_rel"):
+            done = program.known.copy()
+            done[program.number] = (program.interval >> SITES) - 1  # other threads may not have done more
+            self.launch.released[address] = joined(self.launch.released.get(address, nothing), done)
+        if order in ("acquire", "acq_rel"):
+            program.learn(self.launch.released.get(address, nothing))
 
     # --------------------------------------------------------------------------------------------- what it touches
 
@@ -217,54 +265,62 @@ class Watch:
         mask[mask] = within
         return parts, true, mask
 
-    def load(self, memory: Memory, offset: np.ndarray, pointers: np.ndarray, size: int, site: Site) -> None:
-        launch, grains = self.launch, memory.grains(offset, size)
+    def load(
+        self, program: Program, memory: Memory, offset: np.ndarray, pointers: np.ndarray, size: int, site: Site
+    ) -> None:
+        grains = memory.grains(offset, size)
         if memory.is_stored:
-            before = memory.stored[grains]
-            if before.max() >= launch.interval:
-                self.note_marks("load after store", memory, site, before[before >= launch.interval])
-            if launch.several:
-                self.find_of_others(memory, site, before)
-        if launch.several:
+            self.find(program, "load after store", memory, site, memory.stored[grains])
+        if len(self.launch.programs) > 1:
             before = memory.loaded[grains]
-            others = (before > 0) & (before < launch.program)
+            others = self.launch.of_others(program, before)
             if others.any():
                 memory.loaded_before[grains[others]] = before[others]
-        memory.loaded[grains] = launch.interval | self.site_number(site) << 1
-        if memory.loads_of != launch.interval:
-            memory.loads, memory.loads_of = [], launch.interval
+        memory.loaded[grains] = program.interval | self.site_number(site) << 1
+        if memory.loads_of != program.interval:
+            memory.loads, memory.loads_of = [], program.interval
         memory.loads.append((site, pointers, grains))
 
     def store(
-        self, memory: Memory, offset: np.ndarray, pointers: np.ndarray, size: int, site: Site, atomic: bool = False
+        self,
+        program: Program,
+        memory: Memory,
+        offset: np.ndarray,
+        pointers: np.ndarray,
+        size: int,
+        site: Site,
+        atomic: bool = False,
     ) -> None:
-        launch, grains = self.launch, memory.grains(offset, size)
+        grains = memory.grains(offset, size)
         number = self.site_number(site)
         if memory.is_stored:
             before = memory.stored[grains]
-            if atomic:
-                before = before[before & 1 == 0]
-            if before.max(initial=0) >= launch.interval:
-                self.note_marks("store after store", memory, site, before[before >= launch.interval])
-            if launch.several:
-                self.find_of_others(memory, site, before)
+            self.find(program, "store after store", memory, site, before[before & 1 == 0] if atomic else before)
         before = memory.loaded[grains]
-        if before.max() >= launch.interval:
+        if memory.loads_of == program.interval and (before >= program.interval).any():
             for first, read, of_read in memory.loads:
                 if read.shape != pointers.shape or not np.array_equal(read, pointers):
                     self.note("store after load", memory, site, first, int(np.isin(grains, of_read).sum()))
-        if launch.several:
-            self.find_of_others(memory, site, before)
-            self.find_of_others(memory, site, memory.loaded_before[grains])
+        self.find_of_others(program, memory, site, before)
+        self.find_of_others(program, memory, site, memory.loaded_before[grains])
         if not atomic and (grains[1:] <= grains[:-1]).any():  # in order, nothing can be there twice
             self.note("twice in a store", memory, site, site, len(grains) - len(np.unique(grains)))
-        memory.stored[grains] = launch.interval | number << 1 | atomic
+        memory.stored[grains] = program.interval | number << 1 | atomic
         memory.is_stored = True
 
-    def find_of_others(self, memory: Memory, site: Site, marks: np.ndarray) -> None:
-        marks = marks[(marks > 0) & (marks < self.launch.program)]
-        if marks.size:
-            self.note_marks("two programs", memory, site, marks)
+    def find(self, program: Program, kind: str, memory: Memory, site: Site, marks: np.ndarray) -> None:
+        """Note what an access finds of its own program's interval, and of others."""
+        mine = marks >= program.interval
+        if mine.any():
+            mine &= self.launch.owners[marks >> SITES] == program.number
+            self.note_marks(kind, memory, site, marks[mine])
+        self.find_of_others(program, memory, site, marks)
+
+    def find_of_others(self, program: Program, memory: Memory, site: Site, marks: np.ndarray) -> None:
+        if len(self.launch.programs) > 1:
+            marks = marks[self.launch.of_others(program, marks)]
+            if marks.size:
+                self.note_marks("two programs", memory, site, marks)
 
 
 active: Watch | None = None
@@ -288,13 +344,15 @@ def watched(without: tuple[str | Path, int] | None = None, late: bool = False, s
     load, store = builder.create_masked_load, builder.create_masked_store
     atomic_rmw, atomic_cas = builder.create_atomic_rmw, builder.create_atomic_cas
     set_grid_idx, run, convert = builder.set_grid_idx, executor.__call__, interpreter._implicit_cvt
-    handle, triton_s = interpreter.TensorHandle, os.path.join(os.path.dirname(interpreter.triton.__file__), "")
+    outermost = run.__code__, turns.Program.run.__code__
+    handle = interpreter.TensorHandle
+    others = os.path.join(os.path.dirname(interpreter.triton.__file__), ""), turns.__file__  # files of no kernel
 
     def where() -> Site:
         """The line that runs, of the kernel or a function that it calls, and the lines of these calls."""
         frame, lines = sys._getframe(2), []
-        while frame.f_code is not run.__code__:
-            if not frame.f_code.co_filename.startswith(triton_s):
+        while frame.f_code not in outermost:
+            if not frame.f_code.co_filename.startswith(others):
                 lines.append((frame.f_code.co_filename, frame.f_lineno))
             frame = frame.f_back
         return tuple(lines)
@@ -310,24 +368,27 @@ def watched(without: tuple[str | Path, int] | None = None, late: bool = False, s
         site = where()
         size, parts, true, mask = resolve(pointers, mask, site)
         for memory, offset in parts:
-            watch.load(memory, offset, pointers.data, size, site)
+            watch.load(program(self), memory, offset, pointers.data, size, site)
         return load(self, true, mask, *rest, **options)
 
     def masked_store(self, pointers, value, mask, *rest, **options):
         site = where()
         size, parts, true, mask = resolve(pointers, mask, site)
         for memory, offset in parts:
-            watch.store(memory, offset, pointers.data, size, site)
+            watch.store(program(self), memory, offset, pointers.data, size, site)
         if not watch.late:
             return store(self, true, value, mask, *rest, **options)
-        watch.launch.waiting.append(lambda: store(self, true, value, mask, *rest, **options))
+        program(self).waiting.append(lambda: store(self, true, value, mask, *rest, **options))
 
-    def masked_atomic_rmw(self, operation, pointers, value, mask, *rest):
+    def masked_atomic_rmw(self, operation, pointers, value, mask, order, *rest):
         site = where()
         size, parts, true, mask = resolve(pointers, mask, site)
+        old = atomic_rmw(self, operation, true, value, mask, order, *rest)  # here other programs may have their turn
         for memory, offset in parts:
-            watch.store(memory, offset, pointers.data, size, site, atomic=True)
-        return atomic_rmw(self, operation, true, value, mask, *rest)
+            watch.store(program(self), memory, offset, pointers.data, size, site, atomic=True)
+            for address in np.unique(memory.base + offset).tolist():
+                watch.order(program(self), address, order.name.lower())
+        return old
 
     def whole_atomic_cas(self, pointers, *rest):
         site = where()
@@ -335,15 +396,18 @@ def watched(without: tuple[str | Path, int] | None = None, late: bool = False, s
         if not mask.data.all():
             raise IndexError(watch.report())  # it has no mask that could leave out what is out of bounds
         for memory, offset in parts:
-            watch.store(memory, offset, pointers.data, size, site, atomic=True)
+            watch.store(program(self), memory, offset, pointers.data, size, site, atomic=True)
         return atomic_cas(self, true, *rest)
 
     def barrier(self):
-        watch.barrier(where())
+        watch.barrier(program(self), where())
 
     def begin_program(self, *place):
         set_grid_idx(self, *place)
-        watch.begin_program()
+        watch.begin_program(place)
+
+    def program(builder) -> Program:
+        return watch.launch.programs[builder.grid_idx]
 
     def to_pointer(x):
         """The pointers of tensors are where the kernel is to think that they are."""
@@ -359,7 +423,8 @@ def watched(without: tuple[str | Path, int] | None = None, late: bool = False, s
         watch.launch = Launch(self.fn.__name__, tensors)
         try:
             run(self, *arguments, **options)
-            watch.show()
+            for program in watch.launch.programs.values():
+                watch.show(program)
         finally:
             watch.launch = None
         assert not (watch.strict and watch.hazards), watch.report()

@@ -87,6 +87,7 @@ def front_end(variant: Variant) -> list[str]:
 PROGRAMS = {  # what is run, and kernels that it launches at least
     "tests/test_gpu.py": "lstm_scan_fwd lstm_scan_bwd masked_conv masked_conv_weight cross_entropy_fwd gate_bwd "
     "draw_row",
+    "tests/test_gpu_shared.py": "lstm_scan_fwd lstm_scan_bwd",
     "tests/test_operations.py": "lstm_scan_fwd lstm_scan_bwd masked_conv masked_conv_weight cross_entropy_fwd "
     "cross_entropy_bwd gate_fwd gate_bwd",
     "tests/test_row_kernel.py": "draw_row gate_fwd masked_conv lstm_scan_fwd",

@@ -7,6 +7,7 @@ import ast
 import functools
 import inspect
 import re
+from contextlib import nullcontext
 from pathlib import Path
 from typing import NamedTuple
 from unittest import mock
@@ -18,9 +19,11 @@ import torch
 import kernels
 import kernels.draw_row
 from kernels.lstm_scan import FORMS, lstm_scan
+from kernels.philox import uniforms
 from models.sampling import PixelLoop
 from models.sampling.rules import Draw, Given, Keep, Record
 from tests.cases import ARCHITECTURES, CASES, MIXTURE, build, images
+from tests.interleaved import interleaved
 from tests.races import Hazard, watched
 
 triton = pytest.importorskip("triton", reason="Triton is for Linux")
@@ -386,7 +389,8 @@ def scan(diagonal: bool, form: str):
     """Several programs, two blocks of features."""
     b, h, w, d, n, f = (2, 2, 2, 2, 2, 17) if diagonal else (9 if form == "carried" else 2, 2, 2, 1, 3, 17)
     inputs = numbers((b, h, w, d, 4 * f), (d, 4 * f, n * f))
-    return both_ways(lambda pre, weight: lstm_scan(pre, weight / 8, diagonal, form), *inputs)
+    with interleaved(0) if form == "shared" else nullcontext():
+        return both_ways(lambda pre, weight: lstm_scan(pre, weight / 8, diagonal, form), *inputs)
 
 
 def convolution(k: int, *rest):
@@ -398,6 +402,10 @@ def convolution(k: int, *rest):
 def cross_entropy():
     target = torch.arange(10) * 30
     return both_ways(lambda x: kernels.cross_entropy(x, target, backend="triton"), *numbers((10, 300)))
+
+
+def noise():
+    return [uniforms(torch.arange(4).view(2, 2), 20, 1)]
 
 
 def row(architecture: str, rule: str, b: int = 2, width: int = 2, form=(16, 64, 64), **arguments):
@@ -426,6 +434,7 @@ SCENARIOS = {
         for form in FORMS
         for diagonal in (True, False)
     },
+    "philox": {"noise": noise},
     "masked_conv": {
         "few-features": functools.partial(convolution, 3, False, 1, 4),
         "many-features-relu": functools.partial(convolution, 17, True, 0, 5),

@@ -1,0 +1,48 @@
+"""The form of the LSTM scans whose programs wait for each other, on a GPU: in a process of its own, and last.
+
+In the interpreter it is in `tests/test_shared_scan.py`.
+"""
+
+import pytest
+import torch
+
+from kernels.lstm_scan import lstm_scan
+
+pytestmark = pytest.mark.gpu
+
+
+def both_ways(diagonal: bool, size: tuple, taps: int, form: str) -> list[torch.Tensor]:
+    """The hidden states and the gradients of gates and weights, in bfloat16."""
+    b, h, w, f = size
+    d = 2 if diagonal else 1
+    torch.manual_seed(0)
+    pre = torch.randn(b, h, w, d, 4 * f, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    weight = (torch.randn(d, 4 * f, taps * f, device="cuda") * (taps * f) ** -0.5).requires_grad_()
+    hidden = lstm_scan(pre, weight, diagonal, form)
+    return [hidden, *torch.autograd.grad(hidden, [pre, weight], torch.ones_like(hidden))]
+
+
+@pytest.mark.parametrize(
+    ("diagonal", "size", "taps"),
+    [
+        (True, (1, 1, 1, 16), 2),
+        (True, (1, 7, 5, 48), 2),
+        (True, (3, 28, 29, 64), 2),
+        (True, (16, 32, 33, 128), 2),
+        (False, (1, 5, 7, 48), 3),
+        (False, (3, 28, 28, 64), 5),
+        (False, (16, 32, 32, 128), 3),
+    ],
+)
+def test_it_is_the_streamed_form_each_time(diagonal, size, taps):
+    expected = both_ways(diagonal, size, taps, "streamed")
+    first = both_ways(diagonal, size, taps, "shared")
+    for mine, other in zip(first, expected, strict=True):
+        torch.testing.assert_close(mine, other, rtol=2e-2, atol=2e-2 * other.abs().max().item())
+    for _ in range(20):
+        assert all(map(torch.equal, both_ways(diagonal, size, taps, "shared"), first))
+
+
+def test_more_programs_than_run_at_once_are_refused():
+    with pytest.raises(ValueError, match="form='shared'"):
+        both_ways(True, (256, 4, 4, 128), 2, "shared")
