@@ -27,10 +27,9 @@ import torch
 import kernels
 import kernels.draw_row
 import kernels.lstm_scan
-import models
 from bench.cost import Launches
 from bench.machine_code import Instruction, Loop, clocks, disassembled, walked
-from bench.measure import table
+from bench.measure import build, table
 from bench.stand_in import TARGETS, StandIn, gpu_target, in_processes, source_of, usage, write_rows
 from kernels.jit import cdiv, triton
 from kernels.lstm_scan import lstm_scan
@@ -72,15 +71,8 @@ def scan(b: int, extent: int, f: int, diagonal: bool, backward: bool, form: str 
     def loops(x: dict) -> list[dict]:
         blocks = 1 if x["ONE"] else cdiv(f, x["BLOCK_N"])
         read = taps * cdiv(4 * f if backward else f, x["BLOCK_K"])
-        return [
-            {
-                "for step in": [None],
-                "for back in": [None],
-                "for block in": [blocks],
-                "for block_k in": [read],
-                "while": [1],
-            }
-        ]
+        steps = {"for step in": [None], "for back in": [None]}
+        return [steps | {"for block in": [blocks], "for block_k in": [read], "while": [1]}]  # it waits for nobody
 
     kernel = f"lstm_scan_{'bwd' if backward else 'fwd'}_kernel"
     return Case(run, kernels.lstm_scan, kernel, loops, h + w - 1 if diagonal else h, aim)
@@ -102,21 +94,11 @@ def convolution(b: int, side: int, f: int, backward: bool, aim: str = "") -> Cas
     return Case(run, sys.modules["kernels.masked_conv"], f"masked_conv{'_weight' * backward}_kernel", loops, 0, aim)
 
 
-def row(b: int, target: str, aim: str = "") -> Case:
+def row(b: int, name: str, aim: str = "") -> Case:
     """A row of 32×32 colour images, 15 layers of 128 features, a head of 1024; without what the rows above give."""
 
     def run() -> None:
-        sizes = {
-            "channels": 3,
-            "levels": 256,
-            "height": 2,
-            "width": 32,
-            "hidden": 128,
-            "layers": 15,
-            "head_features": 1024,
-        }
-        with torch.device("meta"):
-            model = models.build({"_target_": f"models.{target}", **sizes}).bfloat16().eval()
+        model = build(name, 32, 3, 256, 128, 15, "meta", 1024).bfloat16().eval()
         x = torch.zeros(b, *model.shape, dtype=torch.long, device="meta")
         TritonRow(model, b, None, Draw(x.float()), x[:, :, 0].contiguous()).program.run()
 
@@ -154,10 +136,10 @@ CASES = {
     "row scan 28×28, f = 16, b = 16, backward": scan(16, 28, 16, False, True),
     "convolution 3×3, 32×32, 128 → 128, b = 16": convolution(16, 32, 128, False),
     "convolution 3×3, 32×32, 128 → 128, b = 16, weights' gradient": convolution(16, 32, 128, True),
-    "row of a PixelCNN, 16 images": row(16, "PixelCNN", aim="9.4 ms"),
-    "row of a PixelCNN, 4,224 images": row(4224, "PixelCNN"),
-    "row of a PixelCNN, 8,448 images": row(8448, "PixelCNN", aim="18.8 ms"),
-    "row of a Diagonal BiLSTM, 16 images": row(16, "DiagBiLSTM"),
+    "row of a PixelCNN, 16 images": row(16, "pixel_cnn", aim="9.4 ms"),
+    "row of a PixelCNN, 4,224 images": row(4224, "pixel_cnn"),
+    "row of a PixelCNN, 8,448 images": row(8448, "pixel_cnn", aim="18.8 ms"),
+    "row of a Diagonal BiLSTM, 16 images": row(16, "diag_bilstm"),
 }
 
 

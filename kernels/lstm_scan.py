@@ -222,6 +222,19 @@ def load_gates(first, stride, mask):
 
 
 @jit
+def load_kept(gates, cells, row, before, had_before, n, f, mask):
+    """Load what the forward kernel kept of a block of features n: gates o f i g, cells, cells of the step before.
+
+    Outside the image all gates are zeros, and so their gradients are zeros.
+    """
+    o, forget, i, g = load_gates(gates + row[:, None] * (4 * f) + n[None, :], f, mask)
+    cell = tl.load(cells + row[:, None] * f + n[None, :], mask=mask, other=0.0)
+    cell_mask = had_before[:, None] & (n < f)[None, :]
+    cell_before = tl.load(cells + before[:, None] * f + n[None, :], mask=cell_mask, other=0.0)
+    return o, forget, i, g, cell, cell_before
+
+
+@jit
 def store_gates(first, stride, mask, o, forget, i, g):
     """Store a block of each gate, where `load_gates` finds them."""
     type = first.dtype.element_ty
@@ -421,11 +434,6 @@ def lstm_scan_bwd_kernel(
             at = row[:, None] * f + n[None, :]
             dh = tl.load(d_hidden + at, mask=mask, other=0.0).to(STATE)
             at_gates = row[:, None] * (4 * f) + n[None, :]
-            # Outside the image all gates are loaded as zeros, and so their gradients are zeros.
-            o, forget, i, g = load_gates(gates + at_gates, f, mask)
-            cell = tl.load(cells + at, mask=mask, other=0.0)
-            cell_mask = had_before[:, None] & (n < f)[None, :]
-            cell_before = tl.load(cells + before[:, None] * f + n[None, :], mask=cell_mask, other=0.0)
             handed = d_cells + scratch[:, None] * f + n[None, :]
             if CARRIED:
                 for tap in tl.static_range(TAPS):
@@ -434,7 +442,9 @@ def lstm_scan_bwd_kernel(
                         nothing = tl.zeros((IMAGES * POSITIONS, 4 * BLOCK_N), STATE)
                         of_reader = add_product(nothing, shuffles[tap], d_gates).to(type)
                     dh = add_product(dh, of_reader, weights[tap])
-            else:
+                o, forget, i, g, cell, cell_before = load_kept(gates, cells, row, before, had_before, n, f, mask)
+            else:  # on their way while it waits and multiplies
+                o, forget, i, g, cell, cell_before = load_kept(gates, cells, row, before, had_before, n, f, mask)
                 if SHARED:
                     patience = wait(counts, back * tl.num_programs(2), patience)
                 else:

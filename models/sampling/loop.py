@@ -34,21 +34,23 @@ METHODS = ("cached", "naive")
 def backend_of_rows(model: AutoregressiveModel, rule: Rule, backend: str | None = None) -> str:
     """Who computes a row of the cached sampler: "torch" or "triton".
 
-    A rule that only Python can call is torch's, where neither `backend` nor `kernels.use` says otherwise.
+    Where neither `backend` nor `kernels.use` says otherwise, Triton's rows are for bfloat16: in other types the kernel
+    has no matrix instructions, and many small products in torch are quicker; nor has the kernel every rule.
 
     Raises:
         ValueError: that cannot be, on the model's device or with the rule.
     """
     asked = backend or kernels.in_use()
     backend = kernels.backend_for(model.stem.weight, backend)
-    if backend == "triton" and not asked and rule.choice() is None:
+    half = model.stem.weight.dtype == torch.bfloat16
+    if backend == "triton" and not asked and (rule.choice() is None or not half):
         return "torch"
     cuda = model.device.type == "cuda"
     if backend == "triton" and not (triton and (cuda or triton.knobs.runtime.interpret)):
         needed = "Triton's kernels are for cuda, or its interpreter (TRITON_INTERPRET=1)"
         needed = needed if triton else "Triton is not installed"
         raise unexpected("backend", backend, f"torch on {model.device.type}: {needed}")
-    if backend == "triton" and not cuda and model.stem.weight.dtype == torch.bfloat16:
+    if backend == "triton" and not cuda and half:
         raise unexpected("backend", backend, "torch with bfloat16: Triton's interpreter has none")
     if backend == "triton" and rule.choice() is None:
         raise unexpected("backend", backend, f"torch with {type(rule).__name__}: the kernel has no such rule")

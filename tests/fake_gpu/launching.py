@@ -11,6 +11,7 @@ from kernels.jit import tl
 from kernels.lstm_scan import lstm_scan
 from models.gradients import Gradients
 from models.sampling import PixelLoop, noise, sample
+from models.sampling.loop import backend_of_rows
 from models.sampling.rules import Draw
 from tests.fake_gpu import fake_cuda
 from tests.fake_gpu.fake_cuda import INDEX, state
@@ -37,6 +38,20 @@ def test_rows_are_captured_on_the_device_of_the_model(backend):
     before = dict(state)
     sample(small(), 6, backend=backend, batch_size=3)
     assert state["graphs"] == before["graphs"] + 2 and state["replays"] > before["replays"] and state["device"] == 0
+
+
+def test_triton_draws_in_bfloat16_and_where_it_is_asked_to():
+    rule = Draw(noise(0, range(2), small().shape))
+    for asked, in_use, dtype, expected in (
+        (None, None, torch.bfloat16, "triton"),
+        (None, None, torch.float32, "torch"),
+        ("triton", None, torch.float32, "triton"),
+        (None, "triton", torch.float32, "triton"),
+        (None, "torch", torch.bfloat16, "torch"),
+        ("torch", None, torch.bfloat16, "torch"),
+    ):
+        with kernels.use(in_use):
+            assert backend_of_rows(small().to(dtype), rule, asked) == expected, (asked, in_use, dtype)
 
 
 def test_a_row_is_captured_once_its_kind_has_run():
