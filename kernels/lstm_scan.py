@@ -435,6 +435,8 @@ def lstm_scan_bwd_kernel(
             dh = tl.load(d_hidden + at, mask=mask, other=0.0).to(STATE)
             at_gates = row[:, None] * (4 * f) + n[None, :]
             handed = d_cells + scratch[:, None] * f + n[None, :]
+            if STAGES > 1 and not CARRIED:  # on their way while it waits and multiplies; else there are no registers
+                o, forget, i, g, cell, cell_before = load_kept(gates, cells, row, before, had_before, n, f, mask)
             if CARRIED:
                 for tap in tl.static_range(TAPS):
                     of_reader = d_gates
@@ -442,9 +444,7 @@ def lstm_scan_bwd_kernel(
                         nothing = tl.zeros((IMAGES * POSITIONS, 4 * BLOCK_N), STATE)
                         of_reader = add_product(nothing, shuffles[tap], d_gates).to(type)
                     dh = add_product(dh, of_reader, weights[tap])
-                o, forget, i, g, cell, cell_before = load_kept(gates, cells, row, before, had_before, n, f, mask)
-            else:  # on their way while it waits and multiplies
-                o, forget, i, g, cell, cell_before = load_kept(gates, cells, row, before, had_before, n, f, mask)
+            else:
                 if SHARED:
                     patience = wait(counts, back * tl.num_programs(2), patience)
                 else:
@@ -461,6 +461,8 @@ def lstm_scan_bwd_kernel(
                     at_weight = weight + (k * TAPS * f + tap * f)[:, None] + n[None, :]
                     weights = tl.load(at_weight, mask=(k < 4 * f)[:, None] & (n < f)[None, :], other=0.0)
                     dh = add_product(dh, d_gates, weights)
+            if STAGES == 1 or CARRIED:
+                o, forget, i, g, cell, cell_before = load_kept(gates, cells, row, before, had_before, n, f, mask)
             o, forget, i, g = o.to(STATE), forget.to(STATE), i.to(STATE), g.to(STATE)
             tanh_cell = tanh(cell)
             dc += dh * o * (1 - tanh_cell * tanh_cell)

@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 from models.sampling import PixelLoop, noise
 from models.sampling.cached import Cached
 from models.sampling.rules import Draw, Given, Keep, Record
-from tests.cases import ARCHITECTURES, MIXTURE, Case, build, given, images
+from tests.cases import ARCHITECTURES, MIXTURE, Case, build, every_net, given, images
 
 ROOT = Path(__file__).resolve().parent.parent
 # The host waits for what a GPU computed: for a value, or for how many there are.
@@ -158,6 +158,14 @@ def test_a_sub_pixel_has_no_more_nodes_than_are_written_here(name):
     loop = PixelLoop(model, "cached", Draw(noise(0, range(2), model.shape)), 2)
     _, row = two_rows(loop, Cached(model, 2, images_last=False), loop.rule)
     assert most - 1 < row.nodes / 96 <= most
+
+
+@every_net
+def test_what_rows_above_give_is_copied_in_words_where_features_fill_them(case):
+    """But for the Row LSTM's hidden states, which stand behind a column of ones."""
+    for hidden, fills in ((16, case.target != "RowLSTM"), (7, False)):
+        layers = Cached(build(case, hidden=hidden, channels=1), 3, images_last=False).layers
+        assert layers.above_inputs.dtype == layers.handed_down.dtype == (torch.int64 if fills else torch.float32)
 
 
 # ------------------------------------------------------------------------------------- what finds it can find it

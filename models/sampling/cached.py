@@ -17,7 +17,7 @@ from torch import Tensor
 from models.base import AutoregressiveModel
 from models.in_row import GATES, Mirrored, Network, Vertical
 from models.sampling.heads import cached_head
-from models.sampling.memory import Buffers, ConditionRow, RowProduct, windows, with_bias
+from models.sampling.memory import Buffers, ConditionRow, RowProduct, in_words, windows, with_bias
 from models.sampling.rules import Rule, visit
 
 Call = Callable[[], object]
@@ -178,8 +178,8 @@ class CachedLayers:
         self.mirrored = CachedMirrored(row.mirrored, buffers, width, condition, self) if row.mirrored else None
         self.vertical_input = self.vertical.input if self.vertical else None
         taps = len(row.above.inputs)  # columns of the row above
-        self.above_inputs = self.above.inputs.unflatten(3, (taps, -1))
-        self.handed_down = self.views_handed_down(taps)
+        above_inputs = self.above.inputs.unflatten(3, (taps, -1))
+        self.above_inputs, self.handed_down = in_words(above_inputs, self.views_handed_down(taps))
         self.at_first = self.cleared_at_first()
 
         self.join = Join(network, buffers, in_place=row.down is not None)
@@ -353,8 +353,8 @@ class CachedVertical:
         # A layer's inputs at each pixel, in the same memory for all layers: both rows' taps, the condition.
         d = 0 if given is None else given.shape[2]
         inputs, self.gates = buffers.new(b, width, 6 * f + d), buffers.new(b * width, 2 * f)
-        self.windows = windows(self.v, 3).transpose(2, 3)  # (layers+1 b w 2 3 f)
-        self.taps, self.given = inputs[..., : 6 * f].unflatten(2, (2, 3, f)), inputs[..., 6 * f :]
+        taps, self.given = inputs[..., : 6 * f].unflatten(2, (2, 3, f)), inputs[..., 6 * f :]
+        self.taps, self.windows = in_words(taps, windows(self.v, 3).transpose(2, 3))  # (b w 2 3 f); of all layers + 1
         self.inputs, parts = inputs.flatten(0, 1), [weights.weight] + ([given] if d else [])
         self.weight, self.bias = torch.cat(parts, dim=2).mT.contiguous(), weights.bias
         self.halves = self.gates.unflatten(0, (b, width)).chunk(2, dim=2)
@@ -387,8 +387,9 @@ class CachedMirrored:
         self.hidden = buffers(width, f, layers=layers)
         self.condition = ConditionRow(condition, mirrored.given and mirrored.given.weight, width)
         self.gates = RowProduct(buffers, width, mirrored.main.weight, mirrored.main.bias, self.condition)  # o f i g
-        self.above, self.u = self.gates.inputs[..., :f], self.gates.inputs[..., f:]
-        self.row = of.slots[:, :, 1 : width + 1, of.left_size :]
+        above, u = self.gates.inputs[..., :f], self.gates.inputs[..., f:]
+        self.above, self.hidden_above = in_words(above, self.hidden)
+        self.u, self.row = in_words(u, of.slots[:, :, 1 : width + 1, of.left_size :])
         self.left = mirrored.left.weight.mT.contiguous()
         self.cell = buffers(f, layers=layers, dtype=buffers.state)
         self.tanh, self.f, self.width = buffers(f, layers=layers), f, width
@@ -401,7 +402,7 @@ class CachedMirrored:
             self.hidden.zero_()
             return
         f = self.f
-        self.above.copy_(self.hidden)
+        self.above.copy_(self.hidden_above)
         self.u.copy_(self.row)
         self.gates()
         cell, tanh = self.cell.zero_(), self.tanh

@@ -51,6 +51,20 @@ def windows(rows: Tensor, k: int) -> Tensor:
     return rows.unfold(-2, k, 1).mT
 
 
+def in_words(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """View tensors of one type as numbers of 64 bits, where all of them can be.
+
+    It is for copies of strided memory, which a GPU does number by number.
+    """
+    several = 8 // tensors[0].element_size()
+
+    def fits(x: Tensor) -> bool:
+        *strides, last = x.stride()
+        return last == 1 and not any(n % several for n in (x.shape[-1], x.storage_offset(), *strides))
+
+    return tuple(x.view(torch.int64) for x in tensors) if all(map(fits, tensors)) else tensors
+
+
 class ConditionRow:
     """Adds the condition's part to every layer's pre-activations, a row at a time.
 
