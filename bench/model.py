@@ -124,8 +124,8 @@ def row(b: int, name: str, aim: str = "") -> Case:
 CASES = {
     "diagonal scan 32×33, f = 128, b = 16": scan(16, 32, 128, True, False, aim="9k clk"),
     "diagonal scan 32×33, f = 128, b = 16, backward": scan(16, 32, 128, True, True, aim="10k clk"),
-    "shared diagonal scan 32×33, f = 128, b = 16": scan(16, 32, 128, True, False, "shared"),
-    "shared diagonal scan 32×33, f = 128, b = 16, backward": scan(16, 32, 128, True, True, "shared"),
+    "shared diagonal scan 32×33, f = 128, b = 16": scan(16, 32, 128, True, False, "shared", "9k clk"),
+    "shared diagonal scan 32×33, f = 128, b = 16, backward": scan(16, 32, 128, True, True, "shared", "10k clk"),
     "diagonal scan 28×29, f = 32, b = 16": scan(16, 28, 32, True, False),
     "diagonal scan 28×29, f = 32, b = 16, backward": scan(16, 28, 32, True, True),
     "diagonal scan 28×29, f = 16, b = 16": scan(16, 28, 16, True, False, aim="2.6k clk"),
