@@ -48,11 +48,7 @@ from models.sampling.triton_row import TritonRow
 
 NVIDIA = [name for name, (backend, *_) in TARGETS.items() if backend == "cuda"]
 DTYPES = (torch.bfloat16, torch.float32)
-SMALL = (
-    "weight",
-    "bias",
-    "counts",
-)  # how arguments end that do not grow with the batch, or not beyond what runs at once
+SMALL = ("weight", "bias", "counts")  # how arguments end that stay small however large the batch is
 PRODUCTS = ("lstm_scan_fwd_kernel", "lstm_scan_bwd_kernel", "masked_conv_kernel", "masked_conv_weight_kernel")
 PRODUCTS += ("draw_row_kernel",)
 

@@ -71,14 +71,8 @@ LIMITS = {  # seconds; those of a part are 285 together
     "tests-shared": 120,
     "shared": 60,
 }
-CASES = {
-    "cost": 20,
-    "sweep": 20,
-    "sampling": 30,
-    "training": 30,
-    "kernels": 30,
-    "shared": 20,
-}  # seconds for one case of each
+# Seconds for one case of each.
+CASES = {"cost": 20, "sweep": 20, "sampling": 30, "training": 30, "kernels": 30, "shared": 20}
 COMPILE = 240  # seconds more for the kernels, where loops are compiled too
 LOG = 15 << 17  # bytes that a step may print: those of ten steps are less than 20 MiB
 

@@ -143,7 +143,7 @@ def steps_of(x: Instruction, l2: float) -> Step:
 
 
 class Warp:
-    """What a warp has issued, and what it waits for."""
+    """A warp: how far it has come, and the results it may have to wait for."""
 
     def __init__(self, code: list[Step], program: int, part: int):
         self.code, self.program, self.part, self.at = code, program, part, 0

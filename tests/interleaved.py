@@ -4,7 +4,7 @@
         kernel[grid](…)
 
 The interpreter runs programs one after another, so one that waits for a later one would wait for ever. Here each is a
-thread of its own, of which one runs at a time, until its next atomic operation. Who goes on is then drawn by lot.
+thread of its own, of which one runs at a time, until its next atomic operation. Then a random one goes on.
 """
 
 from __future__ import annotations

@@ -162,7 +162,7 @@ def test_a_sub_pixel_has_no_more_nodes_than_are_written_here(name):
 
 @every_net
 def test_what_rows_above_give_is_copied_in_words_where_features_fill_them(case):
-    """But for the Row LSTM's hidden states, which stand behind a column of ones."""
+    """The Row LSTM's hidden states do not: they come after a column of ones."""
     for hidden, fills in ((16, case.target != "RowLSTM"), (7, False)):
         layers = Cached(build(case, hidden=hidden, channels=1), 3, images_last=False).layers
         assert layers.above_inputs.dtype == layers.handed_down.dtype == (torch.int64 if fills else torch.float32)
