@@ -8,7 +8,7 @@ stack (spilled registers), shared memory, matrix instructions. Exit status 1 if 
 
     no stack          a spilled register is a trip to memory at each use
     shared memory     a kernel above the GPU's limit compiles, and fails when it is loaded
-    matrix            products of bfloat16 numbers run on matrix instructions
+    matrix            products of bfloat16 numbers run on matrix instructions, and those of float32 in a drawn row
     replication       no product is computed by several warps alike, but in float64, which only tests use
     async copies      of memory that the same kernel writes, only by a loop that stores nothing there, after a barrier
     barrier           where a program reads back what it stored at an earlier step, one stands after its last store
@@ -50,7 +50,8 @@ NVIDIA = [name for name, (backend, *_) in TARGETS.items() if backend == "cuda"]
 DTYPES = (torch.bfloat16, torch.float32)
 SMALL = ("weight", "bias", "counts")  # how arguments end that stay small however large the batch is
 PRODUCTS = ("lstm_scan_fwd_kernel", "lstm_scan_bwd_kernel", "masked_conv_kernel", "masked_conv_weight_kernel")
-PRODUCTS += ("draw_row_kernel",)
+DRAW_ROW = "draw_row_kernel"
+PRODUCTS += (DRAW_ROW,)
 
 # ----------------------------------------------------------------------------------------------------------- launching
 
@@ -140,7 +141,8 @@ def rows() -> Launches:
         "Diagonal BiLSTM, binary": ("DiagBiLSTM", binary),
     }
     work = [(name, False, dtype, ("draw",)) for name in sizes for dtype in DTYPES]
-    work += [(name, True, torch.bfloat16, ("draw", "keep", "score")) for name in ("PixelCNN", "Diagonal BiLSTM")]
+    skips = ("PixelCNN", "Diagonal BiLSTM")
+    work += [(name, True, dtype, ("draw", "keep", "score")) for name in skips for dtype in DTYPES]
     for name, skip, dtype, rules in work:
         for b, rule in product((16, 16384), rules):
             title = f"sampling {name}{', skip' * skip}, {b} images, {rule}, {short(dtype)}"
@@ -220,11 +222,13 @@ def judged(variant: Variant, target: str, out: Compiled) -> dict:
         return {**row, "broken": [f"does not compile: {out.error}"]}
     limit, texts = TARGETS[target][3], out.texts
     matrix = sorted(set(re.findall(r"(wgmma\.mma_async|mma\.sync|tcgen05\.mma|v_mfma)", texts["assembly"])))
-    wants_matrix = variant.kernel in PRODUCTS and "*bf16" in variant.signature.values()
+    types = variant.signature.values()
+    half = variant.kernel in PRODUCTS and "*bf16" in types
+    wants_matrix = half or (variant.kernel == DRAW_ROW and "*fp64" not in types)
     same = {f"%{name}": f"%{other}" for name, other in variant.same.items()}
     copies, narrow = hasty_copies(texts["ttgir"], same), narrow_addresses(texts["ttir"], SMALL)
     bare = unguarded(texts["ttir"])
-    twice = [] if "*fp64" in variant.signature.values() else replicated(texts["ttgir"])
+    twice = [] if "*fp64" in types else replicated(texts["ttgir"])
     rules = {
         f"{out.stack} bytes of stack": out.stack > 0,
         f"{out.shared} bytes of shared memory, {limit} at most": out.shared > limit,

@@ -94,11 +94,11 @@ def convolution(b: int, side: int, f: int, backward: bool, aim: str = "") -> Cas
     return Case(run, sys.modules["kernels.masked_conv"], f"masked_conv{'_weight' * backward}_kernel", loops, 0, aim)
 
 
-def row(b: int, name: str, aim: str = "") -> Case:
+def row(b: int, name: str, aim: str = "", type: torch.dtype = torch.bfloat16) -> Case:
     """A row of 32×32 colour images, 15 layers of 128 features, a head of 1024; without what the rows above give."""
 
     def run() -> None:
-        model = build(name, 32, 3, 256, 128, 15, "meta", 1024).bfloat16().eval()
+        model = build(name, 32, 3, 256, 128, 15, "meta", 1024).to(type).eval()
         x = torch.zeros(b, *model.shape, dtype=torch.long, device="meta")
         TritonRow(model, b, None, Draw(x.float()), x[:, :, 0].contiguous()).program.run()
 
@@ -140,6 +140,8 @@ CASES = {
     "row of a PixelCNN, 4,224 images": row(4224, "pixel_cnn"),
     "row of a PixelCNN, 8,448 images": row(8448, "pixel_cnn", aim="18.8 ms"),
     "row of a Diagonal BiLSTM, 16 images": row(16, "diag_bilstm"),
+    "row of a PixelCNN, 16 images, float32": row(16, "pixel_cnn", type=torch.float32),
+    "row of a PixelCNN, 8,448 images, float32": row(8448, "pixel_cnn", type=torch.float32),
 }
 
 

@@ -360,7 +360,7 @@ def throughput_part(args: argparse.Namespace, results: Results) -> Cases:
         names, make = [name for name in args.names if name in ("pixel_cnn", "diag_bilstm")], large
         least, most = args.batches[0], args.batches[-1]
         variants = {("triton", True): args.batches, ("torch", True): (least, most)}
-        variants |= {("torch", False): (least, most), ("triton", False): (least,)}
+        variants |= {("triton", False): (least, most), ("torch", False): (least, most)}
     for bf16, dtype in dtypes.items():
         about = {"part": "ceilings", "bf16": bf16, "product": size}
         yield (

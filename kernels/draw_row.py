@@ -118,9 +118,10 @@ def form_for(b: int, itemsize: int, processors: int, narrow: bool = False, skip:
     threads two to a multiprocessor. `python -m bench.sweep` times the forms; they leave no register on the stack
     (`python -m bench.compile`), which twice as many images would in networks that are narrow or have skips.
     """
-    if itemsize > 2:  # without matrix instructions, all operands are in registers
-        few, (block_n, warps) = b <= 16 * processors, (32, 4) if itemsize == 4 else (16, 8)
-        return Form(16, block_n, 16, 1, warps) if few else Form(64, block_n, 16, 1, 8)
+    if itemsize == 8:  # without matrix instructions, all operands are in registers
+        return Form(16 if b <= 16 * processors else 64, 16, 16, 1, 8)
+    if itemsize == 4:  # of 32 images, sm_80 keeps some on the stack
+        return Form(16, 64, 32, 3, 4)
     few = b <= 16 * 2 * processors or narrow or skip
     return Form(16, 64, 64, 4, 4) if few else Form(32, 64, 64, 3, 4)
 

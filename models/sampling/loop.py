@@ -34,23 +34,23 @@ METHODS = ("cached", "naive")
 def backend_of_rows(model: AutoregressiveModel, rule: Rule, backend: str | None = None) -> str:
     """Who computes a row of the cached sampler: "torch" or "triton".
 
-    Where neither `backend` nor `kernels.use` says otherwise, Triton's rows are for bfloat16: in other types the kernel
-    has no matrix instructions, and many small products in torch are quicker; nor has the kernel every rule.
+    Where neither `backend` nor `kernels.use` says otherwise, float64 is torch's: the kernel has no matrix instructions
+    for it, and many small products in torch are quicker; nor has the kernel every rule.
 
     Raises:
         ValueError: that cannot be, on the model's device or with the rule.
     """
     asked = backend or kernels.in_use()
     backend = kernels.backend_for(model.stem.weight, backend)
-    half = model.stem.weight.dtype == torch.bfloat16
-    if backend == "triton" and not asked and (rule.choice() is None or not half):
+    dtype = model.stem.weight.dtype
+    if backend == "triton" and not asked and (rule.choice() is None or dtype == torch.float64):
         return "torch"
     cuda = model.device.type == "cuda"
     if backend == "triton" and not (triton and (cuda or triton.knobs.runtime.interpret)):
         needed = "Triton's kernels are for cuda, or its interpreter (TRITON_INTERPRET=1)"
         needed = needed if triton else "Triton is not installed"
         raise unexpected("backend", backend, f"torch on {model.device.type}: {needed}")
-    if backend == "triton" and not cuda and half:
+    if backend == "triton" and not cuda and dtype == torch.bfloat16:
         raise unexpected("backend", backend, "torch with bfloat16: Triton's interpreter has none")
     if backend == "triton" and rule.choice() is None:
         raise unexpected("backend", backend, f"torch with {type(rule).__name__}: the kernel has no such rule")

@@ -40,13 +40,14 @@ def test_rows_are_captured_on_the_device_of_the_model(backend):
     assert state["graphs"] == before["graphs"] + 2 and state["replays"] > before["replays"] and state["device"] == 0
 
 
-def test_triton_draws_in_bfloat16_and_where_it_is_asked_to():
+def test_triton_draws_but_in_float64_or_where_torch_is_asked_to():
     rule = Draw(noise(0, range(2), small().shape))
     for asked, in_use, dtype, expected in (
         (None, None, torch.bfloat16, "triton"),
-        (None, None, torch.float32, "torch"),
-        ("triton", None, torch.float32, "triton"),
-        (None, "triton", torch.float32, "triton"),
+        (None, None, torch.float32, "triton"),
+        (None, None, torch.float64, "torch"),
+        ("triton", None, torch.float64, "triton"),
+        (None, "triton", torch.float64, "triton"),
         (None, "torch", torch.bfloat16, "torch"),
         ("torch", None, torch.bfloat16, "torch"),
     ):
