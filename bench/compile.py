@@ -66,11 +66,11 @@ def both_ways(out: Tensor, *wanted: Tensor) -> None:
 def scans() -> Launches:
     """The LSTM scans: the papers' sizes, and both sides of where one form gives way to the next."""
 
-    def run(diagonal: bool, extent: int, f: int, dtype: torch.dtype, form: str = "auto") -> None:
+    def run(diagonal: bool, extent: int, f: int, dtype: torch.dtype, form: str = "auto", fast: bool = False) -> None:
         (h, w), directions, taps = ((extent, 1), 2, 2) if diagonal else ((1, extent), 1, 3)
         pre = torch.empty(1, h, w, directions, 4 * f, dtype=dtype, requires_grad=True)
         weight = torch.empty(directions, 4 * f, taps * f, requires_grad=True)
-        both_ways(lstm_scan(pre, weight, diagonal, form), pre, weight)
+        both_ways(lstm_scan(pre, weight, diagonal, form, fast), pre, weight)
 
     widths = {torch.bfloat16: (7, 16, 32, 64, 128, 512), torch.float32: (7, 128, 512)}
     for diagonal, extent in ((True, 28), (True, 64), (False, 32), (False, 64)):
@@ -80,6 +80,9 @@ def scans() -> Launches:
         for f in (64, 128):
             name = f"{'diagonal' if diagonal else 'row'} {extent} positions, f = {f}, bfloat16, shared"
             yield name, partial(run, diagonal, extent, f, torch.bfloat16, "shared")
+    for extent, f, form in ((28, 16, "carried"), (64, 128, "streamed"), (64, 128, "shared")):
+        name = f"diagonal {extent} positions, f = {f}, bfloat16, {form}, fast"
+        yield name, partial(run, True, extent, f, torch.bfloat16, form, True)
 
 
 def convolutions() -> Launches:

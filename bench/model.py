@@ -58,14 +58,16 @@ class Case(NamedTuple):
     aim: str = ""
 
 
-def scan(b: int, extent: int, f: int, diagonal: bool, backward: bool, form: str = "auto", aim: str = "") -> Case:
+def scan(
+    b: int, extent: int, f: int, diagonal: bool, backward: bool, form: str = "auto", aim: str = "", fast: bool = False
+) -> Case:
     h, w = (extent, extent + 1) if diagonal else (extent, extent)
     directions, taps = (2, 2) if diagonal else (1, 3)
 
     def run() -> None:
         pre = torch.empty(b, h, w, directions, 4 * f, dtype=torch.bfloat16, requires_grad=True)
         weight = torch.empty(directions, 4 * f, taps * f, requires_grad=True)
-        hidden = lstm_scan(pre, weight, diagonal, form)
+        hidden = lstm_scan(pre, weight, diagonal, form, fast)
         torch.autograd.grad(hidden, [pre, weight], torch.empty_like(hidden))
 
     def loops(x: dict) -> list[dict]:
@@ -126,10 +128,13 @@ CASES = {
     "diagonal scan 32×33, f = 128, b = 16, backward": scan(16, 32, 128, True, True, aim="10k clk"),
     "shared diagonal scan 32×33, f = 128, b = 16": scan(16, 32, 128, True, False, "shared", "9k clk"),
     "shared diagonal scan 32×33, f = 128, b = 16, backward": scan(16, 32, 128, True, True, "shared", "10k clk"),
+    "diagonal scan 32×33, f = 128, b = 16, fast tanh": scan(16, 32, 128, True, False, fast=True),
+    "shared diagonal scan 32×33, f = 128, b = 16, fast tanh": scan(16, 32, 128, True, False, "shared", fast=True),
     "diagonal scan 28×29, f = 32, b = 16": scan(16, 28, 32, True, False),
     "diagonal scan 28×29, f = 32, b = 16, backward": scan(16, 28, 32, True, True),
     "diagonal scan 28×29, f = 16, b = 16": scan(16, 28, 16, True, False, aim="2.6k clk"),
     "diagonal scan 28×29, f = 16, b = 16, backward": scan(16, 28, 16, True, True),
+    "diagonal scan 28×29, f = 16, b = 16, fast tanh": scan(16, 28, 16, True, False, fast=True),
     "row scan 32×32, f = 128, b = 16": scan(16, 32, 128, False, False),
     "row scan 32×32, f = 128, b = 16, backward": scan(16, 32, 128, False, True),
     "row scan 28×28, f = 16, b = 16": scan(16, 28, 16, False, False),

@@ -3,7 +3,8 @@
     rows    the row kernel of a PixelCNN of 15 blocks, h = 128, on 32×32×3, by images of a program, outputs and features
             of a block, at several batch sizes
     scan    the Diagonal BiLSTM's scan at the paper's CIFAR-10 size, forward and backward, by features computed and read
-            at a time, and by warps; at the MNIST size, in the form that keeps all weights; and on 64×64 images
+            at a time, and by warps; at the MNIST size, in the form that keeps all weights; both with the GPU's own tanh
+            too; and on 64×64 images
     shared  the form of the scan whose programs wait for each other, beside the usual one; only if asked for
 
 A row says how long one launch takes, and what the compiler made: registers, spills, shared memory. What does not fit in
@@ -75,6 +76,9 @@ def scan_sweep(args: argparse.Namespace) -> Cases:
     cuts = [{"block_n": n, "block_k": k, "warps": warps} for n, k, warps in BLOCKS]
     yield from scan_cases(SCAN, "streamed", cuts, args)
     yield from scan_cases(SMALL_SCAN, "carried", [{"warps": warps} for warps in WARPS], args)
+    if not args.quick:  # nothing but a GPU has this instruction
+        yield from scan_cases(SCAN, "streamed", [{"fast": True}], args)
+        yield from scan_cases(SMALL_SCAN, "carried", [{}, {"fast": True}], args)
     yield from scan_cases(TALL_SCAN, "streamed", [cut for cut in cuts if cut["block_n"] <= 64], args)
 
 

@@ -107,8 +107,8 @@ def launch_scan(empty, f: int, diagonal: bool, extent: int, form: str, seen: set
     seen.add(key)
     sizes = 1, *((extent, 1) if diagonal else (1, extent)), directions
     weight = empty(directions, 4 * f, taps * f)
-    hidden, gates, cells = run(lstm_scan_op, empty(*sizes, 4 * f), weight, diagonal, form)
-    run(lstm_scan_backward_op, torch.empty_like(hidden), weight, hidden, gates, cells, diagonal, form)
+    hidden, gates, cells = run(lstm_scan_op, empty(*sizes, 4 * f), weight, diagonal, form, False)
+    run(lstm_scan_backward_op, torch.empty_like(hidden), weight, hidden, gates, cells, diagonal, form, False)
 
 
 def launch_every_width(

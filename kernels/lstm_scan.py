@@ -51,7 +51,7 @@ import torch
 from torch import Tensor
 
 from checks import one_of, unexpected
-from kernels.activations import sigmoid, tanh
+from kernels.activations import sigmoid, tanh, tanh_approx
 from kernels.jit import cdiv, jit, launch, multiprocessors, next_power_of_2, tl, triton
 
 FORMS = ("carried", "streamed", "launches", "shared")
@@ -68,6 +68,7 @@ class Form(NamedTuple):
     block_k: int  # features read at a time, of one tap
     warps: int
     stages: int  # loads under way at once
+    fast: bool = False  # tanh and σ by `tanh_approx`
 
 
 def form_of(f: int, taps: int, extent: int, itemsize: int, backward: bool, name: str = "auto") -> Form:
@@ -194,10 +195,13 @@ def gates_of(block, f, BLOCK_N: tl.constexpr):
 
 
 @jit
-def activated(sums):
+def activated(sums, FAST: tl.constexpr):
     """Activate sums of the gates o f i g (M 4n)."""
     column = tl.arange(0, sums.shape[1])[None, :]
     slope = tl.where(column < sums.shape[1] // 4 * 3, 1.0, 2.0).to(sums.dtype)
+    if FAST:
+        half = slope / 2
+        return tanh_approx(sums * half) * half + (1 - half)
     return sigmoid(sums * slope) * slope - (slope - 1)
 
 
@@ -304,6 +308,7 @@ def lstm_scan_fwd_kernel(
     BLOCK_K: tl.constexpr,
     STAGES: tl.constexpr,  # how many loads of one loop's are under way: of steps, where carried, else of features
     PATIENCE: tl.constexpr,  # of form "shared"
+    FAST: tl.constexpr,  # tanh and σ by `tanh_approx`
     STATE: tl.constexpr,  # the type of sums and cells
 ):
     direction, image, position = images_of(DIRECTIONS, IMAGES, POSITIONS)
@@ -358,11 +363,11 @@ def lstm_scan_fwd_kernel(
                     at_weight = weight + (tap * f + k)[:, None] * (4 * f) + column[None, :]
                     weights = tl.load(at_weight, mask=(k < f)[:, None] & live[None, :], other=0.0)
                     sums = add_product(sums, states, weights)
-            o, forget, i, g = split_gates(activated(sums))
+            o, forget, i, g = split_gates(activated(sums, FAST))
             cell = forget * cell + i * g
             if CARRIED or SHARED:  # nothing is carried out of a pixel outside the image
                 cell = tl.where(inside[:, None], cell, 0.0)
-            state = (o * tanh(cell)).to(type)
+            state = (o * (tanh_approx(cell) if FAST else tanh(cell))).to(type)
             at = row[:, None] * f + n[None, :]
             tl.store(hidden + at, state, mask=mask)
             if SHARED:
@@ -402,6 +407,7 @@ def lstm_scan_bwd_kernel(
     BLOCK_K: tl.constexpr,
     STAGES: tl.constexpr,
     PATIENCE: tl.constexpr,
+    FAST: tl.constexpr,
     STATE: tl.constexpr,
 ):
     direction, image, position = images_of(DIRECTIONS, IMAGES, POSITIONS)
@@ -464,7 +470,7 @@ def lstm_scan_bwd_kernel(
             if STAGES == 1 or CARRIED:
                 o, forget, i, g, cell, cell_before = load_kept(gates, cells, row, before, had_before, n, f, mask)
             o, forget, i, g = o.to(STATE), forget.to(STATE), i.to(STATE), g.to(STATE)
-            tanh_cell = tanh(cell)
+            tanh_cell = tanh_approx(cell) if FAST else tanh(cell)
             dc += dh * o * (1 - tanh_cell * tanh_cell)
             d_o = (dh * tanh_cell * o * (1 - o)).to(type)
             tl.store(d_pre + at_gates, d_o, mask=mask)  # before the next is computed: registers are few
@@ -505,6 +511,7 @@ def constants(form: Form, f: int, taps: int, directions: int, diagonal: bool, st
         "BLOCK_K": form.block_k,
         "STAGES": form.stages,
         "PATIENCE": PATIENCE,
+        "FAST": form.fast,
         "STATE": tl.float64 if state == torch.float64 else tl.float32,
         "num_warps": form.warps,
         "num_stages": 1,
@@ -534,17 +541,22 @@ def scan(kernel, tensors: list[Tensor], shape: tuple, f: int, taps: int, diagona
         launch(kernel, grid, *tensors, None, b, h, w, f, step, step + 1, **options)
 
 
-def sizes_of(pre: Tensor, state_weight: Tensor, diagonal: bool, form: str, backward: bool):
+def sizes_of(pre: Tensor, state_weight: Tensor, diagonal: bool, form: str, fast: bool, backward: bool):
     """Find the shape (b h w d), f, the number of taps, the form and the type of states."""
+    if fast and pre.dtype != torch.bfloat16:
+        raise unexpected("fast", fast, f"False for {pre.dtype}: it is for torch.bfloat16")
     b, h, w, d, gates = pre.shape
     f, taps = gates // 4, state_weight.shape[2] // (gates // 4)
     cut = form_of(f, taps, h if diagonal else w, pre.element_size(), backward, form)
+    cut = cut._replace(fast=True) if fast else cut
     return (b, h, w, d), f, taps, cut, torch.float64 if pre.dtype == torch.float64 else torch.float32
 
 
 @torch.library.custom_op("pixelrnn::lstm_scan", mutates_args=())
-def lstm_scan_op(pre: Tensor, state_weight: Tensor, diagonal: bool, form: str) -> tuple[Tensor, Tensor, Tensor]:
-    shape, f, taps, cut, state = sizes_of(pre, state_weight, diagonal, form, False)
+def lstm_scan_op(
+    pre: Tensor, state_weight: Tensor, diagonal: bool, form: str, fast: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    shape, f, taps, cut, state = sizes_of(pre, state_weight, diagonal, form, fast, False)
     pre = pre.contiguous()
     gates, hidden = torch.empty_like(pre), pre.new_empty(*shape, f)
     cells = pre.new_empty(*shape, f, dtype=state)
@@ -555,7 +567,7 @@ def lstm_scan_op(pre: Tensor, state_weight: Tensor, diagonal: bool, form: str) -
 
 
 @lstm_scan_op.register_fake
-def _(pre, state_weight, diagonal, form):
+def _(pre, state_weight, diagonal, form, fast):
     f = pre.shape[4] // 4
     state = torch.float64 if pre.dtype == torch.float64 else torch.float32
     hidden = pre.new_empty(*pre.shape[:4], f)
@@ -564,9 +576,16 @@ def _(pre, state_weight, diagonal, form):
 
 @torch.library.custom_op("pixelrnn::lstm_scan_backward", mutates_args=())
 def lstm_scan_backward_op(
-    d_hidden: Tensor, state_weight: Tensor, hidden: Tensor, gates: Tensor, cells: Tensor, diagonal: bool, form: str
+    d_hidden: Tensor,
+    state_weight: Tensor,
+    hidden: Tensor,
+    gates: Tensor,
+    cells: Tensor,
+    diagonal: bool,
+    form: str,
+    fast: bool,
 ) -> tuple[Tensor, Tensor]:
-    shape, f, taps, cut, state = sizes_of(gates, state_weight, diagonal, form, True)
+    shape, f, taps, cut, state = sizes_of(gates, state_weight, diagonal, form, fast, True)
     b, d, extent = shape[0], shape[3], shape[1] if diagonal else shape[2]
     d_pre = torch.empty_like(gates)
     if not gates.numel():
@@ -585,7 +604,7 @@ def lstm_scan_backward_op(
 
 
 @lstm_scan_backward_op.register_fake
-def _(d_hidden, state_weight, hidden, gates, cells, diagonal, form):
+def _(d_hidden, state_weight, hidden, gates, cells, diagonal, form, fast):
     return torch.empty_like(gates), state_weight.new_empty(state_weight.shape)
 
 
@@ -609,19 +628,19 @@ def what_taps_read(hidden: Tensor, taps: int, diagonal: bool) -> Tensor:
 def setup_context(ctx, inputs, output) -> None:
     ctx.set_materialize_grads(False)  # the outputs kept for `backward` have no gradient: make no zeros for it
     ctx.save_for_backward(inputs[1], *output)
-    ctx.diagonal, ctx.form = inputs[2:]
+    ctx.named = inputs[2:]
 
 
 def backward(ctx, d_hidden, *_):
     if d_hidden is None:
-        return (None,) * 4
-    return *lstm_scan_backward_op(d_hidden, *ctx.saved_tensors, ctx.diagonal, ctx.form), None, None
+        return (None,) * 5
+    return *lstm_scan_backward_op(d_hidden, *ctx.saved_tensors, *ctx.named), None, None, None
 
 
 lstm_scan_op.register_autograd(backward, setup_context=setup_context)
 
 
-def lstm_scan(pre: Tensor, state_weight: Tensor, diagonal: bool, form: str = "auto") -> Tensor:
+def lstm_scan(pre: Tensor, state_weight: Tensor, diagonal: bool, form: str = "auto", fast: bool = False) -> Tensor:
     """Scan images whose input-to-state product is given.
 
     Args:
@@ -629,8 +648,10 @@ def lstm_scan(pre: Tensor, state_weight: Tensor, diagonal: bool, form: str = "au
         state_weight: (d 4f n·f), the taps side by side; products are in `pre`'s type, sums in float32 at least.
         diagonal: the Diagonal BiLSTM's scan (d = n = 2), else the Row LSTM's (d = 1, n odd).
         form: one of `FORMS`, or "auto".
+        fast: in bfloat16, compute tanh and σ in one instruction that is off by 2⁻¹¹ of its result at most; NVIDIA's
+            GPUs alone have it, and no interpreter. Not timed on a GPU yet, so not the default.
 
     Returns:
         The hidden states (b h w d f), in `pre`'s type.
     """
-    return lstm_scan_op(pre, state_weight, diagonal, form)[0]
+    return lstm_scan_op(pre, state_weight, diagonal, form, fast)[0]

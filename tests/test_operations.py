@@ -11,10 +11,11 @@ from torch.library import opcheck
 
 import kernels
 import models
+from kernels.activations import tanh
 from kernels.cross_entropy import cross_entropy_op
 from kernels.diagonal_lstm import diagonal_lstm_op
 from kernels.gate import gate_op
-from kernels.jit import triton
+from kernels.jit import jit, tl, triton
 from kernels.lstm_scan import form_of, lstm_scan, lstm_scan_op
 from kernels.masked_conv import masked_conv_op
 from kernels.row_lstm import row_lstm_op
@@ -130,6 +131,35 @@ def test_gradients_of_scans_in_triton_equal_finite_differences(form, diagonal):
     shapes = ((1, 2, 2, 2, 4), (2, 4, 2)) if diagonal else ((1, 2, 2, 1, 4), (1, 4, 3))
     inputs = [x.requires_grad_() for x in numbers(*shapes)]
     assert torch.autograd.gradcheck(lambda *x: lstm_scan(*x, diagonal, form), inputs, fast_mode=True)
+
+
+@jit
+def rough_tanh(x):
+    """Off by as much as the GPU's own, for the interpreter, which has no such instruction."""
+    return (tanh(x) * (1 + 2.0**-11)).to(tl.float32)
+
+
+@needs_triton
+@pytest.mark.slow
+@in_the_interpreter
+@pytest.mark.parametrize("form", SCANS)
+def test_a_scan_by_the_gpus_own_tanh_is_little_off(form, monkeypatch):
+    shapes = (2, 5, 4, 2, 32), (2, 32, 16), (2, 5, 4, 2, 8)
+    pre, weight, d_hidden = (x.float() for x in numbers(*shapes))
+
+    def both_ways() -> list[torch.Tensor]:
+        inputs = pre.clone().requires_grad_(), (weight / 4).requires_grad_()
+        hidden = lstm_scan(*inputs, True, form)
+        return [hidden, *torch.autograd.grad(hidden, inputs, d_hidden)]
+
+    exact = both_ways()
+    monkeypatch.setattr(kernels.lstm_scan, "form_of", lambda *of: form_of(*of)._replace(fast=True))
+    monkeypatch.setattr(kernels.lstm_scan, "tanh_approx", rough_tanh)
+    for name, x, fast in zip(("hidden", "d_pre", "d_weight"), exact, both_ways(), strict=True):
+        off = ((fast - x).abs().max() / x.abs().max()).item()
+        assert 2**-15 < off < 2**-8, (name, off)
+    with pytest.raises(ValueError, match=r"fast=True: expected False for torch\.float32: it is for torch\.bfloat16"):
+        lstm_scan(pre, weight, True, form, fast=True)
 
 
 # ------------------------------------------------------------------------------------------------------- autograd
@@ -281,8 +311,8 @@ def test_backends_are_named():
 # --------------------------------------------------------------------------------------------- as torch's operations
 
 REGISTERED = {
-    "lstm_scan": (lstm_scan_op, [(1, 2, 2, 2, 8), (2, 8, 4)], (True, "auto")),
-    "lstm_scan_row": (lstm_scan_op, [(1, 2, 3, 1, 8), (1, 8, 6)], (False, "auto")),
+    "lstm_scan": (lstm_scan_op, [(1, 2, 2, 2, 8), (2, 8, 4)], (True, "auto", False)),
+    "lstm_scan_row": (lstm_scan_op, [(1, 2, 3, 1, 8), (1, 8, 6)], (False, "auto", False)),
     "masked_conv": (masked_conv_op, [(1, 3, 4, 2), (3, 2, 2, 3), (3,)], (True, 0, 5)),
     "cross_entropy": (cross_entropy_op, [(5, 3)], (torch.tensor([0, 2, 1, 1, 0]),)),
     "gate": (gate_op, [(2, 3, 4)], ()),
