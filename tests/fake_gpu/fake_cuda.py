@@ -18,6 +18,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 INDEX = int(os.environ.get("FAKE_GPU_INDEX", 0))
 HERE = torch.device("cuda", INDEX)
@@ -29,7 +31,8 @@ METHODS = "to new_zeros new_ones new_empty new_full new_tensor"
 real_device = torch.Tensor.device
 real_bmm = torch.bmm
 gpu = None  # the stand-in, once installed
-state = {"device": 0, "capturing": False, "graphs": 0, "replays": 0}
+state = {"device": 0, "capturing": False, "replaying": False, "graphs": 0, "replays": 0}
+SYNCHRONISING = (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default)
 
 
 def on_cpu(x):
@@ -103,9 +106,30 @@ class Event:
     synchronize = synchronize
 
 
-class Graph:
+class Graph(TorchDispatchMode):
+    """torch.cuda.CUDAGraph: notes what torch computes while it is captured, and computes it again in the same memory.
+
+    It is computed while it is captured, which it is not on a GPU, and then undone.
+    """
+
     def __init__(self, keep_graph: bool = False):
-        pass
+        super().__init__()
+        self.calls: list[tuple] = []
+        self.before: dict[int, tuple] = {}  # memory, and what was there before the capture
+
+    def __torch_dispatch__(self, function, types, arguments=(), named=None):
+        assert function not in SYNCHRONISING, f"a synchronisation while a CUDA graph is captured: {function}"
+        for x in tree_leaves((arguments, named)):
+            if isinstance(x, torch.Tensor) and (memory := x.untyped_storage()).data_ptr() not in self.before:
+                self.before[memory.data_ptr()] = memory, memory.clone()
+        out = function(*arguments, **(named or {}))
+        self.calls.append((function, arguments, named or {}, out))
+        return out
+
+    def __exit__(self, *of) -> None:
+        super().__exit__(*of)
+        for memory, before in self.before.values():
+            memory.copy_(before)
 
     def instantiate(self) -> None:
         pass
@@ -113,17 +137,34 @@ class Graph:
     def replay(self) -> None:
         check_current("a replay")
         state["replays"] += 1
+        with torch.no_grad():
+            for function, arguments, named, out in self.calls if state["replaying"] else ():
+                again = function(*arguments, **named)
+                for old, new in zip(tree_leaves(out), tree_leaves(again), strict=True):
+                    if isinstance(old, torch.Tensor) and old.data_ptr() != new.data_ptr():
+                        old.copy_(new)
+
+
+@contextlib.contextmanager
+def replaying():
+    """Within, a replay computes what was captured; it does nothing elsewhere."""
+    state["replaying"] = True
+    yield
+    state["replaying"] = False
 
 
 @contextlib.contextmanager
 def graph(graph: Graph, pool=None, stream=None):
-    """torch.cuda.graph: what is captured runs once, which a capture does not."""
+    """torch.cuda.graph."""
     check_current("a capture")
     assert stream is None or stream.device == INDEX, "captured on another device's stream"
     assert not state["capturing"]
     state["capturing"] = True
     state["graphs"] += 1
-    yield
+    random = torch.get_rng_state()
+    with graph if state["replaying"] else contextlib.nullcontext():
+        yield
+    torch.set_rng_state(random)
     state["capturing"] = False
 
 
@@ -155,7 +196,7 @@ def install():
     cuda.current_device, cuda.set_device = lambda: state["device"], lambda device: state.update(device=index_of(device))
     cuda.empty_cache = cuda.reset_peak_memory_stats = lambda *_: None
     cuda.get_rng_state_all, cuda.set_rng_state_all = lambda: [], lambda states: None
-    cuda.get_rng_state, cuda.set_rng_state = lambda device: None, lambda state, device: None
+    cuda.get_rng_state, cuda.set_rng_state = lambda _: torch.get_rng_state(), lambda x, _: torch.set_rng_state(x)
     cuda.manual_seed_all = lambda seed: None
     cuda.synchronize, cuda.device, cuda.Stream, cuda.Event = synchronize, Device, Stream, Event
     cuda.current_stream, cuda.stream, cuda.CUDAGraph, cuda.graph = Stream, on_stream, Graph, graph

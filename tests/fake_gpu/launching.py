@@ -1,5 +1,7 @@
 """What holds of launches and captures, checked on the fake GPU: see `tests/test_launches.py`, which runs this file."""
 
+import copy
+
 import pytest
 import torch
 
@@ -83,6 +85,40 @@ def test_a_training_step_is_captured_once(name):
         gradients(x[:n])
     assert state["graphs"] == before["graphs"] + 2 and state["replays"] == before["replays"] + 5
     assert state["device"] == 0 and all(parameter.grad is not None for parameter in gradients.model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("name", "bf16"),
+    [("PixelCNN", True), ("GatedPixelCNN", False), ("RowLSTM", False), ("DiagBiLSTM", True), ("MultiScale", False)],
+)
+def test_fifty_captured_training_steps_are_those_of_no_graph(name, bf16):
+    """Losses and weights, bit for bit, dropout included: a replay computes again what was captured, in its memory."""
+    torch.manual_seed(0)
+    others = {"layers": 1} if name == "MultiScale" else {"dropout": 0.3, "classes": 3}
+    captured = small(name, width=4, **others).train()
+    eager, losses = copy.deepcopy(captured), []
+    with kernels.use("torch"), fake_cuda.replaying():
+        for model in (captured, eager):
+            gradients = Gradients(model, bf16=bf16, graph=model is captured)
+            optimizer, numbers = torch.optim.AdamW(model.parameters(), lr=1e-2), torch.Generator().manual_seed(0)
+            torch.manual_seed(1)
+            for _ in range(50):
+                x = torch.randint(0, 4, (6, *captured.shape), generator=numbers)
+                label = torch.randint(0, 3, (6,), generator=numbers) if model.classes else None
+                losses.append(gradients(x, label))
+                optimizer.step()
+    assert state["graphs"] > 0 and losses[:50] == losses[50:] and len(set(losses)) > 40
+    assert all((x == y).all() for x, y in zip(captured.parameters(), eager.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("name", ["PixelCNN", "GatedPixelCNN", "RowLSTM", "DiagBiLSTM"])
+def test_captured_rows_draw_what_the_network_says(name):
+    model = small(name, levels=8)
+    with kernels.use("torch"), fake_cuda.replaying():
+        before = state["replays"]
+        drawn = sample(model, 6, batch_size=2)
+        naive = sample(model, 6, method="naive")
+    assert state["replays"] == before + 10 and (drawn == naive).all()
 
 
 def test_what_a_capture_may_not_do_is_refused():

@@ -1,0 +1,140 @@
+"""What a training step costs the host of a GPU: `python -m bench.host`, where there is none.
+
+The steps are those of `train.py`: both passes, clipping, the optimizer, the moving average. Triton's launches go all
+the way through Triton and then do nothing, and what torch computes is tiny: images of 2×2, 16 features, one image. What
+is left is Python, torch's dispatcher, and a little arithmetic; of a GPU's driver, which takes some microseconds more a
+launch, there is nothing in it. As a graph, both passes are a replay, which does nothing here either.
+
+    operations   that torch's dispatcher and Triton meet in a step
+    gradients    ms for both passes
+    rest         ms for clipping, the optimizer and the moving average, which a CPU computes one parameter after the
+                 other, and a GPU all together
+"""
+
+from __future__ import annotations
+
+import copy
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from types import SimpleNamespace
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import kernels
+from bench.measure import Clock, Results, build, describe, interleave, parse, parser, spread, table
+from bench.stand_in import Driver
+from bench.training import ON_A_GPU, optimizer_of
+from kernels.jit import triton
+from models.gradients import Gradients
+
+
+@contextmanager
+def launches_that_do_nothing() -> Iterator[dict[str, int]]:
+    """Within, Triton finds each kernel compiled, and running it does nothing. Yields how many were launched."""
+    from triton.runtime.jit import JITFunction
+
+    count, kernels_met = {"launches": 0}, {}
+
+    def run(*_) -> None:
+        count["launches"] += 1
+
+    def compiled(kernel, key, *_):
+        nothing = SimpleNamespace(function=0, packed_metadata=(), launch_metadata=lambda *_: None, run=run)
+        return kernel.device_caches[0][0].setdefault(key, nothing)
+
+    def launched(kernel, *arguments, **named):
+        if id(kernel) not in kernels_met:
+            kernel.device_caches.pop(0, None)
+            kernels_met[id(kernel)] = kernel
+        return usual_run(kernel, *arguments, **named)
+
+    usual_run, usual, driver = JITFunction.run, JITFunction._do_compile, triton.runtime.driver._active
+    JITFunction.run, JITFunction._do_compile, triton.runtime.driver._active = launched, compiled, Driver("sm_90")
+    try:
+        yield count
+    finally:
+        JITFunction.run, JITFunction._do_compile, triton.runtime.driver._active = usual_run, usual, driver
+        for kernel in kernels_met.values():
+            kernel.device_caches.pop(0, None)
+
+
+class Operations(TorchDispatchMode):
+    """Counts what torch's dispatcher meets."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, arguments=(), named=None):
+        self.count += 1
+        return function(*arguments, **(named or {}))
+
+
+def step_of(model: nn.Module, graph: bool):
+    """A step as `train.py` takes it, as a function of a clock: two laps."""
+    x = torch.zeros(1, *model.shape, dtype=torch.long)
+    average, optimizer, gradients = copy.deepcopy(model), optimizer_of(model), Gradients(model.train())
+
+    def compute(inputs: list) -> torch.Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return Gradients.compute(gradients, inputs)
+
+    gradients.compute = compute
+    if graph:
+        gradients.graph, gradients.inputs, gradients.replay = True, [x], lambda: None
+        gradients.compute_again()
+
+    def step(clock: Clock) -> None:
+        gradients(x)
+        clock.lap("gradients")
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        with torch.no_grad():
+            torch._foreach_lerp_([*average.parameters()], [*model.parameters()], 0.01)
+        clock.lap("rest")
+
+    return step
+
+
+def measure(name: str, layers: int, launches: dict[str, int], args) -> list[dict]:
+    """Two rows: operation by operation, and as a graph."""
+    graphs = (False, True)
+    model = build(name, 2, 1, 2, 16, layers, args.device)
+    things = {graph: step_of(copy.deepcopy(model), graph) for graph in graphs}
+    times, rows = interleave(things, args.device, args.repeats, warmup=3), []
+    for graph in graphs:
+        before = launches["launches"]
+        with Operations() as operations:
+            things[graph](Clock(args.device))
+        met = {"operations": operations.count, "launches": launches["launches"] - before}
+        ms = {f"{lap}_ms": spread(values) for lap, values in times[graph].items()}
+        rows.append({**describe(name, model, 1), "graph": graph, **met, **ms})
+    return rows
+
+
+def main(argv: list[str] | None = None) -> int:
+    options = parser("host", "Time what a training step costs the host of a GPU, where there is none.", repeats=40)
+    options.set_defaults(device="cpu", threads=1)
+    args = parse(options, argv)
+    if triton is None or triton.knobs.runtime.interpret:
+        options.error("Triton must be installed, and TRITON_INTERPRET not be 1: it would run what is launched")
+    if args.device.type != "cpu":
+        options.error("--device: expected cpu; on a GPU see `python -m bench.training`")
+    args.name = args.name.replace("-cpu", "")
+    columns = ("model", "layers", "graph", "operations", "launches", "gradients_ms", "rest_ms", "total_ms")
+    results = Results(args, columns)
+    cases = sorted({(name, layers) for name, _, _, _, _, layers, *_ in ON_A_GPU if name in args.names})
+    with launches_that_do_nothing() as launches, kernels.use("triton"):
+        for name, layers in cases:
+            about = {"model": name, "layers": layers}
+            results.case(about, partial(measure, name, 1 if args.quick else layers, launches, args))
+    table("What a training step costs the host, without a GPU's driver", results.rows, columns)
+    return results.finish()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
