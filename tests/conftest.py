@@ -32,6 +32,30 @@ def count_loops_with_numpy_2_4() -> None:
 count_loops_with_numpy_2_4()
 
 
+def prepare_the_language_once() -> None:
+    """Triton's interpreter goes through its whole language at each call of a function, at half of a kernel's time.
+
+    All that this changes is there from the first call on.
+    """
+    try:
+        import triton.language as tl
+        from triton.runtime import interpreter
+    except ImportError:
+        return
+    prepare = interpreter._patch_lang
+
+    def prepared(function):
+        seen = [x for x in function.__globals__.values() if x is tl or x is tl.core]
+        if not seen or any(tl.core.is_builtin(module.load) for module in seen):
+            return prepare(function)
+        return interpreter._LangPatchScope()
+
+    interpreter._patch_lang = prepared
+
+
+prepare_the_language_once()
+
+
 def pytest_collection_modifyitems(items) -> None:
     if torch.cuda.is_available():
         return
