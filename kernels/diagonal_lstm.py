@@ -12,8 +12,9 @@ At pixel (i, j), with `left` = (i, j−1) and `up` = (i−1, j), zeros outside t
 Direction 0 reads the image from left to right, direction 1 its mirror image: `left` is (i, j+1) there.
 
 All pixels of one diagonal i + j = t are computed together, from those of t − 1. The Triton form is in
-`kernels/lstm_scan.py`. The torch form below packs the pixels diagonal after diagonal, so that every diagonal, and every
-diagonal's neighbours, is one slice; pixels outside the image do not exist there, and no state can pass through them.
+`kernels/lstm_scan_kernel.py`. The torch form below packs the pixels diagonal after diagonal, so that every diagonal,
+and every diagonal's neighbours, is one slice; pixels outside the image do not exist there, and no state can pass
+through them.
 """
 
 from functools import lru_cache

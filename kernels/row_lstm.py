@@ -12,9 +12,9 @@ At pixel (i, j), zeros outside the image:
     hidden    = o ⊙ tanh(cell)
 
 All pixels of a row, in all images, are computed together from those of the row above. The Triton form is in
-`kernels/lstm_scan.py`. The torch form below puts rows first: (h b w ·). A pixel's features and what its taps read are
-side by side, [u, left, tap 0, …, tap n−1], and so are the weights. The sum above is then one product a row, and the
-gradients of all weights are one product over all pixels.
+`kernels/lstm_scan_kernel.py`. The torch form below puts rows first: (h b w ·). A pixel's features and what its taps
+read are side by side, [u, left, tap 0, …, tap n−1], and so are the weights. The sum above is then one product a row,
+and the gradients of all weights are one product over all pixels.
 """
 
 import torch

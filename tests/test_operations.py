@@ -154,7 +154,7 @@ def test_a_scan_by_the_gpus_own_tanh_is_little_off(form, monkeypatch):
 
     exact = both_ways()
     monkeypatch.setattr(kernels.lstm_scan, "form_of", lambda *of: form_of(*of)._replace(fast=True))
-    monkeypatch.setattr(kernels.lstm_scan, "tanh_approx", rough_tanh)
+    monkeypatch.setattr(kernels.lstm_scan_kernel, "tanh_approx", rough_tanh)
     for name, x, fast in zip(("hidden", "d_pre", "d_weight"), exact, both_ways(), strict=True):
         off = ((fast - x).abs().max() / x.abs().max()).item()
         assert 2**-15 < off < 2**-8, (name, off)

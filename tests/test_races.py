@@ -429,7 +429,7 @@ def row(architecture: str, rule: str, b: int = 2, width: int = 2, form=(16, 64, 
 
 RULES = ("draw", "given", "known", "greedy")
 SCENARIOS = {
-    "lstm_scan": {
+    "lstm_scan_kernel": {
         f"{'diagonal' if diagonal else 'row'}-{form}": functools.partial(scan, diagonal, form)
         for form in FORMS
         for diagonal in (True, False)

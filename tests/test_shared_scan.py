@@ -10,6 +10,7 @@ if torch.cuda.is_available():
     pytest.skip("these run in Triton's interpreter", allow_module_level=True)
 
 import kernels.lstm_scan
+import kernels.lstm_scan_kernel
 from kernels.lstm_scan import form_of, lstm_scan
 from tests.interleaved import interleaved
 from tests.operations import numbers
@@ -52,7 +53,9 @@ def test_in_any_order_of_programs_it_is_the_streamed_form_without_races(diagonal
 @of_nothing
 @pytest.mark.parametrize("seed", range(2))
 def test_a_program_that_does_not_wait_is_found(monkeypatch, seed):
-    monkeypatch.setattr(kernels.lstm_scan, "wait", mock.Mock(side_effect=lambda counts, steps, patience: patience))
+    monkeypatch.setattr(
+        kernels.lstm_scan_kernel, "wait", mock.Mock(side_effect=lambda counts, steps, patience: patience)
+    )
     with watched() as watch, interleaved(seed):
         both_ways(*SIZES["diagonal"], "shared")
     assert {hazard.kind for hazard in watch.hazards} >= {"two programs"}
