@@ -1,9 +1,9 @@
 """What a training step costs the host of a GPU: `python -m bench.host`, where there is none.
 
 The steps are those of `train.py`: both passes, clipping, the optimizer, the moving average. Triton's launches go all
-the way through Triton and then do nothing, and what torch computes is tiny: images of 2×2, 16 features, one image. What
-is left is Python, torch's dispatcher, and a little arithmetic; of a GPU's driver, which takes some microseconds more a
-launch, there is nothing in it. As a graph, both passes are a replay, which does nothing here either.
+the way through Triton and then do nothing, and what torch computes is tiny: images of 2×2, 16 features, one image. That
+leaves Python, torch's dispatcher and a little arithmetic. A GPU's driver adds its own time to each launch, which is not
+counted here. As a graph, both passes are a replay, which does nothing here either.
 
     operations   that torch's dispatcher and Triton meet in a step
     gradients    ms for both passes
@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from types import SimpleNamespace
+from unittest import mock
 
 import torch
 from torch import nn
@@ -26,7 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import kernels
 from bench.measure import Clock, Results, build, describe, interleave, parse, parser, spread, table
-from bench.stand_in import Driver
+from bench.stand_in import StandIn
 from bench.training import ON_A_GPU, optimizer_of
 from kernels.jit import triton
 from models.gradients import Gradients
@@ -37,7 +38,7 @@ def launches_that_do_nothing() -> Iterator[dict[str, int]]:
     """Within, Triton finds each kernel compiled, and running it does nothing. Yields how many were launched."""
     from triton.runtime.jit import JITFunction
 
-    count, kernels_met = {"launches": 0}, {}
+    count = {"launches": 0}
 
     def run(*_) -> None:
         count["launches"] += 1
@@ -46,20 +47,8 @@ def launches_that_do_nothing() -> Iterator[dict[str, int]]:
         nothing = SimpleNamespace(function=0, packed_metadata=(), launch_metadata=lambda *_: None, run=run)
         return kernel.device_caches[0][0].setdefault(key, nothing)
 
-    def launched(kernel, *arguments, **named):
-        if id(kernel) not in kernels_met:
-            kernel.device_caches.pop(0, None)
-            kernels_met[id(kernel)] = kernel
-        return usual_run(kernel, *arguments, **named)
-
-    usual_run, usual, driver = JITFunction.run, JITFunction._do_compile, triton.runtime.driver._active
-    JITFunction.run, JITFunction._do_compile, triton.runtime.driver._active = launched, compiled, Driver("sm_90")
-    try:
+    with StandIn(), mock.patch.object(JITFunction, "_do_compile", compiled):
         yield count
-    finally:
-        JITFunction.run, JITFunction._do_compile, triton.runtime.driver._active = usual_run, usual, driver
-        for kernel in kernels_met.values():
-            kernel.device_caches.pop(0, None)
 
 
 class Operations(TorchDispatchMode):

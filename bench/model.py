@@ -1,6 +1,6 @@
 """A model of the kernels' time on an H100, where there is none: `python -m bench.model`.
 
-A kernel is launched on a stand-in for the GPU and compiled, and a model of the chip runs through its machine code
+Each kernel is launched on a stand-in for the GPU and compiled. A model of the chip then steps through its machine code
 (`bench.machine_code`). How often a loop is walked is known here, by its line in the source (`loops` of a case). Nothing
 of it is a measurement: believe ratios within 20 %, times within 35 %.
 

@@ -91,8 +91,8 @@ def product(
 ):  # fmt: skip
     """Add features (M k) · weights (k n) to total (M n), for one block of outputs.
 
-    float32 is multiplied as three products of tf32, which have matrix instructions: each number is a sum of two of 11
-    bits, and the two small parts are not multiplied. A product of two numbers is off by 2⁻²⁰ of it at most.
+    float32 is multiplied as three products of tf32, which have matrix instructions: each number is cut in
+    two of 11 bits, and the two small parts are not multiplied. A product of two numbers is off by 2⁻¹⁹ of it at most.
 
     Args:
         at, live: where the features of each image begin, and whether there is such an image.

@@ -3,7 +3,7 @@
 Legend: b batch · h w rows, columns · d direction · f hidden features · n taps.
 
 `kernels.lstm_scan_kernel` has the kernels, the mathematics and the four forms. The form "shared" has not run on a GPU
-yet and is chosen by its name alone; where a program of it gave up waiting, `scan` fails.
+yet, so it has to be asked for by name. If one of its programs gives up waiting, `scan` raises an error.
 """
 
 from __future__ import annotations
@@ -235,8 +235,8 @@ def lstm_scan(pre: Tensor, state_weight: Tensor, diagonal: bool, form: str = "au
         state_weight: (d 4f n·f), the taps side by side; products are in `pre`'s type, sums in float32 at least.
         diagonal: the Diagonal BiLSTM's scan (d = n = 2), else the Row LSTM's (d = 1, n odd).
         form: one of `FORMS`, or "auto".
-        fast: in bfloat16, compute tanh and σ in one instruction that is off by 2⁻¹¹ of its result at most; NVIDIA's
-            GPUs alone have it, and no interpreter. Not timed on a GPU yet, so not the default.
+        fast: in bfloat16, compute tanh and σ in one instruction that is off by 2⁻¹¹ of its result at most. Only
+            NVIDIA's GPUs have it; the interpreter does not. Nobody has timed it yet, so it is off by default.
 
     Returns:
         The hidden states (b h w d f), in `pre`'s type.

@@ -3,8 +3,8 @@
     with interleaved(seed=0):
         kernel[grid](…)
 
-The interpreter runs programs one after another, so one that waits for a later one would wait for ever. Here each is a
-thread of its own, of which one runs at a time, until its next atomic operation. Then a random one goes on.
+The interpreter runs programs one after another, so one that waits for a later one would wait for ever. Here each
+has a thread. One thread runs at a time, up to its next atomic operation; then another one is picked at random.
 """
 
 from __future__ import annotations
