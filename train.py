@@ -34,11 +34,10 @@ from cli.runs import (
 from data.order import EpochOrder
 from models.base import bits_per_dim
 from models.checkpoint import in_one_line, read, rebuild, save
-from models.gradients import Gradients
 from models.likelihood import label_for, nats_of, summarise
+from models.optimizers import build_optimizer, load_state
 from models.sampling import sample
-
-OPTIMIZERS = {"rmsprop": torch.optim.RMSprop, "adamw": torch.optim.AdamW}
+from models.training_step import TrainingStep
 
 
 def check_config(cfg) -> None:
@@ -56,31 +55,6 @@ def check_config(cfg) -> None:
         raise unexpected("clip", cfg.clip, "a number above 0, or null")
 
 
-def build_optimizer(config: dict, parameters) -> torch.optim.Optimizer:
-    """Make the optimizer that `name` names, with the other keys as its arguments; ValueError if they do not fit."""
-    arguments = {key: value for key, value in config.items() if key != "name"}
-    check_one_of("optimizer.name", config.get("name"), OPTIMIZERS)
-    kind = OPTIMIZERS[config["name"]]
-    for key, value in arguments.items():
-        if key == "betas":
-            if not (isinstance(value, list) and len(value) == 2 and all(isinstance(x, int | float) for x in value)):
-                raise unexpected("optimizer.betas", value, "two numbers, as in [0.9,0.99]")
-        elif key in ("lr", "eps", "weight_decay", "alpha", "momentum"):
-            check(f"optimizer.{key}", value, float, 0)
-    try:
-        return kind(parameters, foreach=True, **arguments)  # a few operations for all parameters together
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"optimizer={config}: expected arguments of torch.optim.{kind.__name__} ({error})") from None
-
-
-def check_state(optimizer: torch.optim.Optimizer) -> None:
-    """Raise ValueError unless what an optimizer keeps of a parameter has that parameter's shape."""
-    for parameter, kept in optimizer.state.items():
-        for name, value in kept.items():
-            if isinstance(value, Tensor) and value.dim() and value.shape != parameter.shape:
-                raise ValueError(f"{name} of shape {tuple(value.shape)} for a parameter {tuple(parameter.shape)}")
-
-
 def learning_rate_factor(step: int, steps: int, warmup: int, decay: str) -> float:
     """Return the factor of the learning rate at `step`, from 0: linear warm-up, then constant or cosine to zero."""
     factor = min(1.0, (step + 1) / (warmup + 1))
@@ -89,11 +63,9 @@ def learning_rate_factor(step: int, steps: int, warmup: int, decay: str) -> floa
     return factor
 
 
-def follow(average: nn.Module, model: nn.Module, decay: float, n: int) -> None:
-    """Move an average of n models' weights towards the next ones; the decay rises, so that the first are forgotten."""
-    decay = min(decay, (1 + n) / (10 + n)) if n else 0.0
-    with torch.no_grad():
-        torch._foreach_lerp_([*average.parameters()], [*model.parameters()], 1 - decay)
+def averaging_decay(step: int, decay: float) -> float:
+    """Return how much of themselves averaged weights keep after `step`, from 0: ever more, to forget the first."""
+    return min(decay, (1 + step) / (10 + step)) if step else 0.0
 
 
 class Training:
@@ -107,7 +79,9 @@ class Training:
         check_classes(self.model, dataset)
         self.ema = copy.deepcopy(self.model) if cfg.ema else None
         self.optimizer = build_optimizer(self.config["optimizer"], self.model.parameters())
-        self.gradients = Gradients(self.model, cfg.bf16, cfg.cuda_graph)
+        self.training_step = TrainingStep(
+            self.model, self.optimizer, self.ema, cfg.clip, bf16=cfg.bf16, graph=cfg.cuda_graph
+        )
         self.binarizer = torch.Generator().manual_seed(cfg.seed)
         self.step, self.seconds = 0, 0.0
         self.best_val = {}  # what `summarise` says of best.pt on the validation split
@@ -126,14 +100,8 @@ class Training:
         """Take a step of the optimizer on images x (b c h w) with labels (b,); return their mean nats, a scalar."""
         config = self.config
         factor = learning_rate_factor(self.step, config["steps"], config["warmup"], config["decay"])
-        for group in self.optimizer.param_groups:
-            group["lr"] = config["optimizer"]["lr"] * factor
-        nats = self.gradients(x, label_for(self.model, labels))
-        if config["clip"] is not None:
-            nn.utils.clip_grad_norm_(self.model.parameters(), config["clip"])
-        self.optimizer.step()
-        if self.ema:
-            follow(self.ema, self.model, config["ema"], self.step)
+        lr, decay = config["optimizer"]["lr"] * factor, averaging_decay(self.step, config["ema"])
+        nats = self.training_step(x, label_for(self.model, labels), lr=lr, decay=decay)
         self.step += 1
         return nats
 
@@ -180,8 +148,7 @@ class Training:
             self.model.load_state_dict(checkpoint["weights"])
             if self.ema:
                 self.ema.load_state_dict(checkpoint["ema"])
-            self.optimizer.load_state_dict(checkpoint["optimizer"])
-            check_state(self.optimizer)
+            load_state(self.optimizer, checkpoint["optimizer"])
             random = checkpoint["random"]
             torch.set_rng_state(random["torch"])
             self.binarizer.set_state(random["data"])
@@ -189,8 +156,6 @@ class Training:
                 torch.cuda.set_rng_state_all(random["cuda"])
         except Exception as error:  # a value of any kind, anywhere
             raise ValueError(f"{path}: expected the state of this run, found another: {in_one_line(error)}") from None
-        for group in self.optimizer.param_groups:
-            group |= self.optimizer.defaults  # this run's, where they are others than the checkpoint's
         self.step, self.seconds, self.best_val = (checkpoint[k] for k in ("step", "seconds", "best_val"))
 
 
@@ -207,7 +172,7 @@ def log(run: Training, throughput: Throughput, folder: Path, metrics: Metrics, b
     nats, rate, seconds = throughput.take()
     run.seconds += seconds
     check_finite(nats, "the loss", f"at step {run.step}", folder)
-    bits, lr = bits_per_dim(nats, run.model.shape), run.optimizer.param_groups[0]["lr"]
+    bits, lr = bits_per_dim(nats, run.model.shape), float(run.optimizer.param_groups[0]["lr"])
     metrics.write(run.step, train_nats=nats, train_bits_per_dim=bits, lr=lr, images_per_second=rate)
     bar.text(f"{bits:.3f} bits/dim · {nats:.1f} nats · {rate:.0f} images/s")
 

@@ -3,11 +3,11 @@
 The steps are those of `train.py`: both passes, clipping, the optimizer, the moving average. Triton's launches go all
 the way through Triton and then do nothing, and what torch computes is tiny: images of 2×2, 16 features, one image. That
 leaves Python, torch's dispatcher and a little arithmetic. A GPU's driver adds its own time to each launch, which is not
-counted here. As a graph, both passes are a replay, which does nothing here either.
+counted here. As a graph, all of a step is a replay, which does nothing here either.
 
     operations   that torch's dispatcher and Triton meet in a step
-    gradients    ms for both passes
-    rest         ms for clipping, the optimizer and the moving average, which a CPU computes one parameter after the
+    passes       ms for both passes
+    rest         ms for clipping, the optimizer and the averaged weights, which a CPU computes one parameter after the
                  other, and a GPU all together
 """
 
@@ -28,9 +28,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import kernels
 from bench.measure import Clock, Results, build, describe, interleave, parse, parser, spread, table
 from bench.stand_in import StandIn
-from bench.training import ON_A_GPU, optimizer_of
+from bench.training import ON_A_GPU, RMSPROP
 from kernels.jit import triton
-from models.gradients import Gradients
+from models.optimizers import build_optimizer
+from models.training_step import WARM_UP, TrainingStep
 
 
 @contextmanager
@@ -64,29 +65,31 @@ class Operations(TorchDispatchMode):
 
 
 def step_of(model: nn.Module, graph: bool):
-    """A step as `train.py` takes it, as a function of a clock: two laps."""
+    """A step as `train.py` takes it, as a function of a clock: two laps, or one as a graph."""
+    optimizer = build_optimizer({"name": "rmsprop", **RMSPROP}, model.parameters())
     x = torch.zeros(1, *model.shape, dtype=torch.long)
-    average, optimizer, gradients = copy.deepcopy(model), optimizer_of(model), Gradients(model.train())
+    step = TrainingStep(model.train(), optimizer, copy.deepcopy(model), clip=1.0)
+    compute, clip = step.compute, nn.utils.clip_grad_norm_
 
-    def compute(inputs: list) -> torch.Tensor:
+    def compute_in_bfloat16(inputs: list) -> torch.Tensor:
         with torch.autocast("cpu", torch.bfloat16):
-            return Gradients.compute(gradients, inputs)
+            return compute(inputs)
 
-    gradients.compute = compute
+    step.compute = compute_in_bfloat16
     if graph:
-        gradients.graph, gradients.inputs, gradients.replay = True, [x], lambda: None
-        gradients.compute_again()
+        step.graph, step.inputs, step.warm, step.replay = True, [x], WARM_UP, lambda: None
+        step.compute_again()
 
-    def step(clock: Clock) -> None:
-        gradients(x)
-        clock.lap("gradients")
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        with torch.no_grad():
-            torch._foreach_lerp_([*average.parameters()], [*model.parameters()], 0.01)
-        clock.lap("rest")
+    def run(clock: Clock) -> None:
+        def clipped(*arguments) -> None:
+            clock.lap("passes")
+            clip(*arguments)
 
-    return step
+        with mock.patch.object(nn.utils, "clip_grad_norm_", clipped):
+            step(x, lr=1e-3, decay=0.99)
+        clock.lap("all" if graph else "rest")
+
+    return run
 
 
 def measure(name: str, layers: int, launches: dict[str, int], args) -> list[dict]:
@@ -100,7 +103,7 @@ def measure(name: str, layers: int, launches: dict[str, int], args) -> list[dict
         with Operations() as operations:
             things[graph](Clock(args.device))
         met = {"operations": operations.count, "launches": launches["launches"] - before}
-        ms = {f"{lap}_ms": spread(values) for lap, values in times[graph].items()}
+        ms = {f"{lap}_ms": spread(values) for lap, values in times[graph].items() if lap != "all"}
         rows.append({**describe(name, model, 1), "graph": graph, **met, **ms})
     return rows
 
@@ -114,7 +117,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.device.type != "cpu":
         options.error("--device: expected cpu; on a GPU see `python -m bench.training`")
     args.name = args.name.replace("-cpu", "")
-    columns = ("model", "layers", "graph", "operations", "launches", "gradients_ms", "rest_ms", "total_ms")
+    columns = ("model", "layers", "graph", "operations", "launches", "passes_ms", "rest_ms", "total_ms")
     results = Results(args, columns)
     cases = sorted({(name, layers) for name, _, _, _, _, layers, *_ in ON_A_GPU if name in args.names})
     with launches_that_do_nothing() as launches, kernels.use("triton"):

@@ -4,7 +4,7 @@ A step is forward, backward, and RMSprop's step with zero_grad, on random images
 ones of 28×28, and on a GPU the papers' sizes (`ON_A_GPU`), with products in bfloat16 as train.py has them. Each model
 is timed in turn with a baseline, the same function of the same weights as it is usually written (`bench.plain`), and
 with a matrix product of 1024³ (on a GPU 8192³), whose rate says what the machine can do just then. On a GPU both are
-timed with forward and backward as one CUDA graph, as train.py runs the models here, and operation by operation.
+timed as one CUDA graph, as train.py runs the models here, and operation by operation.
 
 Arithmetic is counted once, for both: the multiply-adds that no mask makes zero. A step counts as three forwards, as
 backward needs a product for the inputs' gradient and one for the weights'; a multiply-add is two operations.
@@ -21,7 +21,8 @@ from torch import Tensor, nn
 
 from bench.measure import Clock, Results, build, describe, interleave, parse, parser, spread, table, whole
 from bench.plain import baseline, live_multiply_adds
-from models.gradients import Gradients
+from models.optimizers import build_optimizer
+from models.training_step import TrainingStep
 
 ON_A_GPU = [  # model, side, colours, levels, h, layers, features of the head, batch
     ("diag_bilstm", 28, 1, 2, 16, 7, 32, 16),
@@ -33,13 +34,12 @@ ON_A_GPU = [  # model, side, colours, levels, h, layers, features of the head, b
 ]
 
 
-def optimizer_of(model: nn.Module) -> torch.optim.Optimizer:
-    return torch.optim.RMSprop(model.parameters(), lr=1e-3, alpha=0.95, eps=1e-8, momentum=0.9, foreach=True)
+RMSPROP = {"lr": 1e-3, "alpha": 0.95, "eps": 1e-8, "momentum": 0.9}
 
 
 def step_of(model: nn.Module, x: Tensor):
     """A training step of a model on images x, as a function of a clock, with three laps."""
-    optimizer, sub_pixels = optimizer_of(model), math.prod(x.shape[1:])
+    optimizer, sub_pixels = torch.optim.RMSprop(model.parameters(), **RMSPROP, foreach=True), math.prod(x.shape[1:])
     half = torch.autocast("cuda", torch.bfloat16, enabled=x.is_cuda)
     model.train()
 
@@ -57,16 +57,10 @@ def step_of(model: nn.Module, x: Tensor):
 
 
 def captured_step_of(model: nn.Module, x: Tensor):
-    """The same with both passes as one CUDA graph: two laps."""
-    optimizer, gradients = optimizer_of(model), Gradients(model.train(), bf16=True)
-
-    def step(clock: Clock) -> None:
-        gradients(x)
-        clock.lap("gradients")
-        optimizer.step()
-        clock.lap("optimizer")
-
-    return step
+    """The same as one CUDA graph, and so one lap."""
+    optimizer = build_optimizer({"name": "rmsprop", **RMSPROP}, model.parameters())
+    step = TrainingStep(model.train(), optimizer, bf16=True)
+    return whole(lambda: step(x, lr=RMSPROP["lr"]))
 
 
 def compare(name: str, model: nn.Module, b: int, n: int, args) -> list[dict]:
@@ -103,7 +97,10 @@ def compare(name: str, model: nn.Module, b: int, n: int, args) -> list[dict]:
         if thing in errors:
             rows.append(row | {"error": errors[thing]})
             continue
-        row |= {"step_ms": ms[thing], **{f"{lap}_ms": spread(t) for lap, t in times[thing].items() if lap != "total"}}
+        laps = {
+            f"{lap}_ms": spread(t) for lap, t in times[thing].items() if lap in ("forward", "backward", "optimizer")
+        }
+        row |= {"step_ms": ms[thing], **laps}
         row |= {"images_per_second": b / ms[thing]["median"] * 1e3, "multiply_adds": multiply_adds}
         row |= {"gflops": gflops[thing], "share_of_matmul": gflops[thing] / gflops["matmul"]}
         if cuda:
@@ -126,7 +123,7 @@ def main(argv: list[str] | None = None) -> int:
         cases, n = [case for case in ON_A_GPU if case[0] in args.names], 8192
     else:
         cases, n = [(name, 28, 1, 2, None, None, 32, 16) for name in args.names], 1024
-    times = ("step_ms", "gradients_ms", "forward_ms", "backward_ms", "optimizer_ms")
+    times = ("step_ms", "forward_ms", "backward_ms", "optimizer_ms")
     rates = ("images_per_second", "gflops", "share_of_matmul", "ratio")
     results = Results(args, ("model", "implementation", "graph", "shape", "step_ms", *rates))
 

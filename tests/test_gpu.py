@@ -12,9 +12,10 @@ import torch
 import kernels
 import models
 from kernels.lstm_scan import lstm_scan
-from models.gradients import Gradients
+from models.optimizers import build_optimizer
 from models.sampling import PixelLoop, noise, sample
 from models.sampling.rules import Given, Record
+from models.training_step import TrainingStep
 
 pytestmark = pytest.mark.gpu
 CLASSES = ("PixelCNN", "GatedPixelCNN", "RowLSTM", "DiagBiLSTM")
@@ -117,21 +118,25 @@ def test_training_in_bfloat16_learns(name, compiled):
     assert losses[-1] < 0.3 * losses[0]
 
 
+@pytest.mark.parametrize("optimizer", ["rmsprop", "adamw"])
 @pytest.mark.parametrize("name", [*CLASSES, "MultiScale"])
-def test_a_captured_training_step_is_the_same(name):
-    """Losses and gradients, bit for bit, dropout included, with the weights moving in between."""
+def test_captured_training_steps_are_the_same(name, optimizer):
+    """Losses, gradients and weights, the averaged ones too, bit for bit, dropout included, with a rate that falls."""
     others = {"layers": 1} if name == "MultiScale" else {"dropout": 0.3, "classes": 3}
     captured = build(name, hidden=32, height=8, width=6, **others).cuda()
-    eager = copy.deepcopy(captured)
-    sides = [(model, Gradients(model, bf16=True, graph=model is captured)) for model in (captured, eager)]
-    optimizers = [torch.optim.AdamW(model.parameters(), lr=1e-2) for model, _ in sides]
-    for k in range(5):
+    eager, averages, steps = copy.deepcopy(captured), [], []
+    for model in (captured, eager):
+        averages.append(copy.deepcopy(model))
+        made = build_optimizer({"name": optimizer, "lr": 1e-2}, model.parameters())
+        steps.append(TrainingStep(model, made, averages[-1], clip=0.1, bf16=True, graph=model is captured))
+    for k in range(8):
         x, label = torch.randint(0, 4, (6, 1, 8, 6)), torch.randint(0, 3, (6,)).cuda()
         losses = []
-        for (_, gradients), optimizer in zip(sides, optimizers, strict=True):
+        for step in steps:
             torch.cuda.manual_seed(k)
-            losses.append(gradients(x, label if captured.classes else None))
-            optimizer.step()
+            losses.append(step(x, label if captured.classes else None, lr=1e-2 / (k + 1), decay=k / 10))
         assert torch.equal(*losses), k
         for mine, other in zip(captured.parameters(), eager.parameters(), strict=True):
             assert torch.equal(mine.grad, other.grad) and torch.equal(mine, other), k
+        for mine, other in zip(*(average.parameters() for average in averages), strict=True):
+            assert torch.equal(mine, other), k

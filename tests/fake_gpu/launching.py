@@ -11,10 +11,11 @@ from bench.stand_in import StandIn
 from kernels.gate import gate_fwd_kernel
 from kernels.jit import tl
 from kernels.lstm_scan import lstm_scan
-from models.gradients import Gradients
+from models.optimizers import build_optimizer, load_state
 from models.sampling import PixelLoop, noise, sample
 from models.sampling.loop import backend_of_rows
 from models.sampling.rules import Draw
+from models.training_step import TrainingStep
 from tests.fake_gpu import fake_cuda
 from tests.fake_gpu.fake_cuda import INDEX, state
 
@@ -76,39 +77,70 @@ def test_a_row_is_captured_once_its_kind_has_run():
     assert len(done) == 4
 
 
+ADAMW = {"name": "adamw", "lr": 1e-2, "weight_decay": 0.1}
+RMSPROP = {"name": "rmsprop", "lr": 1e-3, "alpha": 0.95}
+
+
 @pytest.mark.parametrize("name", ["PixelCNN", "GatedPixelCNN", "RowLSTM", "DiagBiLSTM"])
-def test_a_training_step_is_captured_once(name):
-    """Both passes, on the model's device, after two runs; another number of images is captured anew."""
-    gradients, x = Gradients(small(name, dropout=0.5).train(), bf16=True), torch.zeros(3, 1, 4, 3).long()
-    before = dict(state)
-    for n in (3, 3, 3, 2, 2):
-        gradients(x[:n])
-    assert state["graphs"] == before["graphs"] + 2 and state["replays"] == before["replays"] + 5
-    assert state["device"] == 0 and all(parameter.grad is not None for parameter in gradients.model.parameters())
+def test_a_training_step_is_captured_at_the_third_of_its_kind(name):
+    """All of it, on the model's device; another number of images is captured anew."""
+    model, x = small(name, dropout=0.5).train(), torch.zeros(3, 1, 4, 3).long()
+    step = TrainingStep(model, build_optimizer(ADAMW, model.parameters()), copy.deepcopy(model), clip=1, bf16=True)
+    before, done = dict(state), []
+    for n in (3, 3, 3, 3, 2, 2, 2, 2):
+        step(x[:n], lr=1e-2, decay=0.9)
+        done.append((state["graphs"] - before["graphs"], state["replays"] - before["replays"]))
+    assert done == [(0, 0), (0, 0), (1, 1), (1, 2), (1, 2), (1, 2), (2, 3), (2, 4)]
+    assert state["device"] == 0
 
 
 @pytest.mark.parametrize(
-    ("name", "bf16"),
-    [("PixelCNN", True), ("GatedPixelCNN", False), ("RowLSTM", False), ("DiagBiLSTM", True), ("MultiScale", False)],
+    ("name", "bf16", "optimizer", "clip"),
+    [
+        ("PixelCNN", True, ADAMW, None),
+        ("GatedPixelCNN", False, ADAMW, 0.1),
+        ("RowLSTM", False, RMSPROP, None),
+        ("DiagBiLSTM", True, {**RMSPROP, "momentum": 0.9}, 0.1),
+        ("MultiScale", False, ADAMW, None),
+    ],
 )
-def test_fifty_captured_training_steps_are_those_of_no_graph(name, bf16):
-    """Losses and weights, bit for bit, dropout included: a replay computes again what was captured, in its memory."""
+def test_fifty_captured_training_steps_are_those_of_no_graph(name, bf16, optimizer, clip):
+    """Losses and all weights, bit for bit, dropout and a rate that falls included."""
     torch.manual_seed(0)
     others = {"layers": 1} if name == "MultiScale" else {"dropout": 0.3, "classes": 3}
     captured = small(name, width=4, **others).train()
-    eager, losses = copy.deepcopy(captured), []
+    eager, losses, averages = copy.deepcopy(captured), [], []
     with kernels.use("torch"), fake_cuda.replaying():
         for model in (captured, eager):
-            gradients = Gradients(model, bf16=bf16, graph=model is captured)
-            optimizer, numbers = torch.optim.AdamW(model.parameters(), lr=1e-2), torch.Generator().manual_seed(0)
+            averages.append(copy.deepcopy(model))
+            made = build_optimizer(optimizer, model.parameters())
+            step = TrainingStep(model, made, averages[-1], clip, bf16, graph=model is captured)
+            numbers = torch.Generator().manual_seed(0)
             torch.manual_seed(1)
-            for _ in range(50):
+            for n in range(50):
                 x = torch.randint(0, 4, (6, *captured.shape), generator=numbers)
                 label = torch.randint(0, 3, (6,), generator=numbers) if model.classes else None
-                losses.append(gradients(x, label))
-                optimizer.step()
+                losses.append(step(x, label, lr=optimizer["lr"] * (1 - n / 50), decay=min(0.9, n / 10)))
+            assert made.state[next(model.parameters())]["step"] == 50
     assert state["graphs"] > 0 and losses[:50] == losses[50:] and len(set(losses)) > 40
-    assert all((x == y).all() for x, y in zip(captured.parameters(), eager.parameters(), strict=True))
+    for sides in ((captured, eager), averages):
+        assert all((x == y).all() for x, y in zip(*(model.parameters() for model in sides), strict=True))
+
+
+def test_a_state_of_the_cpu_goes_on_on_a_gpu_and_back():
+    """There, the rate and the count of steps are tensors: a CUDA graph reads them."""
+    model = small()
+    here, there = build_optimizer(ADAMW, model.parameters()), build_optimizer(ADAMW, model.parameters())
+    for group in there.param_groups:
+        there.defaults |= {"capturable": False, "lr": 1e-2}
+        group |= there.defaults
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros(parameter.shape)
+    for source, target in ((there, here), (here, there)):
+        source.step()
+        load_state(target, source.state_dict())
+        assert [group["capturable"] for group in target.param_groups] == [target is here]
+        assert isinstance(target.param_groups[0]["lr"], torch.Tensor) == (target is here)
 
 
 @pytest.mark.parametrize("name", ["PixelCNN", "GatedPixelCNN", "RowLSTM", "DiagBiLSTM"])
