@@ -44,7 +44,7 @@ def build(
     device,
     head_features: int = 32,
 ):
-    """A model for side × side images, of the same weights each time; None: as in `MODELS`."""
+    """A model for side × side images, of the same weights each time; None: as in `MODELS`, and where torch makes it."""
     target, usual_hidden, usual_layers = MODELS[name]
     torch.manual_seed(0)
     model = models.build(
@@ -59,7 +59,7 @@ def build(
             "head_features": head_features,
         }
     )
-    return model.to(device)
+    return model if device is None else model.to(device)
 
 
 def describe(name: str, model: torch.nn.Module, b: int) -> dict:

@@ -4,7 +4,8 @@ A step is forward, backward, and RMSprop's step with zero_grad, on random images
 ones of 28×28, and on a GPU the papers' sizes (`ON_A_GPU`), with products in bfloat16 as train.py has them. Each model
 is timed in turn with a baseline, the same function of the same weights as it is usually written (`bench.plain`), and
 with a matrix product of 1024³ (on a GPU 8192³), whose rate says what the machine can do just then. On a GPU both are
-timed as one CUDA graph, as train.py runs the models here, and operation by operation.
+timed as one CUDA graph, as train.py runs the models here, and operation by operation; `kernels` says what takes the
+model's time there.
 
 Arithmetic is counted once, for both: the multiply-adds that no mask makes zero. A step counts as three forwards, as
 backward needs a product for the inputs' gradient and one for the weights'; a multiply-add is two operations.
@@ -63,6 +64,21 @@ def captured_step_of(model: nn.Module, x: Tensor):
     return whole(lambda: step(x, lr=RMSPROP["lr"]))
 
 
+def kernels_of(step, device: torch.device) -> list[dict] | str:
+    """The kernels of a step, the longest first; what went wrong, where a GPU's profiler does not do this."""
+    if (activity := torch.profiler.ProfilerActivity.CUDA) not in torch.profiler.supported_activities():
+        return "expected a torch that profiles a GPU"
+    try:
+        with torch.profiler.profile(activities=[activity]) as profiler:
+            step(Clock(device))
+            torch.cuda.synchronize()
+        found = [event for event in profiler.key_averages() if event.self_device_time_total]
+    except Exception as error:  # what was timed before must not be lost
+        return f"{type(error).__name__}: {error}"
+    found.sort(key=lambda event: -event.self_device_time_total)
+    return [{"name": x.key[:60], "launches": x.count, "us": round(x.self_device_time_total)} for x in found[:25]]
+
+
 def compare(name: str, model: nn.Module, b: int, n: int, args) -> list[dict]:
     """Three rows: the model, its baseline, and the product of two n×n matrices, timed between them."""
     plain, (c, h, w) = baseline(model), model.shape
@@ -107,6 +123,8 @@ def compare(name: str, model: nn.Module, b: int, n: int, args) -> list[dict]:
             torch.cuda.reset_peak_memory_stats()
             step(Clock(args.device))
             row["peak_megabytes"] = torch.cuda.max_memory_allocated() / 2**20
+            if thing == ("ours", False):
+                row["kernels"] = kernels_of(step, args.device)
         rows.append(row | {"ratio": ours and ms[thing]["median"] / ours, "ratio_to": "ours"})
     measured = {"step_ms": ms["matmul"], "gflops": gflops["matmul"], "share_of_matmul": 1.0}
     rows.append({"model": name, "implementation": "matmul", "shape": [n, n, n], **measured})

@@ -73,7 +73,7 @@ class TrainingStep:
             nats = self.model(*inputs).mean()
         (nats / inputs[0][0].numel()).backward()
         if self.clip is not None:
-            nn.utils.clip_grad_norm_(self.parameters, self.clip)
+            nn.utils.clip_grad_norm_(self.parameters, self.clip, foreach=True)
         self.optimizer.step()
         if self.average:
             follow(self.average, self.model, self.decay)

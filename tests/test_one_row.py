@@ -165,7 +165,8 @@ def test_what_rows_above_give_is_copied_in_words_where_features_fill_them(case):
     """The Row LSTM's hidden states do not: they come after a column of ones."""
     for hidden, fills in ((16, case.target != "RowLSTM"), (7, False)):
         layers = Cached(build(case, hidden=hidden, channels=1), 3, images_last=False).layers
-        assert layers.above_inputs.dtype == layers.handed_down.dtype == (torch.int64 if fills else torch.float32)
+        ((side_by_side, handed_down),) = layers.above.copies
+        assert side_by_side.dtype == handed_down.dtype == (torch.int64 if fills else torch.float32)
 
 
 # ------------------------------------------------------------------------------------- what finds it can find it

@@ -31,6 +31,7 @@ class Cached:
         condition: an example of those to come, which stand in `condition`; None where the model has none.
         images_last: see `Buffers`; None: on a CPU.
         network: the model's, if it should have another layout than `model.in_row()`.
+        backend: who computes what the rows above give, "torch" or "triton".
     """
 
     def __init__(
@@ -40,9 +41,11 @@ class Cached:
         condition: Tensor | None = None,
         images_last: bool | None = None,
         network: Network | None = None,
+        backend: str = "torch",
     ):
         network = model.in_row() if network is None else network
-        buffers = Buffers(b, model.stem.weight, model.device.type == "cpu" if images_last is None else images_last)
+        images_last = model.device.type == "cpu" if images_last is None else images_last
+        buffers = Buffers(b, model.stem.weight, images_last, backend)
         columns = model.width + model.body.extra_columns
         self.scaled = model.scale(torch.arange(model.levels, device=model.device))
         self.condition, self.outside = condition, range(model.width, columns)
@@ -104,8 +107,8 @@ class CachedStem:
         self.reach, colours, kernel = reach, self.taps.inputs[-1].size, 2 * reach + 1
         self.rows = buffers(reach + 1, width + 2 * reach, colours)  # those above, the present one; zeros outside
         self.of_above = RowProduct(buffers, width, above.weight, above.bias, ConditionRow(None, None, width))
-        self.above_taps = self.of_above.inputs[0].view(buffers.b, width, reach, kernel, colours)
-        self.above_windows = windows(self.rows[:, :-1], kernel).transpose(1, 2)
+        taps = windows(self.rows[:, :-1], kernel).transpose(1, 2)  # (b w reach kernel colours)
+        self.of_above.read(taps.view(1, *taps.shape[:3], -1))
         self.skipped = above.weight.shape[1] - self.taps.weight.shape[1]
         self.vertical, self.above = vertical, self.of_above.out[0][:, :, self.skipped :]  # (b w f)
         row = self.row = self.rows[:, reach].flatten(1)  # (b, padded width · colours)
@@ -131,7 +134,6 @@ class CachedStem:
         for k in range(self.reach):
             self.rows[:, k] = self.rows[:, k + 1]
         self.rows[:, -1].zero_()
-        self.above_taps.copy_(self.above_windows)
         self.of_above()
         if self.vertical is not None:
             self.vertical.copy_(self.of_above.out[0][:, :, : self.skipped])
@@ -178,8 +180,7 @@ class CachedLayers:
         self.mirrored = CachedMirrored(row.mirrored, buffers, width, condition, self) if row.mirrored else None
         self.vertical_input = self.vertical.input if self.vertical else None
         taps = len(row.above.inputs)  # columns of the row above
-        above_inputs = self.above.inputs.unflatten(3, (taps, -1))
-        self.above_inputs, self.handed_down = in_words(above_inputs, self.views_handed_down(taps))
+        self.above.read(self.views_handed_down(taps))
         self.at_first = self.cleared_at_first()
 
         self.join = Join(network, buffers, in_place=row.down is not None)
@@ -286,7 +287,6 @@ class CachedLayers:
         for beside in (self.vertical, self.mirrored):
             if beside:
                 beside.begin_row(first)
-        self.above_inputs.copy_(self.handed_down)
         self.above()
         if self.in_row.act == "lstm" and self.left_is_hidden:
             self.cell.zero_()
@@ -387,9 +387,8 @@ class CachedMirrored:
         self.hidden = buffers(width, f, layers=layers)
         self.condition = ConditionRow(condition, mirrored.given and mirrored.given.weight, width)
         self.gates = RowProduct(buffers, width, mirrored.main.weight, mirrored.main.bias, self.condition)  # o f i g
-        above, u = self.gates.inputs[..., :f], self.gates.inputs[..., f:]
-        self.above, self.hidden_above = in_words(above, self.hidden)
-        self.u, self.row = in_words(u, of.slots[:, :, 1 : width + 1, of.left_size :])
+        row = of.slots[:, :, 1 : width + 1, of.left_size :]
+        self.gates.read(self.hidden[:, :, :, None], row[:, :, :, None])
         self.left = mirrored.left.weight.mT.contiguous()
         self.cell = buffers(f, layers=layers, dtype=buffers.state)
         self.tanh, self.f, self.width = buffers(f, layers=layers), f, width
@@ -402,8 +401,6 @@ class CachedMirrored:
             self.hidden.zero_()
             return
         f = self.f
-        self.above.copy_(self.hidden_above)
-        self.u.copy_(self.row)
         self.gates()
         cell, tanh = self.cell.zero_(), self.tanh
         for j in range(self.width - 1, -1, -1):

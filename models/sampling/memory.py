@@ -6,6 +6,7 @@ Legend: b batch · w columns · f features · k inputs of a product · d feature
 import torch
 from torch import Tensor
 
+from kernels.row_product import row_product
 from models.layers import state_dtype
 
 
@@ -14,10 +15,12 @@ class Buffers:
 
     With `images_last` the images are next to each other, so that any features of a pixel are contiguous: on a CPU
     products with few images are quicker then. The row kernel reads features that are next to each other.
+    `backend` says who does the products of a `RowProduct`, "torch" or "triton".
     """
 
-    def __init__(self, b: int, weight: Tensor, images_last: bool = False):
+    def __init__(self, b: int, weight: Tensor, images_last: bool = False, backend: str = "torch"):
         self.b, self.new, self.images_last, self.state = b, weight.new_zeros, images_last, state_dtype(weight)
+        self.backend = backend
 
     def __call__(self, *shape: int, layers: int | None = None, dtype: torch.dtype | None = None) -> Tensor:
         """(b shape), or with `layers` (layers b shape)."""
@@ -96,22 +99,35 @@ class ConditionRow:
 class RowProduct:
     """One product in all layers for all columns of a row, done once a row, with the condition's part added.
 
-    From `inputs` (layers b w k), which the caller fills, to `out` (layers b w f), by weights (layers f k) and biases
-    (layers f). A step may add to `out` in place: each row writes all of it.
+    From what `read` names to `out` (layers b w f), by weights (layers f k) and biases (layers f). A step may add to
+    `out` in place: each row writes all of it.
     """
 
     def __init__(self, buffers: Buffers, width: int, weight: Tensor, bias: Tensor, condition: ConditionRow):
-        (layers, f, k), self.weight, self.bias = weight.shape, weight.mT.contiguous(), bias[:, None]
-        self.condition = condition
-        self.inputs = buffers.new(layers, buffers.b, width, k)
-        self.flat_inputs = self.inputs.flatten(1, 2)
+        (layers, f, self.k), self.buffers = weight.shape, buffers
+        self.weight, self.bias, self.condition = weight.mT.contiguous(), bias.contiguous(), condition
         self.product = buffers.new(layers, buffers.b * width, f)
         self.out = self.rows = self.product.view(layers, buffers.b, width, f)
         if buffers.images_last:
             self.out = buffers(width, f, layers=layers)
 
+    def read(self, *sources: Tensor) -> None:
+        """Make these the inputs, side by side: views (layers b w taps features), at most two of them."""
+        self.sources = sources
+        if self.buffers.backend == "triton":
+            return
+        inputs = self.buffers.new(*self.rows.shape[:3], self.k)
+        sizes, self.flat_inputs, self.copies = [x.shape[3] * x.shape[4] for x in sources], inputs.flatten(1, 2), []
+        for side_by_side, x in zip(inputs.split(sizes, dim=3), sources, strict=True):
+            self.copies.append(in_words(side_by_side.unflatten(3, x.shape[3:]), x))
+
     def __call__(self) -> None:
-        torch.baddbmm(self.bias, self.flat_inputs, self.weight, out=self.product)
+        if self.buffers.backend == "triton":
+            row_product(self.sources, self.weight, self.bias, self.rows)
+        else:
+            for side_by_side, source in self.copies:
+                side_by_side.copy_(source)
+            torch.baddbmm(self.bias[:, None], self.flat_inputs, self.weight, out=self.product)
         self.condition.add_to(self.product)
         if self.out is not self.rows:
             self.out.copy_(self.rows)

@@ -19,7 +19,7 @@ class TritonRow(Cached):
     def __init__(self, model: AutoregressiveModel, b: int, condition: Tensor | None, rule: Rule, values: Tensor):
         choice = Choice(**rule.choice())
         network = model.in_row().aligned()
-        super().__init__(model, b, condition, images_last=False, network=network)
+        super().__init__(model, b, condition, images_last=False, network=network, backend="triton")
         first, last = product_of(network.first), product_of(network.last)
         outputs = network.last.outputs[0].sizes[0]
         head = Head(first, last, network.first.outputs[0].size, outputs, getattr(model.head, "mixtures", 0))
