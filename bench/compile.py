@@ -127,11 +127,11 @@ def rows() -> Launches:
     def run(target: str, arguments: dict, skip: bool, dtype: torch.dtype, b: int, rule: str) -> None:
         sizes = {"_target_": f"models.{target}", "height": 2, "layers": 2, "skip": skip, **arguments}
         with torch.device("meta"):
-            model = models.build(sizes).to(dtype).eval()
+            model = models.build(sizes).to(dtype).eval().requires_grad_(False)
         x = torch.zeros(b, *model.shape, dtype=torch.long, device="meta")
         draw = Draw(x.float())
         rules = {"draw": draw, "keep": Keep(x, x, draw), "score": Record(model, Given(x), b, conditionals=True)}
-        TritonRow(model, b, None, rules[rule], x[:, :, 0].contiguous()).program.run()
+        TritonRow(model, b, None, rules[rule], x[:, :, 0].contiguous()).row(None, None, False)
 
     colour = {"channels": 3, "levels": 256, "width": 32, "hidden": 128, "head_features": 1024}
     binary = {"channels": 1, "levels": 2, "width": 28, "hidden": 16, "head_features": 32}
@@ -175,7 +175,8 @@ def float64() -> Launches:
         x = torch.zeros(2, *model.shape, dtype=torch.long)
         with kernels.use("triton"):
             model(x).sum().backward()
-        TritonRow(model.eval(), 2, None, Draw(x.double()), x[:, :, 0].contiguous()).program.run()
+        model, values = model.eval().requires_grad_(False), x[:, :, 0].contiguous()
+        TritonRow(model, 2, None, Draw(x.double()), values).row(None, None, False)
 
     for target, head in product(
         ("PixelCNN", "GatedPixelCNN", "RowLSTM", "DiagBiLSTM"), ("softmax", "logistic_mixture")

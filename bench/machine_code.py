@@ -133,8 +133,8 @@ class Step(NamedTuple):
 def steps_of(x: Instruction, l2: float) -> Step:
     unit, busy, late = RATES.get(x.kind, OTHERS)
     busy = {"bytes / 56": x.bytes / 56, "bytes / 128": max(1, x.bytes / 128), "matrices": 4}.get(busy, busy)
-    if busy == "columns / 2":
-        busy = int(re.search(r"64x(\d+)x16", x.name)[1]) / 2
+    if busy == "columns / 2":  # for 16 inputs in bfloat16, and for 8 in tf32
+        busy = int(re.search(r"64x(\d+)x", x.name)[1]) / 2
     waits = tuple(n for n in range(6) if x.waits >> n & 1)
     keeps = int(found[1], 16) if (found := re.search(r"SB0, (0x[0-9a-f]+)", x.rest)) else 0
     kind = "PRODUCTS" if x.name.startswith("WARPGROUP.DEPBAR") else x.kind

@@ -27,12 +27,14 @@ import torch
 import kernels
 import kernels.draw_row
 import kernels.lstm_scan
+import kernels.row_product
 from bench.cost import Launches
 from bench.machine_code import Instruction, Loop, clocks, disassembled, walked
 from bench.measure import build, table
 from bench.stand_in import TARGETS, StandIn, gpu_target, in_processes, source_of, usage, write_rows
 from kernels.jit import cdiv, triton
 from kernels.lstm_scan import lstm_scan
+from models.sampling.memory import windows
 from models.sampling.rules import Draw
 from models.sampling.triton_row import TritonRow
 
@@ -123,6 +125,20 @@ def row(b: int, name: str, aim: str = "", type: torch.dtype = torch.bfloat16) ->
     return Case(run, kernels.draw_row, "draw_row_kernel", loops, 96, aim)
 
 
+def rows_above(b: int, type: torch.dtype = torch.bfloat16) -> Case:
+    """What the rows above give to a row of the same PixelCNN."""
+
+    def run() -> None:
+        here = torch.empty(15, b, 34, 128, dtype=type, device="meta")
+        weight, bias, out = here.new_empty(15, 384, 128), here.new_empty(15, 128), here.new_empty(15, b, 32, 128)
+        kernels.row_product.row_product((windows(here, 3),), weight, bias, out)
+
+    def loops(x: dict) -> list[dict]:
+        return [{"for block in": [x["X_TAPS"] * cdiv(x["x_k"], x["BLOCK_K"])]}]
+
+    return Case(run, kernels.row_product, "row_product_kernel", loops, 0)
+
+
 CASES = {
     "diagonal scan 32×33, f = 128, b = 16": scan(16, 32, 128, True, False, aim="9k clk"),
     "diagonal scan 32×33, f = 128, b = 16, backward": scan(16, 32, 128, True, True, aim="10k clk"),
@@ -144,9 +160,13 @@ CASES = {
     "row of a PixelCNN, 16 images": row(16, "pixel_cnn", aim="9.4 ms"),
     "row of a PixelCNN, 4,224 images": row(4224, "pixel_cnn"),
     "row of a PixelCNN, 8,448 images": row(8448, "pixel_cnn", aim="18.8 ms"),
+    "rows above of a PixelCNN, 16 images": rows_above(16),
+    "rows above of a PixelCNN, 4,224 images": rows_above(4224),
+    "rows above of a PixelCNN, 8,448 images": rows_above(8448),
     "row of a Diagonal BiLSTM, 16 images": row(16, "diag_bilstm"),
     "row of a PixelCNN, 16 images, float32": row(16, "pixel_cnn", type=torch.float32),
     "row of a PixelCNN, 8,448 images, float32": row(8448, "pixel_cnn", type=torch.float32),
+    "rows above of a PixelCNN, 8,448 images, float32": rows_above(8448, torch.float32),
 }
 
 

@@ -58,10 +58,10 @@ class Step(NamedTuple):
 
 
 class Row(NamedTuple):
-    """A PixelCNN of 15 blocks that draws images of 32×32, and what `bench.model` calls its kernel."""
+    """A PixelCNN of 15 blocks that draws images of 32×32, and what `bench.model` calls its kernels."""
 
     images: int
-    kernel: str
+    kernels: tuple[str, ...]
 
 
 LARGE, SMALL = (32, 3, 256, 128, 12, 1024), (28, 1, 2, 16, 7, 32)
@@ -79,8 +79,10 @@ STEPS = {
 
 
 ROWS = {
-    f"a row of a PixelCNN, {images:,} images": Row(images, f"row of a PixelCNN, {images:,} images")
-    for images in (16, 4224, 8448)
+    f"a row of a PixelCNN, {n:,} images": Row(
+        n, tuple(f"{x} of a PixelCNN, {n:,} images" for x in ("row", "rows above"))
+    )
+    for n in (16, 4224, 8448)
 }
 
 
@@ -152,12 +154,12 @@ def launches_of(step: Step) -> list[Launch]:
 
 
 def launches_of_row(row: Row) -> list[Launch]:
-    """What a row takes from the rows above it, in bfloat16; the kernel that then draws it is not among it."""
+    """What the stem takes from the rows above, in bfloat16 and by torch; the layers' part is a kernel of its own."""
     model = build("pixel_cnn", 32, 3, 256, 128, 15, "meta", 1024).bfloat16().eval()
     with torch.no_grad():
         evaluator = Cached(model, row.images, images_last=False, network=model.in_row().aligned())
         with Launches() as found:
-            evaluator.begin_row(first=False)
+            evaluator.stem.begin_row(first=False)
     return found.launches
 
 
@@ -165,15 +167,17 @@ def modelled(name: str, ms: dict[str, list[float]]) -> dict:
     """A row of the table; `ms` holds what each kernel takes."""
     if name in ROWS:
         step = ROWS[name]
-        found, times, kernel = launches_of_row(step), 32, ms[step.kernel]
+        kernel = [sum(ms[part][k] for part in step.kernels) for k in range(2)]
+        found, times, more = launches_of_row(step), 32, len(step.kernels)
     else:
         step = STEPS[name]
         ways = (step.forward, step.backward) if step.scan else ()
         scans = [ms[f"{step.scan}, b = {step.images}{way}"] for way in ways]
-        found, times, kernel = launches_of(step), 1, [step.layers * sum(x[k] for x in scans) for k in range(2)]
+        kernel = [step.layers * sum(x[k] for x in scans) for k in range(2)]
+        found, times, more = launches_of(step), 1, 0
     rest = [x for x in found if not x.name.startswith("lstm_scan")]
     products, memory = (sum(x.seconds() * 1e3 for x in rest if bool(x.flops) == kind) for kind in (True, False))
-    out = {"step": name, "nodes": len(found) + (name in ROWS), "products": products, "memory": memory}
+    out = {"step": name, "nodes": len(found) + more, "products": products, "memory": memory}
     both = [products + memory + x for x in kernel]
     rate = [step.images * 1e3 / (times * x) for x in reversed(both)]
     ranges = {"kernels": kernel, "all": both, "images_per_second": rate}

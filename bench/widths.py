@@ -165,7 +165,7 @@ def launch_row_kernels(
     names: Iterable[str] = MODELS,
     mixtures: Iterable[int] = (0, 10),
 ) -> None:
-    """Launch the row kernel as models of these widths do when they sample images of three colours.
+    """Launch a row as models of these widths do when they sample images of three colours.
 
     Of each: few images and many, layers with a skip and without; drawing alone, and all that a rule can ask for.
 
@@ -188,4 +188,4 @@ def launch_row_kernels(
                 what = f"{'all rules' if everything else 'draw'}{', skip' if skip else ''}"
                 likelihood = "mixture" if m else "softmax"
                 gpu.name = f"row kernel {name}, {f} features, {likelihood}, {b} images, {what}, {short(dtype)}"
-                TritonRow(model, b, None, rule, values).program.run()
+                TritonRow(model, b, None, rule, values).row(None, None, False)

@@ -71,9 +71,10 @@ def row_product_kernel(
 ):
     # Programs that read the same pixels follow one another, so that the L2 cache has them.
     blocks = tl.cdiv(f, BLOCK_N)
-    m = tl.program_id(0) // blocks * BLOCK_M + tl.arange(0, BLOCK_M)
+    m = (tl.program_id(0) // blocks).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     n = tl.program_id(0) % blocks * BLOCK_N + tl.arange(0, BLOCK_N)
-    layer, image, column = tl.program_id(1).to(tl.int64), (m // width).to(tl.int64), m % width
+    pixel = m.to(tl.int32)  # a division of 64-bit numbers is a call of a function
+    layer, image, column = tl.program_id(1).to(tl.int64), (pixel // width).to(tl.int64), pixel % width
     live, total = (m < pixels)[:, None], tl.zeros((BLOCK_M, BLOCK_N), SUM)
     of_layer = weight + layer * (X_TAPS * x_k + Y_TAPS * y_k) * f
     at = layer * x_layer + image * x_image + column * x_column
@@ -93,7 +94,7 @@ def constants(sources: tuple[Tensor, ...], f: int) -> dict:
     if itemsize == 8:  # without matrix instructions, all operands are in registers
         m, n, k, warps, stages = 16, 16, 16, 4, 1
     elif itemsize == 4 or odd:
-        m, n, k, warps, stages = 64, 64, 32, 8, 2
+        m, n, k, warps, stages = 64, 64, 32, 4, 2
     else:
         m, n, k, warps, stages = 128, 128, 64, 8, 3
     n, k = (max(16, min(size, next_power_of_2(need))) for size, need in ((n, f), (k, max(x.shape[4] for x in sources))))
