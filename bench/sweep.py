@@ -2,6 +2,8 @@
 
     rows    the row kernel of a PixelCNN of 15 blocks, h = 128, on 32×32×3, by images of a program, outputs and features
             of a block, at several batch sizes
+    above   what the rows above give to a row of the same model, by features of a block and blocks on their way; and by
+            torch, which copies it side by side first
     scan    the Diagonal BiLSTM's scan at the paper's CIFAR-10 size, forward and backward, by features computed and read
             at a time, and by warps; at the MNIST size, in the form that keeps all weights; both with the GPU's own tanh
             too; and on 64×64 images
@@ -18,8 +20,22 @@ import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 
-from bench.cost import QUICK_SCAN, ROUNDS, SCAN, on_a_gpu, pixel_cnn, scan_launches, timed_row_kernel, times_of
+import torch
+
+import kernels.row_product
+from bench.cost import (
+    QUICK_SCAN,
+    ROUNDS,
+    SCAN,
+    Launches,
+    on_a_gpu,
+    pixel_cnn,
+    scan_launches,
+    timed_row_kernel,
+    times_of,
+)
 from bench.measure import Results, parser, spread, table, text_of
+from models.sampling.memory import Buffers, ConditionRow, RowProduct, windows
 
 SMALL_SCAN, TALL_SCAN = (16, 28, 29, 16), (16, 64, 65, 64)
 BLOCKS = [(128, 32, 8), (128, 64, 8), (64, 64, 8), (32, 64, 8)]  # features computed and read at a time, warps
@@ -60,6 +76,17 @@ def rows(b: int, changes: dict, about: dict, args: argparse.Namespace) -> list[d
     return [{**about, "ms": ms, "pixel_ms": ms["median"] / model.width, "images_per_second": b / seconds, **out}]
 
 
+def above(b: int, backend: str, changes: dict, about: dict, args: argparse.Namespace) -> list[dict]:
+    new = partial(torch.randn, device=args.device, dtype=torch.bfloat16)
+    weight, bias = new(15, 128, 384), new(15, 128)
+    product = RowProduct(Buffers(b, weight, backend=backend), 32, weight, bias, ConditionRow(None, None, 32))
+    product.read(windows(new(15, b, 34, 128), 3))
+    with Launches(kernels.row_product, **changes) as launches:
+        product()
+        ms = times_of(product, args)
+    return [{**about, "ms": spread(ms), **(launches.compiled() if launches.calls else {})}]
+
+
 Cases = Iterator[tuple[dict, partial]]  # what a case is about, and what measures it
 
 
@@ -92,14 +119,23 @@ def row_cases(args: argparse.Namespace) -> Cases:
             yield about, partial(rows, b, changes, about, args)
 
 
+def above_cases(args: argparse.Namespace) -> Cases:
+    for b in (2,) if args.quick else BATCHES:
+        for changes in ({}, {"num_stages": 2}, {"num_stages": 4}, {"BLOCK_K": 128}):
+            about = {"kernel": "row_product", "shape": [b], "form": changes}
+            yield about, partial(above, b, "triton", changes, about, args)
+        about = {"kernel": "copy and baddbmm", "shape": [b]}
+        yield about, partial(above, b, "torch", {}, about, args)
+
+
 def shared_sweep(args: argparse.Namespace) -> Cases:
     """Beside the form that it is an alternative to."""
     yield from scan_cases(SCAN, "streamed", [{}], args)
     yield from scan_cases(SCAN, "shared", [{"block_k": k, "stages": n} for k, n in ((64, 3), (128, 3), (64, 2))], args)
 
 
-SWEEPS = {"rows": row_cases, "scan": scan_sweep, "shared": shared_sweep}
-USUAL = "rows,scan"  # the last one could wait in vain
+SWEEPS = {"rows": row_cases, "above": above_cases, "scan": scan_sweep, "shared": shared_sweep}
+USUAL = "rows,above,scan"  # the last one could wait in vain
 
 
 def main(argv: list[str] | None = None) -> int:

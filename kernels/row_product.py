@@ -45,13 +45,11 @@ def add_products(
 @jit(varying=("pixels", "width"))
 def row_product_kernel(
     x,  # [layer, image, column, tap, feature], features next to each other
-    x_layer,
     x_image,
     x_column,
     x_tap,
     x_k,
     y,  # a second source, or None
-    y_layer,
     y_image,
     y_column,
     y_tap,
@@ -74,23 +72,32 @@ def row_product_kernel(
     m = (tl.program_id(0) // blocks).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     n = tl.program_id(0) % blocks * BLOCK_N + tl.arange(0, BLOCK_N)
     pixel = m.to(tl.int32)  # a division of 64-bit numbers is a call of a function
-    layer, image, column = tl.program_id(1).to(tl.int64), (pixel // width).to(tl.int64), pixel % width
+    layer, column = tl.program_id(1).to(tl.int64), pixel % width
+    image = layer * (pixels // width) + pixel // width  # of all layers
     live, total = (m < pixels)[:, None], tl.zeros((BLOCK_M, BLOCK_N), SUM)
     of_layer = weight + layer * (X_TAPS * x_k + Y_TAPS * y_k) * f
-    at = layer * x_layer + image * x_image + column * x_column
+    at = image * x_image + column * x_column
     total = add_products(total, x, at, x_tap, of_layer, n, live, x_k, f, X_TAPS, BLOCK_K)
     if Y_TAPS > 0:
-        at = layer * y_layer + image * y_image + column * y_column
+        at = image * y_image + column * y_column
         total = add_products(total, y, at, y_tap, of_layer + X_TAPS * x_k * f, n, live, y_k, f, Y_TAPS, BLOCK_K)
     total += tl.load(bias + layer * f + n, mask=n < f, other=0.0).to(SUM)[None, :]
     at_out = (layer * pixels + m)[:, None] * f + n[None, :]
     tl.store(out + at_out, total.to(out.dtype.element_ty), mask=live & (n < f)[None, :])
 
 
+def strides(x: Tensor) -> tuple[int, int, int]:
+    """Find how far apart the images of all layers are, the columns, and the taps."""
+    layers, b, _, _, k = x.shape
+    image = x.stride(1) if layers == 1 else x.stride(0) // b
+    assert (k == 1 or x.stride(4) == 1) and (b == 1 or x.stride(1) == image), "a source that is no such view"
+    return image, *x.stride()[2:4]
+
+
 def constants(sources: tuple[Tensor, ...], f: int) -> dict:
     """Choose the blocks. Where features are not sixteen by sixteen, each has an address of its own: smaller ones."""
     itemsize = sources[0].element_size()
-    odd = any(n % 16 for x in sources for n in (*x.stride()[:-1], x.shape[4])) or f % 16 > 0
+    odd = any(n % 16 for x in sources for n in (*strides(x), x.shape[4])) or f % 16 > 0
     if itemsize == 8:  # without matrix instructions, all operands are in registers
         m, n, k, warps, stages = 16, 16, 16, 4, 1
     elif itemsize == 4 or odd:
@@ -105,7 +112,7 @@ def row_product(sources: tuple[Tensor, ...], weight: Tensor, bias: Tensor, out: 
     """Multiply one or two sources, on a GPU, with the weights of each layer.
 
     Args:
-        sources: views (layers b w taps k), features next to each other.
+        sources: views (layers b w taps k), features next to each other, and images of all layers evenly spaced.
         weight: (layers inputs f), the inputs of the first source first, tap after tap.
         bias: (layers f).
         out: where to write (layers b w f).
@@ -114,8 +121,7 @@ def row_product(sources: tuple[Tensor, ...], weight: Tensor, bias: Tensor, out: 
     assert b * w < 2**31 and weight.is_contiguous() and bias.is_contiguous() and out.is_contiguous()
     arguments = []
     for x in (*sources, None)[:2]:
-        assert x is None or x.shape[4] == 1 or x.stride(4) == 1
-        arguments += [None, 0, 0, 0, 0, 0] if x is None else [x, *x.stride()[:4], x.shape[4]]
+        arguments += [None, 0, 0, 0, 0] if x is None else [x, *strides(x), x.shape[4]]
     taps = [x.shape[3] for x in sources]
     chosen = constants(sources, f)
     grid = cdiv(b * w, chosen["BLOCK_M"]) * cdiv(f, chosen["BLOCK_N"]), layers

@@ -21,6 +21,7 @@ import kernels.draw_row
 from kernels.lstm_scan import FORMS, lstm_scan
 from kernels.philox import uniforms
 from models.sampling import PixelLoop
+from models.sampling.memory import Buffers, ConditionRow, RowProduct, windows
 from models.sampling.rules import Draw, Given, Keep, Record
 from tests.cases import ARCHITECTURES, CASES, MIXTURE, build, images
 from tests.interleaved import interleaved
@@ -408,6 +409,15 @@ def noise():
     return [uniforms(torch.arange(4).view(2, 2), 20, 1)]
 
 
+def what_rows_above_give():
+    """Several programs, two blocks of features, two sources."""
+    x, y, weight, bias = (t.detach() for t in numbers((2, 9, 10, 40), (2, 9, 8, 5), (2, 70, 125), (2, 70)))
+    product = RowProduct(Buffers(9, weight, backend="triton"), 8, weight, bias, ConditionRow(None, None, 8))
+    product.read(windows(x, 3), y[:, :, :, None])
+    product()
+    return [product.out]
+
+
 def row(architecture: str, rule: str, b: int = 2, width: int = 2, form=(16, 64, 64), **arguments):
     """Draw a row of images: their values, and what a rule recorded."""
     sizes = {"channels": 2, "levels": 5, "height": 1, "width": width, "hidden": 7, "layers": 2}
@@ -435,6 +445,7 @@ SCENARIOS = {
         for diagonal in (True, False)
     },
     "philox": {"noise": noise},
+    "row_product": {"two-sources": what_rows_above_give},
     "masked_conv": {
         "few-features": functools.partial(convolution, 3, False, 1, 4),
         "many-features-relu": functools.partial(convolution, 17, True, 0, 5),

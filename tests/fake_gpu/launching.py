@@ -190,7 +190,9 @@ def test_a_last_batch_compiles_no_row_anew():
     with StandIn() as gpu:
         for n in (1, 2, 16, 18):
             sample(small(), n, backend="triton")
-        assert sorted(variant.kernel for variant in gpu.variants) == ["draw_row_kernel", "philox_kernel"]
+        of_stem_and_layers = ["row_product_kernel"] * 2
+        found = sorted(variant.kernel for variant in gpu.variants)
+        assert found == ["draw_row_kernel", "philox_kernel", *of_stem_and_layers]
 
 
 def test_amd_gpus_are_not_asked_for_what_their_compiler_has_not(monkeypatch):
@@ -200,7 +202,9 @@ def test_amd_gpus_are_not_asked_for_what_their_compiler_has_not(monkeypatch):
     with StandIn("gfx942") as gpu:
         lstm_scan(u, torch.randn(2, 64, 32), True)
         sample(small(), 1, backend="triton")
-        assert {"lstm_scan_fwd_kernel", "draw_row_kernel"} == {variant.kernel for variant in gpu.variants}
+        assert {"lstm_scan_fwd_kernel", "draw_row_kernel", "row_product_kernel"} == {
+            variant.kernel for variant in gpu.variants
+        }
         assert not any("maxnreg" in variant.options for variant in gpu.variants)
         monkeypatch.setattr(torch.version, "hip", None)
         with pytest.raises(KeyError, match="maxnreg was specified but unrecognised"):
