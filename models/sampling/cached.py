@@ -17,7 +17,7 @@ from torch import Tensor
 from models.base import AutoregressiveModel
 from models.in_row import GATES, Mirrored, Network, Vertical
 from models.sampling.heads import cached_head
-from models.sampling.memory import Buffers, ConditionRow, RowProduct, in_words, windows, with_bias
+from models.sampling.memory import Buffers, ConditionRow, RowProduct, windows, with_bias
 from models.sampling.rules import Rule, visit
 
 Call = Callable[[], object]
@@ -350,14 +350,17 @@ class CachedVertical:
         self.input, self.out = self.v[0, :, 1, 1:-1], self.v[1:, :, 1, 1:-1]
         given = None if vertical.given is None else vertical.given.weight
         self.condition = ConditionRow(condition, given, width)
-        # A layer's inputs at each pixel, in the same memory for all layers: both rows' taps, the condition.
-        d = 0 if given is None else given.shape[2]
-        inputs, self.gates = buffers.new(b, width, 6 * f + d), buffers.new(b * width, 2 * f)
-        taps, self.given = inputs[..., : 6 * f].unflatten(2, (2, 3, f)), inputs[..., 6 * f :]
-        self.taps, self.windows = in_words(taps, windows(self.v, 3).transpose(2, 3))  # (b w 2 3 f); of all layers + 1
-        self.inputs, parts = inputs.flatten(0, 1), [weights.weight] + ([given] if d else [])
-        self.weight, self.bias = torch.cat(parts, dim=2).mT.contiguous(), weights.bias
-        self.halves = self.gates.unflatten(0, (b, width)).chunk(2, dim=2)
+        both_rows = windows(self.v, 3).transpose(2, 3).view(layers + 1, b, width, 2, 3 * f)
+        beside = [] if given is None else [self.condition.row[None, :, :, None]]
+        weight = torch.cat([weights.weight, *([] if given is None else [given])], dim=2)
+        in_rows, nothing, self.products = buffers.of_rows(), ConditionRow(None, None, width), []
+        for layer in range(layers):  # one after the other, so all in the same memory
+            product = RowProduct(
+                in_rows, width, weight[layer, None], weights.bias[layer, None], nothing, *self.products[:1]
+            )
+            product.read(both_rows[layer, None], *beside)
+            self.products.append(product)
+        self.halves = product.out[0].chunk(2, dim=2)
 
     def load(self, i: int, condition: Tensor | None) -> None:
         self.condition.load(i, condition)
@@ -366,12 +369,9 @@ class CachedVertical:
         """Called after the stem wrote `input`."""
         if first:
             self.v[:, :, 0].zero_()
-        if self.condition.weight is not None:
-            self.given.copy_(self.condition.row)
         a, b = self.halves
-        for layer, (weight, bias) in enumerate(zip(self.weight, self.bias, strict=True)):
-            self.taps.copy_(self.windows[layer])
-            torch.addmm(bias, self.inputs, weight, out=self.gates)
+        for layer, product in enumerate(self.products):
+            product()
             torch.mul(a.tanh_(), b.sigmoid_(), out=self.v[layer + 1, :, 1, 1:-1])
         self.v[:, :, 0] = self.v[:, :, 1]  # the next row's row above
 

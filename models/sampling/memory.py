@@ -3,6 +3,8 @@
 Legend: b batch · w columns · f features · k inputs of a product · d features of the condition.
 """
 
+import copy
+
 import torch
 from torch import Tensor
 
@@ -21,6 +23,12 @@ class Buffers:
     def __init__(self, b: int, weight: Tensor, images_last: bool = False, backend: str = "torch"):
         self.b, self.new, self.images_last, self.state = b, weight.new_zeros, images_last, state_dtype(weight)
         self.backend = backend
+
+    def of_rows(self) -> "Buffers":
+        """The same with features next to each other."""
+        out = copy.copy(self)
+        out.images_last = False
+        return out
 
     def __call__(self, *shape: int, layers: int | None = None, dtype: torch.dtype | None = None) -> Tensor:
         """(b shape), or with `layers` (layers b shape)."""
@@ -100,34 +108,44 @@ class RowProduct:
     """One product in all layers for all columns of a row, done once a row, with the condition's part added.
 
     From what `read` names to `out` (layers b w f), by weights (layers f k) and biases (layers f). A step may add to
-    `out` in place: each row writes all of it.
+    `out` in place: each row writes all of it. `memory` is another product of these sizes, whose memory it shares.
     """
 
-    def __init__(self, buffers: Buffers, width: int, weight: Tensor, bias: Tensor, condition: ConditionRow):
-        (layers, f, self.k), self.buffers = weight.shape, buffers
+    def __init__(
+        self,
+        buffers: Buffers,
+        width: int,
+        weight: Tensor,
+        bias: Tensor,
+        condition: ConditionRow,
+        memory: "RowProduct | None" = None,
+    ):
+        (layers, f, k), self.b, self.width, self.triton = weight.shape, buffers.b, width, buffers.backend == "triton"
         self.weight, self.bias, self.condition = weight.mT.contiguous(), bias.contiguous(), condition
-        self.product = buffers.new(layers, buffers.b * width, f)
-        self.out = self.rows = self.product.view(layers, buffers.b, width, f)
+        if memory is None:
+            self.product = buffers.new(layers, self.b * width, f)
+            self.inputs = None if self.triton else buffers.new(layers, self.b * width, k)
+        else:
+            self.product, self.inputs = memory.product, memory.inputs
+        self.out = self.rows = self.product.unflatten(1, (self.b, width))
         if buffers.images_last:
             self.out = buffers(width, f, layers=layers)
 
     def read(self, *sources: Tensor) -> None:
         """Make these the inputs, side by side: views (layers b w taps features), at most two of them."""
         self.sources = sources
-        if self.buffers.backend == "triton":
-            return
-        inputs = self.buffers.new(*self.rows.shape[:3], self.k)
-        sizes, self.flat_inputs, self.copies = [x.shape[3] * x.shape[4] for x in sources], inputs.flatten(1, 2), []
-        for side_by_side, x in zip(inputs.split(sizes, dim=3), sources, strict=True):
-            self.copies.append(in_words(side_by_side.unflatten(3, x.shape[3:]), x))
+        if not self.triton:
+            sizes = [x.shape[3] * x.shape[4] for x in sources]
+            parts = zip(self.inputs.unflatten(1, (self.b, self.width)).split(sizes, dim=3), sources, strict=True)
+            self.copies = [in_words(part.unflatten(3, x.shape[3:]), x) for part, x in parts]
 
     def __call__(self) -> None:
-        if self.buffers.backend == "triton":
+        if self.triton:
             row_product(self.sources, self.weight, self.bias, self.rows)
         else:
             for side_by_side, source in self.copies:
                 side_by_side.copy_(source)
-            torch.baddbmm(self.bias[:, None], self.flat_inputs, self.weight, out=self.product)
+            torch.baddbmm(self.bias[:, None], self.inputs, self.weight, out=self.product)
         self.condition.add_to(self.product)
         if self.out is not self.rows:
             self.out.copy_(self.rows)
