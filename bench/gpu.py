@@ -105,14 +105,14 @@ def steps(names: list[str], out: Path, quick: bool = False, compiled: bool = Fal
     tests = pytest
     if workers > 1:  # each with its part of the cores, for what the GPU is compared with
         tests = ["env", f"OMP_NUM_THREADS={cores // workers}", *pytest, "-n", str(workers)]
-    chosen = "test_operations or test_gpu and not training_in or test_row_kernel and draws"
+    chosen = "test_operations or test_gpu and not training_in or test_row_kernel and draws or test_row_product"
     training, layouts = "training_in", "any_layout and not torch"
     if quick:
         chosen, training = (
             "two_runs and gate or pixels_of_the_naive and gated_pixel_cnn-skip",
             "learns and RowLSTM-False",
         )
-    files = ["tests/test_operations.py", "tests/test_gpu.py", "tests/test_row_kernel.py"]
+    files = [f"tests/test_{name}.py" for name in ("operations", "gpu", "row_kernel", "row_product")]
     # Memory that torch keeps for itself would hide what is read beyond a tensor's end.
     sanitizer = ["env", "PYTORCH_NO_CUDA_MEMORY_CACHING=1", "compute-sanitizer", "--error-exitcode", "9"]
     commands = {

@@ -148,7 +148,14 @@ def test_the_benchmarks_need_no_hydra():
     """Nor do the tests that `bench.gpu` runs: a GPU may stand in a machine that has little installed."""
     modules = [f"bench.{path.stem}" for path in (ROOT / "bench").glob("*.py")]
     assert {"bench.gpu", "bench.cost", "bench.sweep", "bench.kernels"} <= set(modules)
-    modules += ["tests.conftest", "tests.at_once", "tests.test_gpu", "tests.test_operations", "tests.test_row_kernel"]
+    modules += [
+        "tests.conftest",
+        "tests.at_once",
+        "tests.test_gpu",
+        "tests.test_operations",
+        "tests.test_row_kernel",
+        "tests.test_row_product",
+    ]
     code = "import importlib, sys; sys.modules.update(dict.fromkeys(('hydra', 'omegaconf', 'hypothesis')))\n"
     code += f"for name in {modules}: importlib.import_module(name)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0

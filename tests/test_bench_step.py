@@ -44,6 +44,9 @@ def test_a_step_is_its_scans_and_the_rest(tmp_path, capsys):
     rows = json.loads((tmp_path / "step.json").read_text())["rows"]
     for row in rows:
         for end in ("low", "high"):
-            assert row["step"][end] == pytest.approx(row["products"] + row["memory"] + row["scans"][end], abs=0.11)
-        assert ("CNN" in row["training step"]) == (row["scans"]["high"] == 0)
+            parts = row["products"] + row["memory"] + row["kernels"][end]
+            assert row["all"][end] == pytest.approx(parts, rel=0.01)
+        assert row["images_per_second"]["low"] <= row["images_per_second"]["high"]
+    without_scans = {row["step"] for row in rows if row["kernels"]["high"] == 0}
+    assert without_scans == {row["step"] for row in rows if "CNN" in row["step"] and "row" not in row["step"]}
     assert "not a measurement" in capsys.readouterr().out
