@@ -10,7 +10,7 @@ from torch import Tensor
 
 from checks import check, nearest, one_of, unexpected
 from cli import command
-from cli.machine import choose_device, commit, version
+from cli.machine import choose_device, commit, rank_and_world, version
 from cli.output import (
     Memory,
     NpyFile,
@@ -20,7 +20,6 @@ from cli.output import (
     completions_in_rows,
     digest,
     labels_in_rows,
-    rank_and_world,
     save_grid,
     share,
 )

@@ -2,10 +2,14 @@
 
 import copy
 import math
+import operator
+from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
 from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from omegaconf import OmegaConf
 from torch import Tensor, nn
 
@@ -14,27 +18,30 @@ import models
 from checks import check, check_one_of, unexpected
 from cli import command
 from cli.command import Stopped, StopSignal
-from cli.machine import choose_device, environment, keep_freed_memory
+from cli.machine import choose_device, environment, is_first, keep_freed_memory, rank_and_world
 from cli.output import labels_in_rows, save_grid, write_json
+from cli.parallel import from_first, gathered, largest, own_part, together, total
 from cli.progress import Bar, Throughput
+from cli.report import write_report
 from cli.runs import (
     Metrics,
-    check_alone,
     check_classes,
     check_folder,
     continued,
     differences,
     held,
+    named_by_what_differs,
     overrides_of,
     own_overrides,
+    point_to,
     read_last,
     resumed,
     write_config,
 )
 from data.order import EpochOrder
-from models.base import bits_per_dim
+from models.base import ImageModel, bits_per_dim
 from models.checkpoint import in_one_line, read, rebuild, save
-from models.likelihood import label_for, nats_of, summarise
+from models.likelihood import EVALUATION_BATCH, label_for, nats_of, summarise
 from models.optimizers import build_optimizer, load_state
 from models.sampling import sample
 from models.training_step import TrainingStep
@@ -42,7 +49,7 @@ from models.training_step import TrainingStep
 
 def check_config(cfg) -> None:
     """Raise ValueError for a value that its type does not rule out."""
-    for name in ("steps", "batch_size", "log_every", "evaluate_every", "save_every", "samples"):
+    for name in ("steps", "batch_size", "accumulate", "log_every", "evaluate_every", "save_every", "samples"):
         check(name, cfg[name], int, 1)
     for name in ("seed", "warmup", "sample_every"):
         check(name, cfg[name], int, 0)
@@ -69,7 +76,7 @@ def averaging_decay(step: int, decay: float) -> float:
 
 
 class Training:
-    """The state of a run: model, averaged weights, optimizer and random states, which a checkpoint holds."""
+    """The state of a run, in all processes alike: model, averaged weights, optimizer, random state of binarization."""
 
     def __init__(self, cfg, overrides: list[str], dataset: data.Dataset, device: torch.device):
         torch.manual_seed(cfg.seed)
@@ -79,11 +86,10 @@ class Training:
         check_classes(self.model, dataset)
         self.ema = copy.deepcopy(self.model) if cfg.ema else None
         self.optimizer = build_optimizer(self.config["optimizer"], self.model.parameters())
-        self.training_step = TrainingStep(
-            self.model, self.optimizer, self.ema, cfg.clip, bf16=cfg.bf16, graph=cfg.cuda_graph
-        )
+        options = {"accumulate": cfg.accumulate, "seed": cfg.seed, "bf16": cfg.bf16, "graph": cfg.cuda_graph}
+        self.training_step = TrainingStep(self.model, self.optimizer, self.ema, cfg.clip, **options)
         self.binarizer = torch.Generator().manual_seed(cfg.seed)
-        self.step, self.seconds = 0, 0.0
+        self.step, self.validated, self.seconds = 0, 0, 0.0  # the last step that was validated
         self.best_val = {}  # what `summarise` says of best.pt on the validation split
 
     @property
@@ -96,18 +102,24 @@ class Training:
         """How many parameters the model has."""
         return sum(p.numel() for p in self.model.parameters())
 
-    def take_step(self, x: Tensor, labels: Tensor | None) -> Tensor:
-        """Take a step of the optimizer on images x (b c h w) with labels (b,); return their mean nats, a scalar."""
+    def take_step(self, x: Tensor, labels: Tensor | None, first: int, of: int) -> Tensor:
+        """Take a step of the optimizer on images x (b c h w) with labels (b,); return their part in the mean nats.
+
+        They are the images from number `first` on, `of` those of all processes.
+        """
         config = self.config
         factor = learning_rate_factor(self.step, config["steps"], config["warmup"], config["decay"])
-        lr, decay = config["optimizer"]["lr"] * factor, averaging_decay(self.step, config["ema"])
-        nats = self.training_step(x, label_for(self.model, labels), lr=lr, decay=decay)
+        rates = {"lr": config["optimizer"]["lr"] * factor, "decay": averaging_decay(self.step, config["ema"])}
+        labels = label_for(self.model, labels)
+        nats = self.training_step(x, labels, **rates, step=self.step, first=first, of=of)
         self.step += 1
         return nats
 
     def save(self, path: Path) -> None:
         """Write a checkpoint, whole or not at all, and none that holds a number that is not finite."""
         self.check_weights(path.parent)
+        if not is_first():
+            return
         checkpoint = {
             "model": self.model_config,
             "weights": self.model.state_dict(),
@@ -116,13 +128,10 @@ class Training:
             "overrides": self.overrides,
             "optimizer": self.optimizer.state_dict(),
             "step": self.step,
+            "validated": self.validated,
             "seconds": self.seconds,
             "best_val": self.best_val,
-            "random": {
-                "torch": torch.get_rng_state(),
-                "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-                "data": self.binarizer.get_state(),
-            },
+            "random": {"data": self.binarizer.get_state()},
         }
         save(path, checkpoint)
 
@@ -149,11 +158,8 @@ class Training:
             if self.ema:
                 self.ema.load_state_dict(checkpoint["ema"])
             load_state(self.optimizer, checkpoint["optimizer"])
-            random = checkpoint["random"]
-            torch.set_rng_state(random["torch"])
-            self.binarizer.set_state(random["data"])
-            if torch.cuda.is_available() and random["cuda"]:
-                torch.cuda.set_rng_state_all(random["cuda"])
+            self.binarizer.set_state(checkpoint["random"]["data"])
+            self.validated = operator.index(checkpoint.get("validated", checkpoint["step"]))
         except Exception as error:  # a value of any kind, anywhere
             raise ValueError(f"{path}: expected the state of this run, found another: {in_one_line(error)}") from None
         self.step, self.seconds, self.best_val = (checkpoint[k] for k in ("step", "seconds", "best_val"))
@@ -170,6 +176,7 @@ def check_finite(value: float, what: str, when: str, folder: Path) -> None:
 def log(run: Training, throughput: Throughput, folder: Path, metrics: Metrics, bar: Bar) -> None:
     """Say and write how the steps since the last line went."""
     nats, rate, seconds = throughput.take()
+    nats = total(nats)
     run.seconds += seconds
     check_finite(nats, "the loss", f"at step {run.step}", folder)
     bits, lr = bits_per_dim(nats, run.model.shape), float(run.optimizer.param_groups[0]["lr"])
@@ -177,12 +184,21 @@ def log(run: Training, throughput: Throughput, folder: Path, metrics: Metrics, b
     bar.text(f"{bits:.3f} bits/dim · {nats:.1f} nats · {rate:.0f} images/s")
 
 
+def nats_of_all(model: ImageModel, split: data.Split, tell: Callable[[int], None]) -> dict[str, Tensor]:
+    """Measure the nats of each image of a split, as `nats_of`; of several processes each measures some batches."""
+    parts = gathered(nats_of(model, split, tell=tell, share=rank_and_world()))
+    batches = range(math.ceil(len(split) / EVALUATION_BATCH))
+    own = [{name: values.split(EVALUATION_BATCH) for name, values in part.items()} for part in parts]
+    return {name: torch.cat([own[k % len(own)][name][k // len(own)] for k in batches]) for name in own[0]}
+
+
 def validate(run: Training, split: data.Split, folder: Path, metrics: Metrics, bar: Bar) -> None:
     """Measure the whole validation split, and write best.pt if the model was never as good before."""
     tell = bar.part("validation", len(split))
-    val = summarise(nats_of(run.evaluated, split, tell=tell)["nats"], run.model.shape)
+    val = summarise(nats_of_all(run.evaluated, split, tell)["nats"], run.model.shape)
     check_finite(val["nats"], "the loss", f"on the validation split at step {run.step}", folder)
     metrics.write(run.step, val_nats=val["nats"], val_bits_per_dim=val["bits_per_dim"])
+    run.validated = run.step
     bar.say(f"step {run.step} · val {val['bits_per_dim']:.4f} bits/dim, {val['nats']:.2f} nats")
     if val["nats"] < run.best_val.get("nats", math.inf):
         run.best_val = val
@@ -192,6 +208,8 @@ def validate(run: Training, split: data.Split, folder: Path, metrics: Metrics, b
 def save_samples(run: Training, folder: Path) -> None:
     """Write a picture of samples."""
     run.check_weights(folder.parent)
+    if not is_first():
+        return
     folder.mkdir(exist_ok=True)
     n, seed = run.config["samples"], run.config["seed"]
     label, columns = labels_in_rows(run.model.classes, n)
@@ -201,10 +219,12 @@ def save_samples(run: Training, folder: Path) -> None:
 
 def finish(run: Training, dataset: data.Dataset, folder: Path) -> None:
     """Evaluate the best checkpoint on the whole test split, and write summary.json."""
-    best = read(folder / "best.pt", run.model.device)
+    best = from_first(lambda: read(folder / "best.pt"))
     split = dataset.test.first(run.config["evaluate_images"])
     with Bar("test", len(split)) as bar:
-        nats = nats_of(rebuild(best, folder / "best.pt"), split, tell=bar.count)
+        nats = nats_of_all(rebuild(best, folder / "best.pt").to(run.model.device), split, bar.count)
+    if not is_first():
+        return
     result = {f"test_{name}": value for name, value in summarise(nats["nats"], run.model.shape).items()}
     result |= {f"test_{name}_nats": values.mean().item() for name, values in nats.items() if name != "nats"}
     result |= {f"val_{name}": value for name, value in best["best_val"].items()}
@@ -215,84 +235,110 @@ def finish(run: Training, dataset: data.Dataset, folder: Path) -> None:
         "best_step": best["step"],
         "train_seconds": run.seconds,
         "images_per_second": run.step * min(run.config["batch_size"], len(dataset.train)) / run.seconds,
+        "overrides": run.overrides,
         "command": " ".join(["python train.py", *run.overrides]),
         **environment(run.model.device),
     }
     write_json(folder / "summary.json", result)
+    write_report(folder)
     print(
         f"test {result['test_bits_per_dim']:.4f} ± {result['test_bits_per_dim_standard_error']:.4f} bits/dim, "
         f"{result['test_nats']:.3f} ± {result['test_nats_standard_error']:.3f} nats · {run.seconds:.0f} s of training"
     )
-    print(f"{folder}: best.pt, last.pt, summary.json, samples/ · now: python sample.py")
+    print(f"{folder}: best.pt, last.pt, summary.json, report.html, samples/ · now: python sample.py")
 
 
 def main(cfg) -> float:
     """Train, and return the best bits/dim of the validation split, which a sweeper may minimise."""
     keep_freed_memory()
-    folder = Path(HydraConfig.get().runtime.output_dir)
-    with held(folder):
+    folder = from_first(lambda: Path(HydraConfig.get().runtime.output_dir))
+    if HydraConfig.get().mode == RunMode.MULTIRUN:
+        point_to(Path(HydraConfig.get().sweep.dir))
+    with held(folder) if is_first() else nullcontext():
         return train(cfg, folder)
 
 
 def train(cfg, folder: Path) -> float:
     """Begin or continue the run of a folder."""
     arguments = HydraConfig.get().overrides.task
-    check_folder(folder, cfg.resume)
-    overrides, last, checkpoint = own_overrides(arguments), folder / "last.pt", None
-    if last.exists():
-        checkpoint = read_last(folder)
+    overrides, last, checkpoint = own_overrides(arguments), folder / "last.pt", from_first(lambda: found(folder, cfg))
+    if checkpoint:
         cfg = continued(cfg, checkpoint, arguments, last)
         overrides = overrides_of(checkpoint, arguments)
     check_config(cfg)
     device, dataset = choose_device(cfg.device), data.build(cfg.dataset)
+    n, parts = min(cfg.batch_size, len(dataset.train)), cfg.accumulate * rank_and_world()[1]
+    if n < parts:
+        raise unexpected(
+            "batch_size", cfg.batch_size, f"at least {parts}, an image for each process and part of a step"
+        )
     run, val = Training(cfg, overrides, dataset, device), dataset.val.first(cfg.evaluate_images)
     if checkpoint:
         run.restore(last, checkpoint)
-        (folder / "summary.json").unlink(missing_ok=True)
         for text in differences(checkpoint["config"], run.config):
             print(f"this run goes on with {text}")
-    write_config(folder, cfg, overrides)
+    if is_first():
+        (folder / "summary.json").unlink(missing_ok=True)
+        write_config(folder, cfg, overrides)
     print(f"{folder}\n{type(run.model).__name__}, {run.num_parameters:,} parameters", end=" · ")
     c, h, w = run.model.shape
     print(f"{dataset.name}, {len(dataset.train):,} images of {c}×{h}×{w}, {run.model.levels} levels")
-    print(f"{device}, {torch.get_num_threads()} threads · steps {run.step} to {cfg.steps}", flush=True)
-    if cfg.batch_size > len(dataset.train):
-        print(f"batch_size={cfg.batch_size}: each step has all {len(dataset.train):,} images")
-    order, throughput = EpochOrder(len(dataset.train), cfg.batch_size, cfg.seed), Throughput(device)
+    processes = f" in each of {rank_and_world()[1]} processes" if rank_and_world()[1] > 1 else ""
+    print(f"{device}, {torch.get_num_threads()} threads{processes} · steps {run.step} to {cfg.steps}", flush=True)
+    if cfg.batch_size > n:
+        print(f"batch_size={cfg.batch_size}: each step has all {n:,} images")
+    order, throughput, own = EpochOrder(len(dataset.train), cfg.batch_size, cfg.seed), Throughput(device), own_part(n)
 
     with Metrics(folder, run.step) as metrics, StopSignal() as signals, Bar("train", cfg.steps, run.step) as bar:
-        while run.step < cfg.steps and not signals.caught:
+        stop = 0
+        if run.validated < run.step and run.step % cfg.evaluate_every == 0:  # a signal came just then
+            validate(run, val, folder, metrics, bar)
+        while run.step < cfg.steps and not stop:
             x, labels = dataset.train.batch(order.batch(run.step), run.binarizer)
-            throughput.add(run.take_step(x, labels), len(x))
+            labels = None if labels is None else labels[own]
+            throughput.add(run.take_step(x[own], labels, own.start, n), n)
             bar.advance()
 
-            ended = run.step == cfg.steps or signals.caught > 0
+            stop = largest(signals.caught)
+            ended = run.step == cfg.steps or stop > 0
             to_log, to_validate, to_save, to_draw = (
                 n > 0 and (ended or run.step % n == 0)
                 for n in (cfg.log_every, cfg.evaluate_every, cfg.save_every, cfg.sample_every)
             )
             if to_log or to_validate or to_save:
                 log(run, throughput, folder, metrics, bar)
-            if to_validate and not signals.caught:
+            if to_validate and not stop:
                 validate(run, val, folder, metrics, bar)
-            if to_draw and not signals.caught:
+            if to_draw and not stop:
                 save_samples(run, folder / "samples")
             if to_validate or to_save:  # last, as a run that goes on from here does none of this again
                 run.save(last)
+                if is_first():
+                    write_report(folder)
             if to_validate or to_save or to_draw:
                 throughput.restart()
-    if signals.caught and run.step < cfg.steps:
-        raise Stopped(f"stopped at step {run.step}; to continue: python train.py resume={folder}", 128 + signals.caught)
+    if stop and run.step < cfg.steps:
+        raise Stopped(f"stopped at step {run.step}; to continue: python train.py resume={folder}", 128 + stop)
     finish(run, dataset, folder)
     return run.best_val["bits_per_dim"]
 
 
+def found(folder: Path, cfg) -> dict | None:
+    """Return the checkpoint that a run goes on from, or None."""
+    check_folder(folder, cfg.resume)
+    return read_last(folder) if (folder / "last.pt").exists() else None
+
+
 def prepare(argv: list[str]) -> list[str]:
-    check_alone()
-    return resumed(argv)
+    """Return the arguments that Hydra sees; only the first of several processes has a folder of its own."""
+    if rank_and_world()[1] > 1 and {"-m", "--multirun"} & {*argv}:
+        raise ValueError("-m: expected one process: each run of a sweep is trained by one")
+    argv = from_first(lambda: named_by_what_differs(resumed(argv)))
+    return argv if is_first() else [*argv, "hydra.run.dir=."]
 
 
 if __name__ == "__main__":
     from train import main as task  # by its module's name, by which a launcher of processes finds it again
 
-    command.run("train", task, prepare)
+    with together():
+        command.run("train", task, prepare)

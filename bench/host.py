@@ -76,6 +76,7 @@ def step_of(model: nn.Module, graph: bool):
             return compute(inputs)
 
     step.compute = compute_in_bfloat16
+    step(x, lr=1e-3)
     if graph:
         step.graph, step.inputs, step.warm, step.replay = True, [x], WARM_UP, lambda: None
         step.compute_again()

@@ -1,6 +1,7 @@
 """Run a command under Hydra: a mistake ends in one line and exit status 2, and a signal stops it between two steps."""
 
 import io
+import json
 import os
 import signal
 import sys
@@ -19,8 +20,9 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from checks import check_one_of, reason_of
+from cli.machine import is_first, one_of_several
 from conf import schema
-from files import naming
+from files import naming, write_atomically
 
 CONF = Path(schema.__file__).resolve().parent
 ROOT = CONF.parent
@@ -36,7 +38,11 @@ class Stopped(Exception):
 
 
 class StopSignal:
-    """Note in `caught` that SIGINT or SIGTERM asks the command to save and stop; a second one ends it at once."""
+    """Note in `caught` that SIGINT or SIGTERM asks the command to save and stop; a second one ends it at once.
+
+    Not where torchrun started the process: there a Ctrl-C arrives twice, from the terminal and from torchrun, which
+    kills what has not ended after half a minute.
+    """
 
     def __enter__(self) -> "StopSignal":
         self.caught = 0
@@ -50,7 +56,8 @@ class StopSignal:
     def catch(self, number: int, frame) -> None:
         """Note the signal's number; the next one has the effect that it had before."""
         self.caught = number
-        self.restore()
+        if "TORCHELASTIC_RUN_ID" not in os.environ:
+            self.restore()
 
     def restore(self) -> None:
         """Set the handlers of before."""
@@ -103,10 +110,17 @@ def run(
                 check_one_of("KEY", key, keys)
             with memory_named():
                 return main(cfg)
-        except (*MISTAKES, Stopped) as error:
-            drop_if_empty(Path(HydraConfig.get().runtime.output_dir))
-            if show_traceback or HydraConfig.get().mode == RunMode.MULTIRUN:
+        except Exception as error:
+            folder = Path(HydraConfig.get().runtime.output_dir)
+            if HydraConfig.get().mode == RunMode.MULTIRUN:
+                said = {"overrides": list(HydraConfig.get().overrides.task), "error": one_line(error)}
+                write_atomically(folder / "failed.json", lambda file: file.write(json.dumps(said, indent=1).encode()))
                 raise  # a sweep's other runs go on first
+            if not isinstance(error, (*MISTAKES, Stopped)):
+                raise
+            drop_if_empty(folder)
+            if show_traceback:
+                raise
             leave(error)
 
     try:
@@ -166,9 +180,11 @@ def drop_if_empty(folder: Path) -> None:
 
 
 def leave(error: BaseException) -> None:
-    """Print the error's line and exit."""
-    if isinstance(error, Stopped):
-        print(error, file=sys.stderr)
-        sys.exit(error.status)
-    print(f"error: {one_line(error)}", file=sys.stderr)
-    sys.exit(2)
+    """Print the error's line and exit; of processes that train together the first prints, as all stop for the same.
+
+    But a file may be missing on one machine only.
+    """
+    text, status = (str(error), error.status) if isinstance(error, Stopped) else (f"error: {one_line(error)}", 2)
+    if not one_of_several() or is_first() or isinstance(error, OSError):
+        print(text, file=sys.stderr)
+    sys.exit(status)

@@ -1,4 +1,4 @@
-"""The machine that a command runs on: which device, with which versions and commit, and how its memory behaves.
+"""Where a command runs: which process and device, with which versions and commit, and how its memory behaves.
 
 It needs no Hydra, so that bench/ runs where only torch is installed.
 """
@@ -12,8 +12,24 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
 from checks import check_one_of, unexpected
+
+
+def rank_and_world() -> tuple[int, int]:
+    """Return the number of this process, from 0, and how many there are."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def is_first() -> bool:
+    """Tell whether this process is the one that writes and prints."""
+    return rank_and_world()[0] == 0
+
+
+def one_of_several() -> bool:
+    """Tell whether this process and others train one model together."""
+    return dist.is_available() and dist.is_initialized()
 
 
 def choose_device(name: str) -> torch.device:

@@ -25,6 +25,7 @@ from einops import rearrange
 from PIL import Image
 from torch import Tensor
 
+from cli.machine import is_first, rank_and_world
 from files import naming, reserve, write_atomically
 
 # ---------------------------------------------------------------------------------------------------------------- files
@@ -134,11 +135,6 @@ def completions_in_rows(x: Tensor, known: Tensor, drawn: Tensor, levels: int) ->
 # ---------------------------------------------------------------------------------------------------- several processes
 
 
-def rank_and_world() -> tuple[int, int]:
-    """Return the number of this process, from 0, and how many there are."""
-    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-
-
 def share(images: list[int]) -> list[int]:
     """Return those of the images that this process draws.
 
@@ -165,7 +161,7 @@ def describe(path: Path, what: dict) -> None:
     Raises:
         ValueError: the images there were drawn in another way, or the file is damaged.
     """
-    if rank_and_world()[0] == 0 and not path.exists():
+    if is_first() and not path.exists():
         write_json(path, what)
     wait_for(path)
     try:
@@ -255,7 +251,7 @@ class NpyFile:
                 raise ValueError(f"{path}: expected no file there, or images and {description.name}, found a file")
             describe(description, what)
             return
-        if rank_and_world()[0] == 0 and not (self.part.exists() and self.flags.exists()):
+        if is_first() and not (self.part.exists() and self.flags.exists()):
             description.unlink(missing_ok=True)  # of images that are whole, or of none
             self.flags.unlink(missing_ok=True)
             write_atomically(self.part, lambda file: write_zeros(file, dtype, (n, *shape)))

@@ -2,20 +2,22 @@
 
 import json
 import math
+import os
 import re
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from filelock import FileLock, Timeout
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 import data
 from checks import one_of, reason_of, unexpected
 from cli.command import CONF, Stopped
-from cli.output import rank_and_world
+from cli.machine import is_first
 from conf.schema import Train
 from files import naming, write_atomically
 from models.base import ImageModel
@@ -100,6 +102,34 @@ def resumed(argv: list[str]) -> list[str]:
     return [*choices(checkpoint["overrides"], argv), *argv, f"hydra.run.dir='{quoted}'"]
 
 
+def named_by_what_differs(argv: list[str]) -> list[str]:
+    """Add the argument that keeps what all runs of a sweep have in common out of the names of their folders."""
+    if not {"-m", "--multirun"} & {*argv}:
+        return argv
+    parser = OverridesParser.create()
+    given = [parser.parse_override(argument) for argument in argv if not argument.startswith("-")]
+    common = [override.key_or_group for override in given if not override.is_sweep_override()]
+    return [*argv, f"hydra.job.config.override_dirname.exclude_keys=[{','.join(dict.fromkeys(common))}]"]
+
+
+def folder_name(overrides: str) -> str:
+    """Turn what differs in a run of a sweep, as KEY=VALUE,…, into the end of its folder's name."""
+    return "-" + re.sub(r"[^\w.=,+-]", "_", overrides)[:100] if overrides else ""
+
+
+OmegaConf.register_new_resolver("folder_name", folder_name, replace=True)
+
+
+def point_to(sweep: Path) -> None:
+    """Let the link runs/sweeps/latest name the folder of a sweep there, where links can be made."""
+    link = sweep.parent / "latest"
+    if sweep.parent.name == "sweeps" and (link.is_symlink() or not link.exists()):
+        with suppress(OSError):
+            new = sweep.parent / f".latest.{os.getpid()}"
+            new.symlink_to(sweep.name)
+            new.replace(link)
+
+
 def continued(cfg: DictConfig, checkpoint: dict, arguments: list[str], path: Path) -> DictConfig:
     """Return the config with which a run goes on: the checkpoint's, changed by this command's own arguments.
 
@@ -181,7 +211,7 @@ CONTENTS = (  # of a checkpoint, beside what its model needs: key, whether a val
         lambda value: isinstance(value, dict) and all(type(x) is float for x in value.values()),
         "numbers by name",
     ),
-    ("random", lambda value: isinstance(value, dict) and {"torch", "cuda", "data"} <= {*value}, "random states"),
+    ("random", lambda value: isinstance(value, dict) and "data" in value, "random states"),
 )
 
 
@@ -201,12 +231,6 @@ def differences(before: dict, after: dict, name: str = "") -> list[str]:
         for key in keys
         for text in differences(before.get(key), after.get(key), f"{name}.{key}" if name else str(key))
     ]
-
-
-def check_alone() -> None:
-    """Raise ValueError in one of several processes: each would train the same model into the same folder."""
-    if (world := rank_and_world()[1]) > 1:
-        raise unexpected("WORLD_SIZE", world, "1, as a run is trained by one process; torchrun is for sample.py")
 
 
 def check_folder(folder: Path, resume: str | None) -> None:
@@ -275,6 +299,8 @@ def dataset_of(checkpoint: dict, root: str | None, path: Path) -> data.Dataset:
 class Metrics:
     """Write metrics.jsonl in a run's folder, and TensorBoard's files beside it if that is installed.
 
+    Of several processes, the first one does.
+
     Args:
         folder: the run's.
         step: where the run continues; lines of later steps are dropped.
@@ -282,6 +308,9 @@ class Metrics:
 
     def __init__(self, folder: Path, step: int):
         self.path = path = folder / "metrics.jsonl"
+        self.file = self.board = None
+        if not is_first():
+            return
         if path.exists():
             lines = [line for line in path.read_text(errors="replace").splitlines() if is_before(line, step)]
             write_atomically(path, lambda file: file.write("".join(f"{line}\n" for line in lines).encode()))
@@ -289,12 +318,13 @@ class Metrics:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
-            self.board = None
-        else:
-            self.board = SummaryWriter(folder, purge_step=step + 1)
+            return
+        self.board = SummaryWriter(folder, purge_step=step + 1)
 
     def write(self, step: int, **values: float) -> None:
         """Add a line of values of a step."""
+        if not self.file:
+            return
         with naming(self.path):
             self.file.write(json.dumps({"step": step, **values}) + "\n")
             self.file.flush()
@@ -306,6 +336,8 @@ class Metrics:
         return self
 
     def __exit__(self, *_) -> None:
+        if not self.file:
+            return
         with naming(self.path):
             self.file.close()
         if self.board:

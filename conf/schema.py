@@ -19,6 +19,7 @@ class Train:
 
     steps: int = MISSING
     batch_size: int = MISSING
+    accumulate: int = MISSING
     seed: int = MISSING
     device: str = MISSING
     bf16: bool = MISSING

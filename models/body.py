@@ -8,9 +8,9 @@ added to the stream (`residual`) or takes its place. With `skip`, a second 1×1 
 
 from typing import ClassVar
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.dropout import dropout
 from models.features import Stretch
 from models.in_row import InRow, Weights
 from models.layers import MaskedLinear, stack
@@ -83,7 +83,8 @@ class Body(nn.Module):
 
     def join(self, layer: int, u: Tensor, skips: Tensor | int, hidden: Tensor) -> tuple[Tensor, Tensor | int]:
         """The stream (b h w features) and the sum of skips after a layer computed `hidden` (b h w f)."""
-        hidden = F.dropout(hidden, self.dropout, self.training)
+        if self.training:
+            hidden = dropout(hidden, self.dropout)
         out = self.up[layer](hidden)
         if self.skip:
             skips = skips + self.to_head[layer](hidden)

@@ -30,6 +30,7 @@ def nats_of(
     seed: int = 0,
     tell: Callable[[int], None] = lambda images: None,
     label: int | None = None,
+    share: tuple[int, int] = (0, 1),
 ) -> dict[str, Tensor]:
     """Measure the nats of each image of a split, in its order, in eval mode; the model keeps the mode it was in.
 
@@ -39,6 +40,7 @@ def nats_of(
         seed: of stochastic binarization.
         tell: called after each batch with the number of images in it.
         label: one class to take every image for, of a model with classes; None: each image's own.
+        share: (k, n): of n processes that share the batches this is number k, and measures the batches k, k+n, ….
 
     Returns:
         "nats": (n,) float64; and by name the parts that they are the sum of, if the model has parts.
@@ -48,8 +50,11 @@ def nats_of(
     nats: dict[str, list[Tensor]] = {}
     model.eval()
     with torch.no_grad():
-        for start in range(0, len(split), batch_size):
-            x, labels = split.batch(slice(start, start + batch_size), generator)
+        for number, start in enumerate(range(0, len(split), batch_size)):
+            x, labels = split.batch(slice(start, start + batch_size), generator)  # others' too: they take random bits
+            if number % share[1] != share[0]:
+                tell(len(x))
+                continue
             x, labels = model.check(x.to(device)), label_for(model, labels)
             if label is not None:
                 labels = torch.full((len(x),), label, device=device)

@@ -5,6 +5,7 @@ import copy
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -131,10 +132,25 @@ def test_nothing_of_a_checkpoint_but_choices_reaches_hydra(run):
     assert choices(["optimizer=rmsprop", "optimizer=none"], []) == ["optimizer=rmsprop"]
 
 
-def test_one_of_several_processes_is_refused(call, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    refused(call("train", *SHORT), ["WORLD_SIZE=2", "expected 1"])
-    assert not Path("runs").exists()
+def test_a_run_stopped_where_it_would_validate_validates_when_it_goes_on(call, monkeypatch):
+    take_step, arguments = train.Training.take_step, [*SHORT, "model=pixel_cnn", "evaluate_every=4"]
+
+    def signalled(self, *batch):
+        nats = take_step(self, *batch)
+        if self.step == 8:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return nats
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train.Training, "take_step", signalled)
+        status, _, err = call("train", *arguments, "hydra.run.dir=run")
+    assert status == 128 + signal.SIGTERM and "stopped at step 8" in err
+    for command in (["resume=run"], [*arguments, "hydra.run.dir=whole"]):
+        status, _, err = call("train", *command)
+        assert status == 0, err
+    lines = [Path(name, "metrics.jsonl").read_text().splitlines() for name in ("run", "whole")]
+    stopped, whole = ([json.loads(line) for line in text if "val_nats" in line] for text in lines)
+    assert [line["step"] for line in whole] == [4, 8, 12] and stopped == whole
 
 
 class TestNumbersThatAreNone:

@@ -36,7 +36,10 @@ def needs(module: str):
 def test_a_launcher_runs_all_jobs_and_names_the_one_that_failed(tmp_path, launcher):
     done = sweep(tmp_path, f"hydra/launcher={launcher}", "seed=0,1", "optimizer.lr=0.01,-1", "hydra.sweep.dir=swept")
     assert done.returncode == 2 and "optimizer.lr=-1" in done.stderr and "Traceback" not in done.stderr, done.stderr
-    assert sorted(path.parent.name for path in tmp_path.rglob("summary.json")) == ["0", "2"]
+    names = [f"{k}-optimizer.lr=0.01,seed={seed}" for k, seed in ((0, 0), (2, 1))]
+    assert sorted(path.parent.name for path in tmp_path.rglob("summary.json")) == names
+    failed = [json.loads(path.read_text()) for path in tmp_path.rglob("failed.json")]
+    assert len(failed) == 2 and all("optimizer.lr=-1: expected" in x["error"] for x in failed)
 
 
 @needs("hydra_optuna_sweeper")

@@ -7,8 +7,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-import kernels
-from kernels.jit import has_triton
 from kernels.philox import uniforms
 
 
@@ -25,17 +23,8 @@ def noise(
     Those of image k depend only on `seed`, k and `stage`: a counter-based generator has seed and k as its key, and each
     stage of a model that draws in several has a range of the counter to itself.
 
-    `backend` says who makes them: "triton", or "torch", where numpy does, on the CPU. The bits are the same. None: as
-    `kernels.use` or the device says.
+    `backend`, see `kernels.backend_for`, changes no bit.
     """
     keys = np.array([(seed, k) for k in images], dtype=np.uint64)
     of_keys = torch.from_numpy(keys.view(np.int64)).to(device)
-    usual = "triton" if has_triton(of_keys.device) and kernels.in_use() != "torch" else "torch"
-    if (backend or usual) == "triton":
-        return uniforms(of_keys, math.prod(shape), stage).view(-1, *shape)
-
-    def draw(key: np.ndarray) -> np.ndarray:
-        bits = np.random.Philox(key=key, counter=[0, 0, 0, stage])
-        return np.random.Generator(bits).random(shape, dtype=np.float32)
-
-    return torch.from_numpy(np.stack([draw(key) for key in keys])).to(device)
+    return uniforms(of_keys, math.prod(shape), stage, backend).view(-1, *shape)

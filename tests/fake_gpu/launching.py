@@ -114,7 +114,7 @@ def test_fifty_captured_training_steps_are_those_of_no_graph(name, bf16, optimiz
         for model in (captured, eager):
             averages.append(copy.deepcopy(model))
             made = build_optimizer(optimizer, model.parameters())
-            step = TrainingStep(model, made, averages[-1], clip, bf16, graph=model is captured)
+            step = TrainingStep(model, made, averages[-1], clip, bf16=bf16, graph=model is captured)
             numbers = torch.Generator().manual_seed(0)
             torch.manual_seed(1)
             for n in range(50):

@@ -1,0 +1,157 @@
+"""A sweep's runs beside each other: `python -m bench.compare runs/sweeps/latest`.
+
+One line for all runs that differ only in their seed: what they were given that others were not, bits/dim of the
+validation and of the test split, seconds of training; and every job that failed, with its error. A split's bits/dim are
+the mean over the seeds ± its standard error; of one run, the standard error over the images. Beside the table, which is
+also written to compare.md in the folder, compare.svg has the curves of the validation split.
+
+Any folder will do: the runs in it are found by what they wrote.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from cli.plot import Points, curves
+
+
+class Run(NamedTuple):
+    folder: Path
+    overrides: dict[str, str]  # its arguments, by key
+    summary: dict | None  # what it measured at its end
+    error: str | None  # why it failed
+    curve: Points  # bits/dim of the validation split, by step
+
+
+def read_json(path: Path) -> dict | None:
+    """Read a file of one JSON object; None: there is none, or it is cut short."""
+    try:
+        value = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def by_key(overrides: list[str]) -> dict[str, str]:
+    """Split arguments KEY=VALUE; of a key given twice the last one counts."""
+    return {key.lstrip("+"): value for key, _, value in (override.partition("=") for override in overrides)}
+
+
+def overrides_of(folder: Path) -> list[str]:
+    """Read the arguments of a run that has not ended."""
+    import yaml  # OmegaConf brings it
+
+    try:
+        return yaml.safe_load((folder / ".hydra/overrides.yaml").read_text()) or []
+    except (OSError, yaml.YAMLError):
+        return []
+
+
+def curve_of(folder: Path) -> Points:
+    out = []
+    try:
+        lines = (folder / "metrics.jsonl").read_text().splitlines()
+    except OSError:
+        return out
+    for line in lines:
+        try:
+            row = json.loads(line)
+        except ValueError:  # a line that a killed run left unfinished
+            continue
+        if "val_bits_per_dim" in row:
+            out.append((row["step"], row["val_bits_per_dim"]))
+    return out
+
+
+def runs_below(folder: Path) -> Iterator[Run]:
+    """Yield the runs in a folder and its folders, in the order of their numbers."""
+
+    def number(path: Path) -> tuple:
+        first = path.name.split("-")[0]
+        return (int(first) if first.isdigit() else sys.maxsize, str(path))
+
+    found = {path.parent for name in ("metrics.jsonl", "failed.json") for path in folder.rglob(name)}
+    for path in sorted(found, key=number):
+        summary, failed = read_json(path / "summary.json"), read_json(path / "failed.json")
+        overrides = (summary or failed or {}).get("overrides") or overrides_of(path)
+        error = failed["error"] if failed and not summary else None
+        yield Run(path, by_key(overrides), summary, error, curve_of(path))
+
+
+def differing(runs: list[Run]) -> list[str]:
+    """Return the keys whose values are not the same in all runs, in the order of the arguments."""
+    keys = dict.fromkeys(key for run in runs for key in run.overrides)
+    return [key for key in keys if len({run.overrides.get(key) for run in runs}) > 1]
+
+
+def mean_and_error(values: list[float], single: float) -> tuple[float, float]:
+    """Return the mean and its standard error; of one value, the error given with it."""
+    return float(np.mean(values)), float(np.std(values, ddof=1) / len(values) ** 0.5) if len(values) > 1 else single
+
+
+def cell(values: list[dict], name: str) -> str:
+    if not values:
+        return ""
+    mean, error = mean_and_error([x[name] for x in values], values[0].get(f"{name}_standard_error", 0.0))
+    return f"{mean:.4f} ± {error:.4f}"
+
+
+def rows_of(runs: list[Run], keys: list[str]) -> list[dict[str, str]]:
+    """The table: a row for the runs that differ only in their seed, and one for each that failed."""
+    groups: dict[tuple, list[Run]] = {}
+    for run in runs:
+        groups.setdefault(tuple(run.overrides.get(key, "") for key in keys), []).append(run)
+    out = []
+    for values, group in groups.items():
+        about, ended = dict(zip(keys, values, strict=True)), [run.summary for run in group if run.summary]
+        open_ones = [run for run in group if not run.summary and not run.error]
+        if ended or open_ones:
+            seconds = f"{np.mean([x['train_seconds'] for x in ended]):.0f}" if ended else ""
+            row = {**about, "runs": str(len(ended)), "parameters": f"{ended[0]['parameters']:,}" if ended else ""}
+            row |= {"val bits/dim": cell(ended, "val_bits_per_dim"), "test bits/dim": cell(ended, "test_bits_per_dim")}
+            out.append(row | {"seconds": seconds, "said": f"{len(open_ones)} not ended" if open_ones else ""})
+        for run in group:
+            if run.error:
+                seed = f"seed={run.overrides['seed']}: " if "seed" in run.overrides else ""
+                out.append({**about, "said": f"{seed}{run.error}"})
+    best = [row for row in out if row.get("val bits/dim")]
+    return sorted(best, key=lambda row: float(row["val bits/dim"].split()[0])) + [row for row in out if row not in best]
+
+
+def markdown(rows: list[dict[str, str]]) -> str:
+    columns = [key for key in dict.fromkeys(key for row in rows for key in row) if any(row.get(key) for row in rows)]
+    lines = [columns, *([row.get(key, "").replace("|", "\\|") for key in columns] for row in rows)]
+    widths = [max(len(line[k]) for line in lines) for k in range(len(columns))]
+    padded = [" | ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)) for line in lines]
+    rule = " | ".join("-" * width for width in widths)
+    return "\n".join(f"| {line} |" for line in (padded[0], rule, *padded[1:]))
+
+
+def main(argv: list[str] | None = None) -> int:
+    options = argparse.ArgumentParser(prog="python -m bench.compare", description=__doc__.split("\n")[0])
+    options.add_argument("folder", type=Path, help="of a sweep, as runs/sweeps/latest")
+    options.add_argument("--each", action="store_true", help="a line for each run, not one for all its seeds")
+    args = options.parse_args(argv)
+    runs = list(runs_below(args.folder)) if args.folder.is_dir() else []
+    if not runs:
+        options.error(f"{args.folder}: expected the folder of a sweep, found no run below it")
+    differ = differing(runs)
+    keys = differ if args.each else [key for key in differ if key != "seed"]
+    table = markdown(rows_of(runs, keys))
+    names = [", ".join(f"{key}={run.overrides.get(key, '')}" for key in differ) or run.folder.name for run in runs]
+    series = {name: run.curve for name, run in zip(names, runs, strict=True)}
+    (args.folder / "compare.md").write_text(table + "\n")
+    (args.folder / "compare.svg").write_text(curves(series, "step", "bits/dim of the validation split"))
+    print(f"{table}\n{args.folder}: compare.md, compare.svg")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

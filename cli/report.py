@@ -1,0 +1,169 @@
+"""What became of a run, for people: `python -m cli.report runs/…` writes its report.html and model_card.md anew.
+
+`train.py` writes both after each validation. report.html is one file that needs no other: curves, samples by step, the
+final numbers, the command and the versions, the config. model_card.md says the same in the form that model hubs show.
+"""
+
+import argparse
+import base64
+import json
+import sys
+from html import escape
+from pathlib import Path
+
+from cli.plot import Points, curves
+from files import write_atomically
+
+ENVIRONMENT = ("date", "device", "cpu", "cores", "threads", "python", "torch", "triton", "commit")
+STYLE = """body { font: 15px/1.5 sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #1f2328 }
+table { border-collapse: collapse } td, th { padding: .2rem 1rem .2rem 0; text-align: left; vertical-align: top }
+pre { background: #f6f8fa; padding: .8rem; overflow: auto } svg { max-width: 100%; height: auto }
+figure { display: inline-block; margin: 0 1rem 1rem 0 } img { image-rendering: pixelated; max-width: 100% }"""
+
+
+class Run:
+    """What stands in a run's folder: lines of metrics, the final numbers (none before its end), config, pictures."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.metrics = folder, []
+        for line in read(folder / "metrics.jsonl").splitlines():
+            try:
+                self.metrics.append(json.loads(line))
+            except ValueError:  # a line that a killed run left unfinished
+                continue
+        summary = read(folder / "summary.json")
+        self.summary = json.loads(summary) if summary else {}
+        self.config = read(folder / ".hydra/config.yaml")
+        self.pictures = sorted((folder / "samples").glob("*.png"))
+        self.name = f"{folder.parent.name}/{folder.name}"
+
+    def curve(self, name: str) -> Points:
+        return [(row["step"], row[name]) for row in self.metrics if name in row]
+
+    def numbers(self) -> dict[str, str]:
+        """The final numbers, or the last ones there are, as people read them."""
+        said = self.summary
+        if not said:
+            last = {key: value for row in self.metrics for key, value in row.items()}
+            return {name.replace("_", " "): f"{value:.6g}" for name, value in last.items()}
+        out = {}
+        for split in ("test", "val"):
+            for unit, words in (("bits_per_dim", "bits/dim"), ("nats", "nats")):
+                value, error = said[f"{split}_{unit}"], said[f"{split}_{unit}_standard_error"]
+                out[f"{split}, {words}"] = f"{value:.4f} ± {error:.4f}"
+        out |= {"test images": f"{said['test_images']:,}", "parameters": f"{said['parameters']:,}"}
+        out |= {"steps": f"{said['steps']:,}", "best step": f"{said['best_step']:,}"}
+        seconds = f"{said['train_seconds']:.0f} s, {said['images_per_second']:.0f} images/s"
+        return out | {"training": seconds}
+
+    def environment(self) -> dict[str, str]:
+        return {name: str(self.summary[name]) for name in ENVIRONMENT if self.summary.get(name) is not None}
+
+
+def read(path: Path) -> str:
+    """The text of a file; nothing if there is none."""
+    try:
+        return path.read_text(errors="replace")
+    except OSError:
+        return ""
+
+
+def table(rows: dict[str, str]) -> str:
+    lines = (f"<tr><th>{escape(name)}</th><td>{escape(value)}</td></tr>" for name, value in rows.items())
+    return "<table>\n" + "\n".join(lines) + "\n</table>"
+
+
+def html(run: Run) -> str:
+    """The text of report.html."""
+    series = {"training": run.curve("train_bits_per_dim"), "validation": run.curve("val_bits_per_dim")}
+    pictures = []
+    for path in run.pictures:
+        data, step = base64.b64encode(path.read_bytes()).decode(), int(path.stem.rpartition("_")[2])
+        pictures.append(
+            f'<figure><img src="data:image/png;base64,{data}"><figcaption>step {step:,}</figcaption></figure>'
+        )
+    parts = {
+        "Numbers": table(run.numbers()),
+        "Bits/dim": curves(series, "step", "bits/dim"),
+        "Samples": "\n".join(pictures),
+        "Command": f"<pre>{escape(run.summary['command'])}</pre>" if run.summary else "",
+        "Versions and machine": table(run.environment()) if run.summary else "",
+        "Config": f"<pre>{escape(run.config)}</pre>",
+    }
+    body = "\n".join(f"<h2>{name}</h2>\n{text}" for name, text in parts.items() if text)
+    state = "" if run.summary else "<p>This run has not ended.</p>\n"
+    head = f'<meta charset="utf-8">\n<title>{escape(run.name)}</title>\n<style>\n{STYLE}\n</style>'
+    return f'<!doctype html>\n<html lang="en">\n{head}\n<h1>{escape(run.name)}</h1>\n{state}{body}\n</html>\n'
+
+
+def model_card(run: Run) -> str:
+    """The text of model_card.md."""
+    said = run.summary
+    numbers = "\n".join(f"| {name} | {value} |" for name, value in run.numbers().items())
+    machine = "\n".join(f"| {name} | {value} |" for name, value in run.environment().items())
+    return f"""---
+library_name: pixelrnn
+tags:
+- image-generation
+- autoregressive
+- pixelrnn
+---
+
+# {run.name}
+
+An autoregressive model of images with an exact likelihood ([1601.06759](https://arxiv.org/abs/1601.06759)), trained by
+
+```
+{said["command"]}
+```
+
+| | |
+|---|---|
+{numbers}
+
+± is the standard error over the images of a split. The numbers are those of best.pt, the checkpoint with the best
+validation; its weights are {"the averaged ones" if "ema: 0" not in run.config.splitlines() else "not averaged"}.
+
+## Use
+
+```python
+import pixelrnn
+
+model = pixelrnn.load("best.pt")
+pixelrnn.sample(model, 16, seed=0)  # (16 c h w) integers
+model.log_prob(x)  # nats of each image of x (b c h w)
+```
+
+## Trained on
+
+| | |
+|---|---|
+{machine}
+
+```yaml
+{run.config.strip()}
+```
+"""
+
+
+def write_report(folder: Path) -> None:
+    """Write report.html of a run, and once it has ended model_card.md."""
+    run = Run(folder)
+    write_atomically(folder / "report.html", lambda file: file.write(html(run).encode()))
+    if run.summary:
+        write_atomically(folder / "model_card.md", lambda file: file.write(model_card(run).encode()))
+
+
+def main(argv: list[str] | None = None) -> int:
+    options = argparse.ArgumentParser(prog="python -m cli.report", description=__doc__.split("\n")[0])
+    options.add_argument("folder", type=Path, help="of a run")
+    args = options.parse_args(argv)
+    if not (args.folder / "metrics.jsonl").exists():
+        options.error(f"{args.folder}: expected the folder of a run, found no metrics.jsonl there")
+    write_report(args.folder)
+    print(args.folder / "report.html")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

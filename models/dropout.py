@@ -1,0 +1,54 @@
+"""Dropout whose masks are a function of the run's seed, the step, and an image's number in the step's batch.
+
+So they are the same on every device, and however the images of a step are shared out to processes or to parts of a
+step; and a run that goes on needs no random state.
+
+Legend: n images of a part · f features.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kernels.philox import uniforms
+
+
+class Masks:
+    """Where the masks of a forward pass come from: `keys` (n 2) int64 of its images, and how many masks were made."""
+
+    def __init__(self, keys: Tensor):
+        self.keys, self.made = keys, 0
+
+
+masks: Masks | None = None  # within `masks_of`
+
+
+def key_of(seed: int, step: int) -> int:
+    """The first word of the keys of a step."""
+    return (seed << 32) + step & 2**63 - 1
+
+
+@contextmanager
+def masks_of(keys: Tensor) -> Iterator[None]:
+    """Within, each call of `dropout` takes its masks from the keys (n 2) of the images, in their order."""
+    global masks
+    before, masks = masks, Masks(keys)
+    try:
+        yield
+    finally:
+        masks = before
+
+
+def dropout(x: Tensor, p: float) -> Tensor:
+    """Set each of the features x (n … f) to zero with probability p, and divide the others by 1 − p.
+
+    Outside `masks_of`, this is torch's own dropout.
+    """
+    if masks is None or p == 0:
+        return F.dropout(x, p)
+    kept = uniforms(masks.keys, x[0].numel(), masks.made).view(x.shape) >= p
+    masks.made += 1
+    return torch.where(kept, x / (1 - p), 0)

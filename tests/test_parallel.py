@@ -1,0 +1,115 @@
+"""One run by several processes: what one process would have computed, stopped and continued with any number of them."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from tests.commands import REPOSITORY, process
+
+pytestmark = pytest.mark.slow
+RUN = ["model.hidden=4", "model.layers=2", "model.head_features=8", "model.dropout=0.3", "batch_size=30", "warmup=2"]
+RUN += ["log_every=5", "evaluate_every=10", "save_every=5", "sample_every=0", "samples=4", "evaluate_images=150"]
+
+
+def started(processes: int, *arguments: str) -> subprocess.Popen:
+    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={processes}", "--master-port=0"]
+    command = [*command, "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": environment}
+    return subprocess.Popen([*command, str(REPOSITORY / "train.py"), *arguments], **pipes)
+
+
+def finished(run: subprocess.Popen) -> str:
+    out, err = run.communicate(timeout=300)
+    assert run.returncode == 0, out + err
+    assert not err, err
+    return out
+
+
+def numbers(folder) -> list[dict]:
+    """The lines of metrics, without what depends on the machine."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if name != "images_per_second"} for line in lines]
+
+
+def assert_alike(folder, other, tolerance: float, only: str = "") -> None:
+    """The same metrics, or those lines of them that have a value of this name; averaged weights; final numbers."""
+    mine, others = ([line for line in numbers(x) if not only or only in line] for x in (folder, other))
+    assert [line["step"] for line in mine] == [line["step"] for line in others]
+    for line, expected in zip(mine, others, strict=True):
+        assert line == pytest.approx(expected, rel=tolerance), line["step"]
+    mine, others = (torch.load(x / "last.pt", weights_only=True)["ema"] for x in (folder, other))
+    for name, expected in others.items():
+        torch.testing.assert_close(mine[name], expected, rtol=1e-3, atol=1e-4)
+    results = [json.loads((x / "summary.json").read_text()) for x in (folder, other)]
+    keys = ("test_nats", "test_nats_standard_error", "val_nats", "best_step", "test_images")
+    assert [results[0][key] for key in keys] == pytest.approx([results[1][key] for key in keys], rel=tolerance)
+
+
+def test_two_processes_are_one(tmp_path):
+    alone, two = tmp_path / "alone", tmp_path / "two"
+    process("train.py", *RUN, "steps=50", f"hydra.run.dir={alone}", check=True)
+    out = finished(started(2, *RUN, "steps=50", "accumulate=2", f"hydra.run.dir={two}"))
+    assert "1 threads in each of 2 processes" in out and out.count("test_nats") == out.count("steps 0 to 50") - 1 == 0
+    assert_alike(two, alone, 1e-5)
+
+
+@pytest.mark.parametrize("model", ["gated_pixel_cnn", "row_lstm", "diag_bilstm", "multi_scale", "multi_scale-base"])
+def test_every_model_is_trained_by_two_processes(model, tmp_path):
+    name, _, only_base = model.partition("-")
+    arguments = [f"model={name}", *RUN, "steps=3", "evaluate_every=3", *["model.train=base"] * bool(only_base)]
+    finished(started(2, *arguments, f"hydra.run.dir={tmp_path / 'run'}"))
+
+
+def test_a_run_goes_on_with_another_number_of_processes(tmp_path):
+    """One stopped by a signal with two, then killed with three, then ended by one, is one that never stopped."""
+    alone, run = tmp_path / "alone", tmp_path / "run"
+    process("train.py", *RUN, "steps=60", f"hydra.run.dir={alone}", check=True)
+
+    first = started(2, *RUN, "steps=60", f"hydra.run.dir={run}")
+    wait_for(run, 5)
+    first.send_signal(signal.SIGTERM)
+    out, err = first.communicate(timeout=120)
+    assert first.returncode and f"to continue: python train.py resume={run}" in err, out + err
+
+    second = started(3, f"resume={run}")
+    wait_for(run, numbers(run)[-1]["step"] + 5)
+    subprocess.run(["pkill", "-KILL", "-f", f"resume={run}"], check=True)
+    second.communicate(timeout=120)
+
+    process("train.py", f"resume={run}", check=True)
+    assert_alike(run, alone, 1e-4, "val_nats")  # where it stopped, a line has fewer steps
+
+
+def wait_for(folder, step: int) -> None:
+    """Until a checkpoint of this step or a later one was written."""
+    end = time.monotonic() + 120
+    while time.monotonic() < end:
+        try:
+            if torch.load(folder / "last.pt", weights_only=True)["step"] >= step:
+                return
+        except (OSError, RuntimeError):
+            pass
+        time.sleep(0.05)
+    raise AssertionError(f"no checkpoint of step {step} in {folder}")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ([*RUN, "steps=0"], "steps=0: expected"),
+        ([*RUN, "batch_size=1"], "batch_size=1: expected at least 2"),
+        (["-m", *RUN, "seed=0,1"], "-m: expected one process"),
+        ([*RUN, "resume=nowhere"], "nowhere"),
+    ],
+)
+def test_a_mistake_ends_all_processes(arguments, said):
+    run = started(2, *arguments)
+    _, err = run.communicate(timeout=120)
+    assert run.returncode == 1 and err.count(said) == 1 and 'train.py", line' not in err, err  # torchrun adds its own
