@@ -13,6 +13,7 @@ import torch
 from tests.commands import REPOSITORY, process
 
 pytestmark = pytest.mark.slow
+STORED = REPOSITORY.parent / "shared" / "data" / "unpack.py"
 RUN = ["model.hidden=4", "model.layers=2", "model.head_features=8", "model.dropout=0.3", "batch_size=30", "warmup=2"]
 RUN += ["log_every=5", "evaluate_every=10", "save_every=5", "sample_every=0", "samples=4", "evaluate_images=150"]
 
@@ -57,6 +58,18 @@ def test_two_processes_are_one(tmp_path):
     process("train.py", *RUN, "steps=50", f"hydra.run.dir={alone}", check=True)
     out = finished(started(2, *RUN, "steps=50", "accumulate=2", f"hydra.run.dir={two}"))
     assert "1 threads in each of 2 processes" in out and out.count("test_nats") == out.count("steps 0 to 50") - 1 == 0
+    assert_alike(two, alone, 1e-5)
+
+
+def test_two_processes_draw_the_bits_of_one(tmp_path):
+    """Stochastic binarization, in training and in both splits."""
+    if not STORED.is_file():
+        pytest.skip("the stored data sets (../shared/data beside the repository) are not there")
+    subprocess.run([sys.executable, str(STORED), str(tmp_path), "mnist"], check=True, capture_output=True)
+    bits = [*RUN, "model=pixel_cnn", "dataset=mnist", "dataset.binarize=stochastic", f"dataset.root={tmp_path}"]
+    alone, two = tmp_path / "alone", tmp_path / "two"
+    process("train.py", *bits, "steps=50", f"hydra.run.dir={alone}", check=True)
+    finished(started(2, *bits, "steps=50", f"hydra.run.dir={two}"))
     assert_alike(two, alone, 1e-5)
 
 
