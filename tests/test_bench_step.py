@@ -39,7 +39,9 @@ def test_each_layer_of_a_step_is_counted(layers):
 
 
 @pytest.mark.slow
-def test_a_step_is_its_scans_and_the_rest(tmp_path, capsys):
+def test_a_step_is_its_scans_and_the_rest(tmp_path, capsys, monkeypatch):
+    some = [name for name in step.STEPS if "CNN" in name or "h = 16" in name]
+    monkeypatch.setattr(step, "STEPS", {name: step.STEPS[name]._replace(layers=2) for name in some})
     assert step.main(["--json", str(tmp_path / "step.json")]) == 0
     rows = json.loads((tmp_path / "step.json").read_text())["rows"]
     for row in rows:

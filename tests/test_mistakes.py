@@ -38,7 +38,7 @@ def written(name: str, said: dict[str, str]) -> Iterator[Mistake]:
 
 
 def in_training() -> Iterator[Mistake]:
-    yield from values("train", "steps batch_size log_every", NO_INTEGER, ("0", "-1", "null"))
+    yield from values("train", "steps batch_size accumulate log_every", NO_INTEGER, ("0", "-1", "null"))
     yield from values("train", "evaluate_every save_every samples evaluate_images", ("0", "abc", "1.5"))
     yield from values("train", "seed warmup sample_every", ("-1", "abc", "1.5", "null"))
     yield from values("train", "ema", NO_NUMBER, ("1", "-0.1", "1.5", "null"))
@@ -83,6 +83,7 @@ def in_training() -> Iterator[Mistake]:
         "+step=1": "KEY='step' | did you mean steps?",
         "--steps=10": "--steps=10: expected steps=10, without dashes",
         "--model.hidden 8": "--model.hidden: expected model.hidden=VALUE",
+        "batch_size=3 accumulate=4": "batch_size=3 | at least 4",
         "--batch-size 8": "--batch-size: expected batch_size=VALUE",
         "--nonsense": "nonsense",
         "device=tpu": "tpu | cuda",
