@@ -406,7 +406,7 @@ def cross_entropy():
 
 
 def noise():
-    return [uniforms(torch.arange(4).view(2, 2), 20, 1)]
+    return [uniforms(torch.arange(4).view(2, 2), 20, 1, "triton")]
 
 
 def what_rows_above_give():
