@@ -11,7 +11,6 @@ Any folder will do: the runs in it are found by what they wrote.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,6 +19,7 @@ from typing import NamedTuple
 import numpy as np
 
 from cli.plot import Points, curves
+from cli.report import curve, metrics_of, read_json
 
 
 class Run(NamedTuple):
@@ -28,15 +28,6 @@ class Run(NamedTuple):
     summary: dict | None  # what it measured at its end
     error: str | None  # why it failed
     curve: Points  # bits/dim of the validation split, by step
-
-
-def read_json(path: Path) -> dict | None:
-    """Read a file of one JSON object; None: there is none, or it is cut short."""
-    try:
-        value = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return None
-    return value if isinstance(value, dict) else None
 
 
 def by_key(overrides: list[str]) -> dict[str, str]:
@@ -54,22 +45,6 @@ def overrides_of(folder: Path) -> list[str]:
         return []
 
 
-def curve_of(folder: Path) -> Points:
-    out = []
-    try:
-        lines = (folder / "metrics.jsonl").read_text().splitlines()
-    except OSError:
-        return out
-    for line in lines:
-        try:
-            row = json.loads(line)
-        except ValueError:  # a line that a killed run left unfinished
-            continue
-        if "val_bits_per_dim" in row:
-            out.append((row["step"], row["val_bits_per_dim"]))
-    return out
-
-
 def runs_below(folder: Path) -> Iterator[Run]:
     """Yield the runs in a folder and its folders, in the order of their numbers."""
 
@@ -82,7 +57,7 @@ def runs_below(folder: Path) -> Iterator[Run]:
         summary, failed = read_json(path / "summary.json"), read_json(path / "failed.json")
         overrides = (summary or failed or {}).get("overrides") or overrides_of(path)
         error = failed["error"] if failed and not summary else None
-        yield Run(path, by_key(overrides), summary, error, curve_of(path))
+        yield Run(path, by_key(overrides), summary, error, curve(metrics_of(path), "val_bits_per_dim"))
 
 
 def differing(runs: list[Run]) -> list[str]:

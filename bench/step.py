@@ -4,11 +4,11 @@ What torch and Triton would launch is counted on tensors that have shapes and no
 bytes that it moves, of its multiply-adds, or of a node of a CUDA graph, whichever is longest; scans and the kernel that
 draws a row take what `bench.model` said of them (bench/results/model.json). Nothing of it is a measurement.
 
-    nodes           launches of a step or of a row, where a CUDA graph launches all of them
-    products        ms, of matrix products and convolutions
-    memory          ms, of all other launches
-    kernels         ms, of the scans or of the row's kernel, at both of the model's times of the L2 cache
-    all             ms, likewise
+    nodes               launches of a step or of a row, where a CUDA graph launches all of them
+    products            ms, of matrix products and convolutions
+    memory              ms, of all other launches
+    kernels             ms, of the scans or of the row's kernel, at both of the model's times of the L2 cache
+    all                 ms, likewise
     images_per_second   likewise
 """
 
@@ -36,9 +36,9 @@ from models.sampling.cached import Cached
 from models.training_step import TrainingStep
 
 BYTES = 0.8 * 3.35e12  # a second: an H100's memory
-MODEL = Path(__file__).parent / "results" / "model.json"
 FLOPS = 0.6 * 989e12  # a second: its matrix instructions, in bfloat16
 NODE = 2.9e-6  # seconds: measured on an H200 (bench/results/cost-cuda.json)
+MODEL = Path(__file__).parent / "results" / "model.json"
 
 
 class Step(NamedTuple):
@@ -76,8 +76,6 @@ STEPS = {
     "Gated PixelCNN, 15 layers, h = 128, 32×32 colour": Step("gated_pixel_cnn", 32, 3, 256, 128, 15, 1024, ""),
     "Diagonal BiLSTM, 7 layers, h = 16, 28×28 binary": Step("diag_bilstm", *SMALL, "diagonal scan 28×29, f = 16"),
 }
-
-
 ROWS = {
     f"a row of a PixelCNN, {n:,} images": Row(
         n, tuple(f"{x} of a PixelCNN, {n:,} images" for x in ("row", "rows above"))
@@ -154,7 +152,7 @@ def launches_of(step: Step) -> list[Launch]:
 
 
 def launches_of_row(row: Row) -> list[Launch]:
-    """What the stem takes from the rows above, in bfloat16 and by torch; the layers' part is a kernel of its own."""
+    """What the stem reads of the rows above, in bfloat16 and computed by torch; the layers have their own kernel."""
     model = build("pixel_cnn", 32, 3, 256, 128, 15, "meta", 1024).bfloat16().eval()
     with torch.no_grad():
         evaluator = Cached(model, row.images, images_last=False, network=model.in_row().aligned())

@@ -43,7 +43,7 @@ def others_alive() -> Iterator[None]:
 
 
 def from_first(make: Callable[[], object]) -> object:
-    """Return what `make` returns in the first process, where alone it is called; where it raises an error, all stop."""
+    """Call `make` in the first process only, and return its result in all; if it raises an error, all stop."""
     rank, world = rank_and_world()
     if world == 1:
         return make()

@@ -1,4 +1,4 @@
-"""What became of a run, for people: `python -m cli.report runs/…` writes its report.html and model_card.md anew.
+"""A run, told to people: `python -m cli.report runs/…` writes its report.html and model_card.md again.
 
 `train.py` writes both after each validation. report.html is one file that needs no other: curves, samples by step, the
 final numbers, the command and the versions, the config. model_card.md says the same in the form that model hubs show.
@@ -7,6 +7,7 @@ final numbers, the command and the versions, the config. model_card.md says the 
 import argparse
 import base64
 import json
+import re
 import sys
 from html import escape
 from pathlib import Path
@@ -22,23 +23,13 @@ figure { display: inline-block; margin: 0 1rem 1rem 0 } img { image-rendering: p
 
 
 class Run:
-    """What stands in a run's folder: lines of metrics, the final numbers (none before its end), config, pictures."""
+    """What a run's folder holds: lines of metrics, the final numbers (once it has ended), config, pictures."""
 
     def __init__(self, folder: Path):
-        self.folder, self.metrics = folder, []
-        for line in read(folder / "metrics.jsonl").splitlines():
-            try:
-                self.metrics.append(json.loads(line))
-            except ValueError:  # a line that a killed run left unfinished
-                continue
-        summary = read(folder / "summary.json")
-        self.summary = json.loads(summary) if summary else {}
+        self.metrics, self.summary = metrics_of(folder), read_json(folder / "summary.json") or {}
         self.config = read(folder / ".hydra/config.yaml")
-        self.pictures = sorted((folder / "samples").glob("*.png"))
+        self.pictures = sorted((folder / "samples").glob("step_*.png"))
         self.name = f"{folder.parent.name}/{folder.name}"
-
-    def curve(self, name: str) -> Points:
-        return [(row["step"], row[name]) for row in self.metrics if name in row]
 
     def numbers(self) -> dict[str, str]:
         """The final numbers, or the last ones there are, as people read them."""
@@ -68,6 +59,31 @@ def read(path: Path) -> str:
         return ""
 
 
+def read_json(path: Path) -> dict | None:
+    """The JSON object in a file; None: there is none, or it is cut short."""
+    try:
+        value = json.loads(read(path))
+    except ValueError:
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def metrics_of(folder: Path) -> list[dict]:
+    """The lines of a run's metrics.jsonl, but one that a killed run left unfinished."""
+    out = []
+    for line in read(folder / "metrics.jsonl").splitlines():
+        try:
+            out.append(json.loads(line))
+        except ValueError:
+            continue
+    return out
+
+
+def curve(metrics: list[dict], name: str) -> Points:
+    """A number of the metrics, by step."""
+    return [(row["step"], row[name]) for row in metrics if name in row]
+
+
 def table(rows: dict[str, str]) -> str:
     lines = (f"<tr><th>{escape(name)}</th><td>{escape(value)}</td></tr>" for name, value in rows.items())
     return "<table>\n" + "\n".join(lines) + "\n</table>"
@@ -75,7 +91,10 @@ def table(rows: dict[str, str]) -> str:
 
 def html(run: Run) -> str:
     """The text of report.html."""
-    series = {"training": run.curve("train_bits_per_dim"), "validation": run.curve("val_bits_per_dim")}
+    series = {
+        "training": curve(run.metrics, "train_bits_per_dim"),
+        "validation": curve(run.metrics, "val_bits_per_dim"),
+    }
     pictures = []
     for path in run.pictures:
         data, step = base64.b64encode(path.read_bytes()).decode(), int(path.stem.rpartition("_")[2])
@@ -98,7 +117,7 @@ def html(run: Run) -> str:
 
 def model_card(run: Run) -> str:
     """The text of model_card.md."""
-    said = run.summary
+    said, averaged = run.summary, not re.search(r"^ema: 0(\.0)?$", run.config, re.MULTILINE)
     numbers = "\n".join(f"| {name} | {value} |" for name, value in run.numbers().items())
     machine = "\n".join(f"| {name} | {value} |" for name, value in run.environment().items())
     return f"""---
@@ -122,7 +141,7 @@ An autoregressive model of images with an exact likelihood ([1601.06759](https:/
 {numbers}
 
 ± is the standard error over the images of a split. The numbers are those of best.pt, the checkpoint with the best
-validation; its weights are {"the averaged ones" if "ema: 0" not in run.config.splitlines() else "not averaged"}.
+validation; its weights are {"the averaged ones" if averaged else "not averaged"}.
 
 ## Use
 

@@ -95,7 +95,7 @@ def strides(x: Tensor) -> tuple[int, int, int]:
 
 
 def constants(sources: tuple[Tensor, ...], f: int) -> dict:
-    """Choose the blocks. Where features are not sixteen by sixteen, each has an address of its own: smaller ones."""
+    """Choose the blocks. They are smaller where 16 does not divide a size: each number then needs its own address."""
     itemsize = sources[0].element_size()
     odd = any(n % 16 for x in sources for n in (*strides(x), x.shape[4])) or f % 16 > 0
     if itemsize == 8:  # without matrix instructions, all operands are in registers

@@ -46,9 +46,9 @@ def set_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
 
 
 def load_state(optimizer: torch.optim.Optimizer, state: dict) -> None:
-    """Go on from a state of any device; ValueError unless what it keeps of a parameter has that parameter's shape.
+    """Load a state that was saved on any device; ValueError if a tensor of it has another shape than its parameter.
 
-    Arguments are the optimizer's own, where they are others than those that the state was written with.
+    The optimizer keeps its own arguments, even where the state was written with others.
     """
     groups = [{**group, **optimizer.defaults} for group in state["param_groups"]]
     optimizer.load_state_dict({**state, "param_groups": groups})

@@ -114,9 +114,9 @@ class TrainingStep:
 
     def add_gradients(self, keys: Tensor, part: list[Tensor | None], last: bool) -> Tensor:
         """Add a part's gradients to what there is, and return its share in the mean nats of all images."""
-        alone = nullcontext() if last or self.processes == 1 else self.forward.no_sync()
+        own = nullcontext() if last or self.processes == 1 else self.forward.no_sync()  # others' come with the last
         half = torch.autocast("cuda", torch.bfloat16, enabled=self.bf16)
-        with alone:
+        with own:
             with masks_of(keys), half:
                 nats = self.forward(*part).sum() / self.images[1]
             # the processes' gradients are averaged, and should be added

@@ -119,6 +119,9 @@ def test_a_report_is_one_file_with_curves_pictures_and_numbers(call):
     for written in (text, card):
         assert number in written and said["command"] in written and "ema: 0.999" in written
     assert card.startswith("---\nlibrary_name: pixelrnn\n") and "averaged ones" in card
+    config = Path("run/.hydra/config.yaml")
+    config.write_text(config.read_text().replace("ema: 0.999", "ema: 0.0"))
+    assert "not averaged" in report.model_card(report.Run(Path("run")))
     assert said["overrides"] == [*short, "evaluate_every=2", "sample_every=2", "samples=4"]
 
 

@@ -83,7 +83,7 @@ RMSPROP = {"name": "rmsprop", "lr": 1e-3, "alpha": 0.95}
 
 @pytest.mark.parametrize("name", ["PixelCNN", "GatedPixelCNN", "RowLSTM", "DiagBiLSTM"])
 def test_a_training_step_is_captured_at_the_third_of_its_kind(name):
-    """All of it, on the model's device; another number of images is captured anew."""
+    """All of it, on the model's device; so are steps on another number of images."""
     model, x = small(name, dropout=0.5).train(), torch.zeros(3, 1, 4, 3).long()
     step = TrainingStep(model, build_optimizer(ADAMW, model.parameters()), copy.deepcopy(model), clip=1, bf16=True)
     before, done = dict(state), []
