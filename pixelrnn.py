@@ -1,6 +1,6 @@
 """PixelRNN as a library, from any folder: `import pixelrnn`, after `pip install -e .` in the checkout.
 
-The names are those of `models`, `models.sampling` and `models.checkpoint`, which are packages of the checkout: they can
+The names are those of `models`, its `base`, `sampling` and `checkpoint`, which are packages of the checkout: they can
 be imported too, once this module is.
 """
 
@@ -12,12 +12,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))  # where models, kernel
 from data import build as dataset
 from kernels import use
 from models import DiagBiLSTM, GatedPixelCNN, MultiScale, PixelCNN, RowLSTM, build
+from models.base import ImageModel
 from models.checkpoint import find, load
 from models.sampling import batches, sample
 
 __all__ = [
     "DiagBiLSTM",
     "GatedPixelCNN",
+    "ImageModel",
     "MultiScale",
     "PixelCNN",
     "RowLSTM",

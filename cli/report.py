@@ -148,7 +148,7 @@ validation; its weights are {"the averaged ones" if averaged else "not averaged"
 ```python
 import pixelrnn
 
-model = pixelrnn.load("best.pt")
+model = pixelrnn.load("best.pt")  # or what `python -m cli.export` wrote
 pixelrnn.sample(model, 16, seed=0)  # (16 c h w) integers
 model.log_prob(x)  # nats of each image of x (b c h w)
 ```

@@ -290,6 +290,8 @@ def check_root(dataset: Mapping, option: str, path: Path) -> None:
 
 def dataset_of(checkpoint: dict, root: str | None, path: Path) -> data.Dataset:
     """Load the data set that the checkpoint in `path` was trained on, from below another folder if `root` names one."""
+    if checkpoint["config"] is None:
+        raise ValueError(f"{path}: expected a model that was exported from a run, found one without its data set")
     config = dict(checkpoint["config"]["dataset"])
     if root is None:
         check_root(config, "root", path)

@@ -10,6 +10,9 @@ A condition, whatever it is made of, is a map (b h w d), or (b 1 1 d) where it i
 every layer: a label's embedding, features that the caller gives, or both side by side.
 """
 
+import os
+from collections.abc import Mapping
+from pathlib import Path
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -45,6 +48,12 @@ class ImageModel(nn.Module):
     width: int
     classes: int  # labels that the model is conditioned on; 0: none
     map_features: int  # features of the maps that it is conditioned on; 0: none
+
+    def __init__(self, arguments: Mapping):
+        """`arguments` are the locals of a constructor that has done nothing yet: itself and what it was given."""
+        super().__init__()
+        given = {name: value for name, value in arguments.items() if name not in ("self", "__class__")}
+        self.config = {"_target_": f"models.{type(self).__name__}", **given}  # what `models.build` takes
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -108,6 +117,49 @@ class ImageModel(nn.Module):
         """
         raise NotImplementedError
 
+    def save_pretrained(self, folder: str | os.PathLike) -> None:
+        """Write weights and config to model.safetensors in a folder, which is made if need be, and config.json.
+
+        Raises:
+            ValueError: the model is of a class of the caller's own, which nobody else could rebuild.
+        """
+        from models.exported import save_pretrained  # which imports the models
+
+        save_pretrained(self, Path(folder))
+
+    @classmethod
+    def from_pretrained(cls, name: str | os.PathLike, device: str | torch.device = "cpu", **options) -> "ImageModel":
+        """Load what `save_pretrained` wrote to a folder, an exported file, or a model on the Hugging Face hub.
+
+        Args:
+            options: of `huggingface_hub.hf_hub_download`: revision, token, cache_dir, ….
+
+        Raises:
+            ValueError, FileNotFoundError: as `models.checkpoint.load`, or it is a model of another class.
+            ImportError: there is no such folder, and huggingface_hub is not installed.
+        """
+        from models.checkpoint import load
+        from models.exported import fetched
+
+        model = load(fetched(name, **options), device)
+        if not isinstance(model, cls):
+            raise ValueError(f"{name}: expected a {cls.__name__}, found a {type(model).__name__}")
+        return model
+
+    def push_to_hub(self, name: str, card: str | os.PathLike | None = None, **options) -> str:
+        """Publish the model on the Hugging Face hub as "user/name"; return its address.
+
+        Args:
+            card: a file that becomes its README, such as a run's model_card.md.
+            options: token, and those of `huggingface_hub.HfApi.create_repo`: private, ….
+
+        Raises:
+            ImportError: huggingface_hub is not installed.
+        """
+        from models.exported import push_to_hub
+
+        return push_to_hub(self, name, None if card is None else Path(card), **options)
+
     def parts(self, x: Tensor, label: Tensor | None = None) -> dict[str, Tensor]:
         """The parts that the nats of images are a sum of, where there is more than one: name → (b,)."""
         return {}
@@ -160,7 +212,7 @@ class AutoregressiveModel(ImageModel):
         classes: int = 0,
         map_features: int = 0,
     ):
-        super().__init__()
+        super().__init__(locals())
         check_one_of("head", head, HEADS)
         groups = channels if head == "softmax" and isinstance(channels, int) else 1
         for name, value, low in (

@@ -8,6 +8,8 @@ A checkpoint is a dict of plain values and tensors, so that it loads with `weigh
     ema          the state of the averaged weights, or None
     config       the run's whole config, resolved
     …            what train.py adds to continue: optimizer, step, best, random states
+
+An exported model (`models.exported`) is one without what continues its run.
 """
 
 import os
@@ -21,9 +23,9 @@ from torch import Tensor
 import models
 from checks import reason_of, shortened
 from files import write_atomically
+from models import exported
+from models.exported import FORMAT
 from models.untrusted import check_archive, check_claims, check_values
-
-FORMAT = "pixelrnn-1"
 
 
 def is_state(value: object) -> bool:
@@ -35,11 +37,20 @@ def is_state(value: object) -> bool:
     )
 
 
-CONTENTS = (  # of a checkpoint: key, whether a value is right, what is expected; train.py checks what it adds
+def is_config_of_run(value: object) -> bool:
+    """Tell whether a value may be the config of a run: it says at least of which data."""
+    return isinstance(value, dict) and isinstance(value.get("dataset"), dict)
+
+
+EXPORTED = (  # of an exported model: key, whether a value is right, what is expected
     ("model", lambda value: isinstance(value, dict), "a config"),
     ("weights", is_state, "tensors by name"),
+    ("config", lambda value: value is None or is_config_of_run(value), "a run's config, or none"),
+)
+CONTENTS = (  # of a checkpoint; train.py checks what it adds
+    *EXPORTED[:2],
     ("ema", lambda value: value is None or is_state(value), "tensors by name, or None"),
-    ("config", lambda value: isinstance(value, dict) and isinstance(value.get("dataset"), dict), "a run's config"),
+    ("config", is_config_of_run, "a run's config"),
 )
 
 
@@ -49,7 +60,7 @@ def save(path: str | os.PathLike, checkpoint: dict[str, Any]) -> None:
 
 
 def read(path: str | os.PathLike, device: str | torch.device = "cpu") -> dict[str, Any]:
-    """Read a checkpoint, whole or not at all. It may come from anybody: nothing in it is run.
+    """Read a checkpoint or an exported model, whole or not at all. It may come from anybody: nothing in it is run.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -58,6 +69,10 @@ def read(path: str | os.PathLike, device: str | torch.device = "cpu") -> dict[st
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: expected a checkpoint, found none")
+    if path.suffix == ".safetensors":
+        checkpoint = exported.read(path, device)
+        check_contents(checkpoint, EXPORTED, path)
+        return checkpoint
     check_archive(path)
     try:
         checkpoint = torch.load(path, map_location=device, weights_only=True)
@@ -110,7 +125,9 @@ def in_one_line(error: Exception) -> str:
 
 
 def find(path: str | os.PathLike | None, runs: str | os.PathLike = "runs") -> Path:
-    """Find the checkpoint that is meant: a file, a run's folder (its best, else its last), or None for the newest run.
+    """Find the file that `path` means: a file, the best in a folder, or with None that of the newest run.
+
+    The best is best.pt, else last.pt, else an exported model.
 
     Raises:
         FileNotFoundError: there is none.
@@ -120,10 +137,14 @@ def find(path: str | os.PathLike | None, runs: str | os.PathLike = "runs") -> Pa
     folders = [Path(path)] if path is not None else {file.parent for file in Path(runs).rglob("last.pt")}
     found = [file for folder in folders if (file := best_or_last(folder))]
     if not found:
-        where = f"{path}: expected best.pt or last.pt" if path is not None else f"{runs}/: expected a trained model"
+        where = (
+            f"{path}: expected best.pt, last.pt or {exported.NAME}"
+            if path is not None
+            else f"{runs}/: expected a trained model"
+        )
         raise FileNotFoundError(f"{where}, found none: run `python train.py` first, or name a checkpoint")
     return max(found, key=lambda file: file.stat().st_mtime_ns)
 
 
 def best_or_last(folder: Path) -> Path | None:
-    return next((folder / name for name in ("best.pt", "last.pt") if (folder / name).is_file()), None)
+    return next((folder / name for name in ("best.pt", "last.pt", exported.NAME) if (folder / name).is_file()), None)

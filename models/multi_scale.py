@@ -85,7 +85,7 @@ class MultiScale(ImageModel):
         dropout: float = 0.0,
         classes: int = 0,
     ):
-        super().__init__()
+        super().__init__(locals())
         check_one_of("base", base, KINDS)
         check_one_of("conditional", conditional, KINDS)
         check_one_of("train", train, ("joint", "base"))

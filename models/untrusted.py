@@ -15,7 +15,7 @@ from torch import Tensor
 
 from checks import reason_of
 
-LARGEST_PICKLE = 1 << 22  # bytes of what describes the tensors, some 150 a tensor
+LARGEST_DESCRIPTION = 1 << 22  # bytes of what describes the tensors, some 150 a tensor
 MOST_VALUES = 1 << 18
 DEEPEST = 32
 NAMES = re.compile(r"collections OrderedDict|torch\._utils _rebuild_tensor_v2|torch [A-Z]\w+Storage")
@@ -43,9 +43,17 @@ def check_archive(path: Path) -> None:
         raise ValueError(f"{path}: expected a whole checkpoint, found {reason_of(error)}") from None
 
 
+def check_header(path: Path) -> None:
+    """Raise ValueError for a safetensors file with a header of more bytes than any model's has."""
+    with open(path, "rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+    if size > LARGEST_DESCRIPTION:
+        raise ValueError(f"a description of {size:,} bytes")
+
+
 def check_pickle(content: bytes) -> None:
     """Raise ValueError for a pickle that names anything but tensors, their storages and dicts."""
-    if len(content) > LARGEST_PICKLE:
+    if len(content) > LARGEST_DESCRIPTION:
         raise ValueError(f"a description of {len(content):,} bytes")
     for operation, argument, _ in pickletools.genops(content):
         name = argument if operation.name == "GLOBAL" else operation.name

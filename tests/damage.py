@@ -32,6 +32,7 @@ from random import Random
 from typing import NamedTuple
 
 import numpy as np
+import safetensors.torch
 import torch
 from PIL import Image
 
@@ -42,6 +43,7 @@ from cli.output import NpyFile, PngFolder
 from cli.runs import Metrics
 from data import amat, cache, cifar, idx, imagenet
 from data.given import read_images
+from models import exported
 from models.checkpoint import load
 from sample import known_of
 from tests.commands import COMMANDS, REPOSITORY, SHORT
@@ -149,7 +151,17 @@ def in_png(content: bytes, random: Random) -> bytes:
     )
 
 
-DEPTH = {".gz": in_gzip, ".pt": in_zip, ".npz": in_zip, ".png": in_png}
+def in_safetensors(content: bytes, random: Random) -> bytes:
+    """A text of the header damaged, and a checksum that is right."""
+    weights = safetensors.torch.load(content)
+    texts = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])["__metadata__"]
+    del texts["sha256"]
+    name = random.choice(sorted(texts))
+    texts[name] = damaged(texts[name].encode(), random).decode("utf-8", "replace")
+    return safetensors.torch.save(weights, {**texts, "sha256": exported.checksum(texts, weights)})
+
+
+DEPTH = {".gz": in_gzip, ".pt": in_zip, ".npz": in_zip, ".png": in_png, ".safetensors": in_safetensors}
 
 
 # ------------------------------------------------------------------------------------------------------------- readers
@@ -287,6 +299,9 @@ def readers(folder: Path) -> dict[str, Reader]:
         path = folder / f"{name}.pt"
         path.write_bytes((REPOSITORY / f"tests/checkpoints/{name}.pt").read_bytes())
         found[f"checkpoint {name}"] = Reader(path, lambda path=path: load(path))
+        given = folder / f"{name}.safetensors"
+        exported.write(given, torch.load(path)["model"], load(path).state_dict(), None)
+        found[f"exported {name}"] = Reader(given, lambda path=given: load(path))
     run = folder / "run"
     run_command("train", *SHORT, "model=pixel_cnn", "steps=2", f"hydra.run.dir={run}", "evaluate_images=8")
     found["metrics.jsonl"] = Reader(run / "metrics.jsonl", lambda: Metrics(run, 2).__exit__())
