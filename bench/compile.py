@@ -114,7 +114,7 @@ def elementwise() -> Launches:
         for v in (2, 256, 1024):
             yield f"cross-entropy, {v} levels, {short(dtype)}", partial(cross_entropy, v, dtype)
         yield f"gate, {short(dtype)}", partial(gate, dtype)
-    yield "noise", partial(uniforms, torch.zeros(3, 2, dtype=torch.long), 3072, 1)
+    yield "noise", partial(uniforms, torch.zeros(3, 2, dtype=torch.long), 3072, 1, backend="triton")
 
 
 def rows() -> Launches:
@@ -196,7 +196,9 @@ def variants(only: str = "", widths: range | None = None) -> list[Variant]:
         named = everything
     with StandIn() as gpu:
         for gpu.name, run in named:
+            before = gpu.launches
             run()
+            assert gpu.launches > before, f"{gpu.name}: no kernel was launched"
         if widths:
             launch_every_width(gpu, widths)
             launch_every_level(gpu, range(2, 1025))

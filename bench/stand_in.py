@@ -127,6 +127,11 @@ class StandIn:
     def variants(self) -> list[Variant]:
         return list(self.found.values())
 
+    @property
+    def launches(self) -> int:
+        """How many there were."""
+        return sum(variant.launches for variant in self.variants)
+
     def __enter__(self) -> StandIn:
         from triton.runtime.jit import JITFunction
 
