@@ -7,6 +7,7 @@ import ctypes
 import importlib.metadata
 import os
 import platform
+import re
 import subprocess
 from datetime import UTC, datetime
 from pathlib import Path
@@ -14,7 +15,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from checks import check_one_of, unexpected
+from checks import unexpected
 
 
 def rank_and_world() -> tuple[int, int]:
@@ -33,21 +34,36 @@ def one_of_several() -> bool:
 
 
 def choose_device(name: str) -> torch.device:
-    """Return the device that auto, cpu or cuda means; ValueError for another name, or for cuda without a GPU.
+    """Return the device that auto, cpu, mps, cuda or cuda:N means; ValueError for another name, or for one not here.
 
-    Of several GPUs, torchrun's processes take one each. It becomes the current one, which torch and Triton use.
+    auto is a GPU of NVIDIA's or AMD's, else the CPU. Of several such GPUs, torchrun's processes take one each. That GPU
+    becomes the current one, which torch and Triton use.
     """
-    check_one_of("device", name, ("auto", "cpu", "cuda"))
-    if name == "cuda" and not torch.cuda.is_available():
+    kind, _, number = name.partition(":")
+    if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", name):
+        raise unexpected("device", name, "auto, cpu, cuda, cuda:N or mps")
+    if kind == "mps" and not torch.backends.mps.is_available():
+        raise unexpected("device", name, "auto or cpu, as torch finds no GPU of Apple's")
+    if kind == "cuda" and not torch.cuda.is_available():
         raise unexpected("device", name, "auto or cpu, as torch finds no GPU")
-    if name == "cpu" or not torch.cuda.is_available():
-        return torch.device("cpu")
-    index, count = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+    if kind in ("cpu", "mps") or not torch.cuda.is_available():
+        return torch.device("cpu" if kind == "auto" else kind)
+    if number and rank_and_world()[1] > 1:
+        raise unexpected("device", name, "cuda or auto, as each of several processes takes a GPU of its own")
+    index, count = int(number or os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
     if index >= count:
-        raise unexpected("LOCAL_RANK", index, f"less than {count}, the number of GPUs here")
+        what, found = ("device", name) if number else ("LOCAL_RANK", index)
+        raise unexpected(what, found, f"less than {count}, the number of GPUs here")
     device = torch.device("cuda", index)
     torch.cuda.set_device(device)
     return device
+
+
+def device_name(device: torch.device) -> str:
+    """Return the name of a GPU's maker, or the processor's; Apple's GPU has that of its processor."""
+    return (
+        torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name() + ", GPU" * (device.type == "mps")
+    )
 
 
 def cpu_name() -> str:
@@ -89,7 +105,7 @@ def environment(device: torch.device) -> dict[str, str | int | None]:
     """Return when, on which machine and with which versions a number was measured, to be written beside it."""
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "device": torch.cuda.get_device_name() if device.type == "cuda" else cpu_name(),
+        "device": device_name(device),
         "cpu": cpu_name(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "threads": torch.get_num_threads(),

@@ -70,7 +70,7 @@ def with_suffix(path: Path, suffix: str) -> Path:
 def bytes_of(x: Tensor, levels: int) -> Tensor:
     """Scale values 0..levels-1 of images (n c h w) to 0..255, uint8: three colours, or else the first as (n 1 h w)."""
     x = x if x.shape[1] == 3 else x[:, :1]
-    return x.double().mul(255 / (levels - 1)).round().to(torch.uint8)
+    return x.cpu().double().mul(255 / (levels - 1)).round().to(torch.uint8)
 
 
 def picture(pixels: np.ndarray) -> Image.Image:

@@ -61,7 +61,7 @@ def nats_of(
             parts = model.parts(x, labels)
             total = torch.stack([*parts.values()]).sum(0) if parts else -model.log_prob(x, labels)
             for name, value in {"nats": total, **parts}.items():
-                nats.setdefault(name, []).append(value.double().cpu())
+                nats.setdefault(name, []).append(value.cpu().double())
             tell(len(x))
     model.train(training)
     return {name: torch.cat(values) for name, values in nats.items()}

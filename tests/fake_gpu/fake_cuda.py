@@ -190,7 +190,7 @@ def install():
     cuda.is_available, cuda.device_count = lambda: True, lambda: INDEX + 1
     cuda.get_device_name = lambda *_: "no GPU: a fake"
     cuda.get_device_capability = lambda *_: (9, 0)
-    properties = SimpleNamespace(multi_processor_count=132, total_memory=80 << 30)
+    properties = SimpleNamespace(multi_processor_count=132, total_memory=80 << 30, major=9, minor=0)
     cuda.get_device_properties = lambda *_: properties
     cuda.max_memory_allocated = lambda *_: 1
     cuda.current_device, cuda.set_device = lambda: state["device"], lambda device: state.update(device=index_of(device))
