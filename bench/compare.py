@@ -3,14 +3,17 @@
 One line for all runs that differ only in their seed: what they were given that others were not, bits/dim of the
 validation and of the test split, seconds of training; and every job that failed, with its error. A split's bits/dim are
 the mean over the seeds ± its standard error; of one run, the standard error over the images. Beside the table, which is
-also written to compare.md in the folder, compare.svg has the curves of the validation split.
+also written to compare.md in the folder, compare.svg has the curves of the validation split, means over the seeds too.
 
-Any folder will do: the runs in it are found by what they wrote.
+Any folder will do: the runs in it are found by what they wrote. `--out NAME` keeps the table in NAME.json, with the
+sweep's command and its machine, and the curves in NAME.svg.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import shlex
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,7 +22,7 @@ from typing import NamedTuple
 import numpy as np
 
 from cli.plot import Points, curves
-from cli.report import curve, metrics_of, read_json
+from cli.report import ENVIRONMENT, curve, metrics_of, read_json
 
 
 class Run(NamedTuple):
@@ -78,11 +81,26 @@ def cell(values: list[dict], name: str) -> str:
     return f"{mean:.4f} ± {error:.4f}"
 
 
-def rows_of(runs: list[Run], keys: list[str]) -> list[dict[str, str]]:
-    """The table: a row for the runs that differ only in their seed, and one for each that failed."""
-    groups: dict[tuple, list[Run]] = {}
+Groups = dict[tuple[str, ...], list[Run]]
+
+
+def grouped(runs: list[Run], keys: list[str]) -> Groups:
+    """Return the runs by their values of these keys."""
+    groups: Groups = {}
     for run in runs:
         groups.setdefault(tuple(run.overrides.get(key, "") for key in keys), []).append(run)
+    return groups
+
+
+def mean_curve(group: list[Run]) -> Points:
+    """Return the mean of the curves of some runs, at the steps that all of them have."""
+    found = [dict(run.curve) for run in group if run.curve]
+    steps = [step for step in (found[0] if found else ()) if all(step in curve for curve in found)]
+    return [(step, float(np.mean([curve[step] for curve in found]))) for step in steps]
+
+
+def rows_of(groups: Groups, keys: list[str]) -> list[dict[str, str]]:
+    """The table: a row for the runs of a group, and one for each that failed."""
     out = []
     for values, group in groups.items():
         about, ended = dict(zip(keys, values, strict=True)), [run.summary for run in group if run.summary]
@@ -109,22 +127,43 @@ def markdown(rows: list[dict[str, str]]) -> str:
     return "\n".join(f"| {line} |" for line in (padded[0], rule, *padded[1:]))
 
 
+def said_of(folder: Path, runs: list[Run]) -> dict:
+    """What a sweep's numbers are of: its command, and the machine of the last run that ended."""
+    import yaml
+
+    try:
+        task = yaml.safe_load((folder / "multirun.yaml").read_text())["hydra"]["overrides"]["task"]
+        command = {"command": shlex.join(["python", "train.py", "-m", *task])}
+    except OSError:  # no sweep of Hydra's
+        command = {}
+    last = max((run.summary for run in runs if run.summary), key=lambda x: x["date"], default={})
+    return command | {name: last[name] for name in ENVIRONMENT if name in last}
+
+
 def main(argv: list[str] | None = None) -> int:
     options = argparse.ArgumentParser(prog="python -m bench.compare", description=__doc__.split("\n")[0])
     options.add_argument("folder", type=Path, help="of a sweep, as runs/sweeps/latest")
     options.add_argument("--each", action="store_true", help="a line for each run, not one for all its seeds")
+    options.add_argument("--out", type=Path, metavar="NAME", help="also write NAME.json and NAME.svg")
     args = options.parse_args(argv)
     runs = list(runs_below(args.folder)) if args.folder.is_dir() else []
     if not runs:
         options.error(f"{args.folder}: expected the folder of a sweep, found no run below it")
     differ = differing(runs)
     keys = differ if args.each else [key for key in differ if key != "seed"]
-    table = markdown(rows_of(runs, keys))
-    names = [", ".join(f"{key}={run.overrides.get(key, '')}" for key in differ) or run.folder.name for run in runs]
-    series = {name: run.curve for name, run in zip(names, runs, strict=True)}
+    groups = grouped(runs, keys)
+    rows = rows_of(groups, keys)
+    table = markdown(rows)
+    names = [", ".join(f"{key}={value}" for key, value in zip(keys, values, strict=True)) for values in groups]
+    series = {name or args.folder.name: mean_curve(group) for name, group in zip(names, groups.values(), strict=True)}
+    svg = curves(series, "step", "bits/dim of the validation split")
     (args.folder / "compare.md").write_text(table + "\n")
-    (args.folder / "compare.svg").write_text(curves(series, "step", "bits/dim of the validation split"))
+    (args.folder / "compare.svg").write_text(svg)
     print(f"{table}\n{args.folder}: compare.md, compare.svg")
+    if args.out:
+        kept = said_of(args.folder, runs) | {"rows": rows}
+        args.out.with_name(f"{args.out.name}.json").write_text(json.dumps(kept, indent=1, ensure_ascii=False) + "\n")
+        args.out.with_name(f"{args.out.name}.svg").write_text(svg)
     return 0
 
 

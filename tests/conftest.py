@@ -81,9 +81,13 @@ def no_hazards():
 @pytest.fixture
 def call(monkeypatch, tmp_path, capsys):
     """call("train", *arguments) → (exit status, stdout, stderr), in an empty folder of its own."""
+    from hydra._internal.hydra import Hydra
+
     from cli import command
     from tests.commands import COMMANDS
 
+    # Hydra composes every config twice, first only to look for hydra.mode in it: half of a short command's time.
+    monkeypatch.setattr(Hydra, "get_mode", lambda *_, **__: None)
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
 

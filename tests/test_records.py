@@ -47,7 +47,7 @@ def test_no_curves_say_so():
 
 def ended(folder: Path, overrides: list[str], val: float) -> None:
     folder.mkdir(parents=True)
-    said = {"overrides": overrides, "parameters": 1234, "train_seconds": 10 * val}
+    said = {"overrides": overrides, "parameters": 1234, "train_seconds": 10 * val, "date": "2025"}
     for split, value in (("val", val), ("test", val + 0.1)):
         said |= {f"{split}_bits_per_dim": value, f"{split}_bits_per_dim_standard_error": 0.01}
     (folder / "summary.json").write_text(json.dumps(said))
@@ -84,8 +84,23 @@ def test_a_sweep_is_a_line_for_all_seeds_the_best_first(sweep, capsys):
         ["2", "", "", "", "", "", "seed=2: no \\| memory"],
         ["3", "0", "", "", "", "", "1 not ended"],
     ]
-    assert len(list(ElementTree.parse(sweep / "compare.svg").getroot().iter(f"{SVG}polyline"))) == 4
-    assert "compare.svg" in capsys.readouterr().out
+    lines = list(ElementTree.parse(sweep / "compare.svg").getroot().iter(f"{SVG}polyline"))
+    assert len(lines) == 2 and "compare.svg" in capsys.readouterr().out  # a curve for all seeds
+
+
+def test_a_curve_is_the_mean_over_seeds_where_all_have_a_value():
+    runs = [compare.Run(Path(), {}, None, None, points) for points in ([(1, 2.0), (2, 1.0)], [(1, 4.0)], [])]
+    assert compare.mean_curve(runs) == [(1, 3.0)] and compare.mean_curve(runs[2:]) == []
+
+
+def test_what_is_kept_of_a_sweep_says_how_it_was_made(sweep, tmp_path):
+    (sweep / "multirun.yaml").write_text("hydra:\n  overrides:\n    task: [steps=9, 'model.layers=1,2', 'seed=0,1']\n")
+    path = sweep / "3-layers=2/summary.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "device": "a CPU", "date": "2026"}))
+    assert compare.main([str(sweep), "--out", str(tmp_path / "kept")]) == 0
+    kept = json.loads((tmp_path / "kept.json").read_text())
+    assert kept["command"] == "python train.py -m steps=9 model.layers=1,2 seed=0,1" and kept["device"] == "a CPU"
+    assert kept["rows"][0]["model.layers"] == "2" and (tmp_path / "kept.svg").read_text().startswith("<svg")
 
 
 def test_each_run_by_itself_has_the_error_over_its_images(sweep):
@@ -93,6 +108,7 @@ def test_each_run_by_itself_has_the_error_over_its_images(sweep):
     header, _, *rows = lines_of((sweep / "compare.md").read_text())
     assert header[:2] == ["model.layers", "seed"] and len(rows) == 6
     assert rows[0][:2] == ["2", "0"] and rows[0][4] == "1.5000 ± 0.0100"
+    assert len(list(ElementTree.parse(sweep / "compare.svg").getroot().iter(f"{SVG}polyline"))) == 4
 
 
 def test_a_folder_without_runs_is_a_mistake(tmp_path, capsys):
