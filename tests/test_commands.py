@@ -5,8 +5,6 @@ import itertools
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -22,7 +20,7 @@ import train
 from cli.output import grid
 from data.order import EpochOrder
 from models.checkpoint import find, load, read
-from tests.commands import COMMANDS, REPOSITORY, SHORT, TINY, process
+from tests.commands import COMMANDS, REPOSITORY, SHORT, TINY, Started, process
 
 LONG = [*TINY, "steps=120", "save_every=7", "evaluate_every=20", "log_every=10", "sample_every=0"]
 
@@ -129,13 +127,9 @@ class TestResume:
         assert checkpoint["step"] == other["step"]
         assert checkpoint["best_val"] == other["best_val"]
 
-    def start(self, cwd: Path) -> tuple[subprocess.Popen, Path]:
+    def start(self, cwd: Path) -> tuple[Started, Path]:
         """Start a run and wait until it has written a checkpoint."""
-        line = [sys.executable, str(REPOSITORY / "train.py"), *LONG]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        run = subprocess.Popen(
-            line, cwd=cwd, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        )
+        run = Started([str(REPOSITORY / "train.py"), *LONG], cwd)
         until = time.monotonic() + 60
         while not list(cwd.rglob("last.pt")):
             assert run.poll() is None and time.monotonic() < until, run.communicate()

@@ -11,7 +11,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,7 +22,7 @@ import torch
 
 from models.checkpoint import read
 from tests import killed
-from tests.commands import REPOSITORY, TINY, process
+from tests.commands import REPOSITORY, TINY, Started, process
 
 pytestmark = pytest.mark.slow
 MANY = int(os.environ.get("ENDINGS", 1))
@@ -39,14 +38,9 @@ RUN += ["sample_every=12", "samples=4", "evaluate_images=64"]
 DRAW = ["n=12", "batch_size=3", "npy=drawn.npy", "out=drawn.png"]
 
 
-def start(cwd: Path, *line: str) -> subprocess.Popen:
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen([sys.executable, *line], cwd=cwd, env={**os.environ, "OMP_NUM_THREADS": "1"}, **pipes)
-
-
 def at_its_write(cwd: Path, event: str, k: int, *line: str) -> subprocess.CompletedProcess:
     """Run a command that dies, or finds the disk full, at its k-th write."""
-    run = start(cwd, str(REPOSITORY / "tests/killed.py"), event, str(k), *line)
+    run = Started([str(REPOSITORY / "tests/killed.py"), event, str(k), *line], cwd)
     out, err = run.communicate(timeout=120)
     return subprocess.CompletedProcess(line, run.returncode, out, err)
 
@@ -107,7 +101,7 @@ def test_a_run_killed_at_random_ends_bit_equal(tmp_path, whole, seed):
     """Up to three times, anywhere from its start to its evaluation."""
     random, line = Random(seed), [str(REPOSITORY / "train.py"), *RUN, "hydra.run.dir=run"]
     for _ in range(random.choice((1, 1, 2, 3))):
-        run = start(tmp_path, *line)
+        run = Started(line, tmp_path)
         try:
             run.communicate(timeout=random.uniform(0.2, 1.05) * whole[1])
         except subprocess.TimeoutExpired:
@@ -244,7 +238,7 @@ def test_the_array_s_space_is_taken_before_it_is_drawn(tmp_path):
 def test_two_runs_that_start_at_once(tmp_path, pair):
     """In one folder one of them trains; without a folder's name each has its own."""
     line = [str(REPOSITORY / "train.py"), *RUN]
-    runs = [start(tmp_path, *line, "hydra.run.dir=run", f"seed={k}") for k in (0, 1)]
+    runs = [Started([*line, "hydra.run.dir=run", f"seed={k}"], tmp_path) for k in (0, 1)]
     ends = [(*run.communicate(timeout=120), run.returncode) for run in runs]
     assert sorted(end[2] for end in ends) == [0, 2], ends
     (refused,) = (err for _, err, status in ends if status)
@@ -254,7 +248,7 @@ def test_two_runs_that_start_at_once(tmp_path, pair):
     assert f"seed: {winner}" in (tmp_path / "run/.hydra/config.yaml").read_text()
     rows = [json.loads(row)["step"] for row in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert rows == sorted(rows)
-    runs = [start(tmp_path, *line, f"seed={k}") for k in (0, 1)]
+    runs = [Started([*line, f"seed={k}"], tmp_path) for k in (0, 1)]
     for run in runs:
         out, err = run.communicate(timeout=120)
         assert run.returncode == 0, (out, err)

@@ -6,8 +6,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 import zipfile
 from pathlib import Path
@@ -20,7 +18,7 @@ import train
 from cli import progress
 from cli.runs import choices, held, is_before, resumed
 from models.checkpoint import load, read
-from tests.commands import REPOSITORY, SHORT, process, refused
+from tests.commands import REPOSITORY, SHORT, Started, process, refused
 
 pytestmark = pytest.mark.slow  # commands, run to their end
 
@@ -382,12 +380,6 @@ def test_a_compressed_record_is_refused(run, tmp_path):
         read(packed)
 
 
-def start(cwd: Path, script: str, *arguments: str, **environment: str) -> subprocess.Popen:
-    line = [sys.executable, str(REPOSITORY / script), *arguments]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(line, cwd=cwd, env={**os.environ, "OMP_NUM_THREADS": "1", **environment}, **pipes)
-
-
 class TestSeveralProcesses:
     def test_one_folder_is_of_one_run(self, call, ended):
         """While this process holds it; the files of the one that trains there stay as they are."""
@@ -407,7 +399,8 @@ class TestSeveralProcesses:
 
     def test_processes_of_one_draw_share_its_places(self, tmp_path, ended):
         arguments = f"checkpoint={ended}", "n=12", "npy=a.npy", "batch_size=2"
-        ranks = [start(tmp_path, "sample.py", *arguments, RANK=str(k), WORLD_SIZE="4") for k in range(4)]
+        line = [str(REPOSITORY / "sample.py"), *arguments]
+        ranks = [Started(line, tmp_path, RANK=str(k), WORLD_SIZE="4") for k in range(4)]
         for one in ranks:
             out, err = one.communicate(timeout=120)
             assert one.returncode == 0, (out, err)
