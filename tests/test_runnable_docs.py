@@ -50,8 +50,8 @@ def test_blocks_run(page, call, capsys, monkeypatch, tmp_path):
     for example in document.examples():
         capsys.readouterr()
         example.evaluate()
-        printed = PRINTED.match(document.text, example.end)
-        assert printed is None or capsys.readouterr().out == printed[1]
+        if printed := PRINTED.match(document.text, example.end):
+            assert capsys.readouterr().out == printed[1]
 
 
 def test_the_notebook_runs_in_another_folder(tmp_path):
