@@ -1,8 +1,9 @@
-"""The README's figures: `python -m bench.figures` writes docs/sees.png and docs/row.png.
+"""The figures of the docs: `python -m bench.figures` draws them all again.
 
-sees    what one pixel's conditional depends on, in each architecture: from the definitions of `tests/cases.py`,
-        which the tests hold the models to
-row     how the cached sampler computes a row
+sees            what one pixel's conditional depends on, in each architecture: from the definitions of `tests/cases.py`,
+                which the tests hold the models to
+row             how the cached sampler computes a row
+models/NAME     what one layer of an architecture reads at a pixel
 """
 
 import argparse
@@ -21,6 +22,34 @@ NAMES = {
     "gated_pixel_cnn": "Gated PixelCNN",
     "row_lstm": "Row LSTM",
     "diag_bilstm": "Diagonal BiLSTM",
+}
+
+# What a layer reads at the pixel @, a panel a part of the layer: its title, what is said below it, rows of cells.
+LAYERS = {
+    "pixel_cnn": [("the block's 3 by 3", "mask B", ("d d d", "d @ .", ". . ."))],
+    "gated_pixel_cnn": [
+        ("the vertical stack", "it has not seen this row", ("v v v", "v v v", ". . .")),
+        ("the horizontal stack", "reads v of this pixel too", (". . .", "u @ .", ". . .")),
+    ],
+    "row_lstm": [("the LSTM", "a row at a time", ("h c h", "u @ .", ". . ."))],
+    "diag_bilstm": [
+        ("from the left", "a diagonal at a time", (". h .", "c @ .", ". . .")),
+        ("from the right", "then moved down a row", (". h .", ". @ c", ". . .")),
+    ],
+    "multi_scale": [
+        ("the small image", "drawn first", ("s s", "s s")),
+        ("the large one", "drawn in this order", ("s 1 s 2", "3 4 5 6", "s 7 s 8", "9 10 11 12")),
+    ],
+}
+CELLS = {  # what a cell says: its colour, the words for it; all others are numbers
+    "@": (HERE, "this pixel: its own features"),
+    "d": (SEEN, "d: what the block makes of the stream"),
+    "u": (SEEN, "u: the stream"),
+    "v": (SEEN, "v: the vertical stack"),
+    "h": ("#9cc5ec", "h: a hidden state"),
+    "c": ("#7fc8a9", "c: a hidden state and its cell"),
+    "s": ("#7fc8a9", "s: of the small image, known in the large one"),
+    ".": (LATER, ""),
 }
 
 
@@ -106,13 +135,39 @@ def row(path: Path) -> None:
     drawing.save(path)
 
 
+def layer(path: Path, name: str) -> None:
+    """Draw what one layer of an architecture reads at a pixel."""
+    cell, gap, top, panels = 32, 190, 34, LAYERS[name]
+    height = max(len(rows) for *_, rows in panels) * cell
+    drawing, used = Drawing(gap * len(panels) + 320, top + height + 36), set()
+    for k, (title, below, rows) in enumerate(panels):
+        cells = [row.split() for row in rows]
+        middle = 20 + k * gap + (gap - 20) / 2
+        drawing.text(middle, top / 2, title, 14)
+        drawing.text(middle, top + height + 16, below, 12, GREY)
+        for i, row in enumerate(cells):
+            for j, said in enumerate(row):
+                x, y, fill = middle + (j - len(row) / 2) * cell, top + i * cell, CELLS.get(said, (LATER,))[0]
+                drawing.box(x, y, cell, cell, fill)
+                drawing.text(x + cell / 2, y + cell / 2, said.strip("@."), 14, WHITE if fill == SEEN else INK)
+                used.add(said)
+    for k, (fill, words) in enumerate(CELLS[said] for said in CELLS if said in used and said != "."):
+        x, y = 20 + len(panels) * gap, top + 16 + 26 * k
+        drawing.box(x, y - 6, 12, 12, fill, LINE)
+        drawing.text(x + 20, y, words, 12, GREY, "lm")
+    drawing.save(path)
+
+
 def main(argv: list[str] | None = None) -> int:
-    options = argparse.ArgumentParser(prog="python -m bench.figures", description="Draw the README's figures.")
-    options.add_argument("--out", type=Path, default=DOCS, help="the folder for sees.png and row.png (docs)")
+    options = argparse.ArgumentParser(prog="python -m bench.figures", description="Draw the figures of the docs.")
+    options.add_argument("--out", type=Path, default=DOCS, help="the folder for them (docs)")
     out = options.parse_args(argv).out
+    (out / "models").mkdir(parents=True, exist_ok=True)
     sees(out / "sees.png")
     row(out / "row.png")
-    print(f"{out / 'sees.png'}, {out / 'row.png'}")
+    for name in LAYERS:
+        layer(out / f"models/{name}.png", name)
+    print(f"{out}: sees.png, row.png, {', '.join(f'models/{name}.png' for name in LAYERS)}")
     return 0
 
 
