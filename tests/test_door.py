@@ -19,7 +19,8 @@ print(tuple(x.shape), float(model.log_prob(x).sum()) < 0, len(pixelrnn.dataset({
 @pytest.mark.slow
 @pytest.mark.parametrize("installed", [False, True], ids=["by_path", "installed"])
 def test_it_works_in_another_folder(installed, tmp_path):
-    environment = {**os.environ, "PYTHONPATH": "" if installed else str(REPOSITORY)}
+    environment = {**os.environ, "PYTHONPATH": "" if installed else str(REPOSITORY / "library")}
+    (tmp_path / "pixelrnn").mkdir()  # as where a checkout of that name is
     command = [sys.executable, "-c", SCRIPT]
     process = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     if installed and "No module named 'pixelrnn'" in process.stderr:

@@ -61,7 +61,7 @@ def test_the_notebook_runs_in_another_folder(tmp_path):
     code = ["".join(cell["source"]) for cell in json.loads(text)["cells"] if cell["cell_type"] == "code"]
     program = "\n".join(code).replace("steps = 300\n", "steps = 2\n")
     assert "steps = 2\n" in program
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY / "library"), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-W", "error", "-c", program]
     process = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert process.returncode == 0, process.stderr

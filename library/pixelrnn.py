@@ -7,7 +7,7 @@ be imported too, once this module is.
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))  # where models, kernels and data are
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # where models, kernels and data are
 
 from data import build as dataset
 from kernels import use
