@@ -22,7 +22,7 @@ from data.splits import Dataset, Split, shuffled, sizes
 
 PARTS = {"train": "train", "validation": "val", "test": "test"}  # the first word of a file's name → the part it is of
 AT_ONCE = 1 << 16  # labels in memory, beside their numbers
-PACKED, SMALL = 100, 1 << 26  # pictures are packed to a hundredth at best, or unpacked they are few bytes
+PACKED, SMALL = 100, 1 << 26  # a file may claim to unpack to so many times its bytes, or to so many bytes
 
 
 def pyarrow():
@@ -81,11 +81,10 @@ class Table(NamedTuple):
 
 
 def holds_pictures(kind) -> bool:
-    """Tell whether a column of a pyarrow type holds bytes, or structs with a field of them as Hugging Face's Image."""
+    """Tell whether a column of a pyarrow type holds bytes, or structs with a field `bytes`, as on Hugging Face."""
     types = pyarrow().types
-    if types.is_struct(kind):
-        at = kind.get_field_index("bytes")
-        return at >= 0 and not types.is_struct(kind.field(at).type) and holds_pictures(kind.field(at).type)
+    if types.is_struct(kind) and kind.get_field_index("bytes") >= 0:
+        kind = kind.field("bytes").type
     return types.is_binary(kind) or types.is_large_binary(kind)
 
 

@@ -147,35 +147,38 @@ class TestFolders:
                 data.build({**config, "labels": wrong})
 
 
+def arguments(config: dict, steps: int) -> list[str]:
+    """Of train.py, for a model that is quick to learn the colours of 2×2 pictures."""
+    options = [f"dataset.{key}={value}" for key, value in {**config, "size": 2}.items() if key != "name"]
+    rare = [f"{key}={steps}" for key in ("log_every", "evaluate_every", "save_every")]
+    model = [*TINY, "model=pixel_cnn", "model.head=logistic_mixture", "model.mixtures=2", "model.classes=auto"]
+    quick = ["optimizer.lr=0.1", "warmup=2", "ema=0", "sample_every=0"]
+    return [f"dataset={config['name']}", *options, f"steps={steps}", *rare, *model, *quick]
+
+
 @pytest.mark.slow
-class TestCommands:
-    def arguments(self, config: dict, steps: int) -> list[str]:
-        options = [f"dataset.{key}={value}" for key, value in {**config, "size": 2}.items() if key != "name"]
-        rare = [f"{key}={steps}" for key in ("log_every", "evaluate_every", "save_every")]
-        model = [*TINY, "model=pixel_cnn", "model.head=logistic_mixture", "model.mixtures=2", "model.classes=auto"]
-        quick = ["optimizer.lr=0.1", "warmup=2", "ema=0", "sample_every=0"]
-        return [f"dataset={config['name']}", *options, f"steps={steps}", *rare, *model, *quick]
+def test_a_model_of_the_colours_is_trained_drawn_from_and_classifies(call, config):
+    status, out, err = call("train", *arguments(config, 30))
+    assert status == 0 and "labels: 0 'blue', 1 'green', 2 'red'\n" in out, err
+    status, _, err = call("sample", "label=1", "n=20", "npy=green.npy")
+    assert status == 0, err
+    assert (labels_of(np.load("green.npy")) == 1).sum() > 15
+    status, out, err = call("evaluate", "classify=true", "split=train", "out=train.json")
+    assert status == 0, err
+    assert json.loads(Path("train.json").read_text())["right"] > 20, "of 28; 9 by chance"
 
-    def test_train_draw_classify(self, call, config):
-        status, out, err = call("train", *self.arguments(config, 30))
-        assert status == 0 and "labels: 0 'blue', 1 'green', 2 'red'\n" in out, err
-        status, _, err = call("sample", "label=1", "n=20", "npy=green.npy")
-        assert status == 0, err
-        assert (labels_of(np.load("green.npy")) == 1).sum() > 15
-        status, out, err = call("evaluate", "classify=true", "split=train", "out=train.json")
-        assert status == 0, err
-        assert json.loads(Path("train.json").read_text())["right"] > 20, "of 28; 9 by chance"
 
-    def test_a_run_holds_the_number_of_classes_and_goes_on(self, call, config):
-        arguments = self.arguments(config, 2)
-        assert call("train", *arguments, "hydra.run.dir=runs/one")[0] == 0
-        last, summary = read("runs/one/last.pt"), Path("runs/one/summary.json")
-        assert last["config"]["model"]["classes"] == last["model"]["classes"] == 3
-        assert "classes: 3\n" in Path("runs/one/.hydra/config.yaml").read_text()
-        assert json.loads(summary.read_text())["classes"] == 3
-        summary.unlink()
-        for again in ([*arguments, "resume=auto"], ["resume=runs/one", "steps=4", "model.classes=auto"]):
-            status, out, err = call("train", *again)
-            assert status == 0 and "steps 2 to" in out and "model.classes" not in out, err
-        assert len(list(Path("runs").rglob("last.pt"))) == 1
-        refused(call("train", "resume=runs/one", "model.classes=2"), ["classes=2", "3 classes"])
+@pytest.mark.slow
+def test_a_run_holds_the_number_of_classes_and_goes_on(call, tmp_path):
+    given = arguments({**make_folder(tmp_path / "pictures"), "root": str(tmp_path)}, 2)
+    assert call("train", *given, "hydra.run.dir=runs/one")[0] == 0
+    last, summary = read("runs/one/last.pt"), Path("runs/one/summary.json")
+    assert last["config"]["model"]["classes"] == last["model"]["classes"] == 3
+    assert "classes: 3\n" in Path("runs/one/.hydra/config.yaml").read_text()
+    assert json.loads(summary.read_text())["classes"] == 3
+    summary.unlink()
+    for again in ([*given, "resume=auto"], ["resume=runs/one", "steps=4", "model.classes=auto"]):
+        status, out, err = call("train", *again)
+        assert status == 0 and "steps 2 to" in out and "model.classes" not in out, err
+    assert len(list(Path("runs").rglob("last.pt"))) == 1
+    refused(call("train", "resume=runs/one", "model.classes=2"), ["classes=2", "3 classes"])
