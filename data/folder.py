@@ -91,7 +91,7 @@ def image_folder(
     classes = _classes(path, names) if labels else {}
     sizes(len(names), val, test, path)
     files = [(name, *cache.stamp(path / name)) for name in names]
-    key = cache.key(path.resolve(), shape, seed, files, *([labels] if labels else []))
+    key = cache.key(path.resolve(), shape, seed, files)
     folder = cache.folder(root, "image_folder")
     targets = [folder / f"{key}.npy"] + [folder / f"{key}_labels.npy"] * bool(labels)
 
