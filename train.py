@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import data
 import models
-from checks import check, check_one_of, unexpected
+from checks import check, check_one_of, shortened, unexpected
 from cli import command
 from cli.command import Stopped, StopSignal
 from cli.machine import choose_device, environment, is_first, keep_freed_memory, rank_and_world
@@ -28,6 +28,7 @@ from cli.runs import (
     check_classes,
     check_folder,
     continued,
+    count_classes,
     differences,
     held,
     named_by_what_differs,
@@ -231,6 +232,7 @@ def finish(run: Training, dataset: data.Dataset, folder: Path) -> None:
     result |= {
         "test_images": len(split),
         "parameters": run.num_parameters,
+        "classes": run.model.classes,
         "steps": run.step,
         "best_step": best["step"],
         "train_seconds": run.seconds,
@@ -267,6 +269,7 @@ def train(cfg, folder: Path) -> float:
         overrides = overrides_of(checkpoint, arguments)
     check_config(cfg)
     device, dataset = choose_device(cfg.device), data.build(cfg.dataset)
+    count_classes(cfg.model, dataset)
     n, parts = min(cfg.batch_size, len(dataset.train)), cfg.accumulate * rank_and_world()[1]
     if n < parts:
         raise unexpected(
@@ -283,6 +286,8 @@ def train(cfg, folder: Path) -> float:
     print(f"{folder}\n{type(run.model).__name__}, {run.num_parameters:,} parameters", end=" · ")
     c, h, w = run.model.shape
     print(f"{dataset.name}, {len(dataset.train):,} images of {c}×{h}×{w}, {run.model.levels} levels")
+    if dataset.names:
+        print(shortened(f"labels: {', '.join(f'{k} {name!r}' for k, name in enumerate(dataset.names))}"))
     processes = f" in each of {rank_and_world()[1]} processes" if rank_and_world()[1] > 1 else ""
     print(f"{device}, {torch.get_num_threads()} threads{processes} · steps {run.step} to {cfg.steps}", flush=True)
     if cfg.batch_size > n:

@@ -270,6 +270,15 @@ def write_config(folder: Path, cfg: DictConfig, overrides: list[str]) -> None:
         write_atomically(folder / f".hydra/{name}.yaml", lambda file, text=text: file.write(text.encode()))
 
 
+def count_classes(model: DictConfig, dataset: data.Dataset) -> None:
+    """Put the data set's number of classes in the place of model.classes=auto; ValueError: it has no labels."""
+    if model.get("classes") != "auto":
+        return
+    if not dataset.classes:
+        raise unexpected("model.classes", "auto", f"0, as {dataset.name} has no labels")
+    model.classes = dataset.classes
+
+
 def check_classes(model: ImageModel, dataset: data.Dataset) -> None:
     """Raise ValueError if a model is conditioned on classes that the data set does not have."""
     if model.classes and model.classes != dataset.classes:

@@ -17,6 +17,7 @@ from data.digits import digits
 from data.folder import image_folder
 from data.idx import fashion_mnist, mnist
 from data.imagenet import imagenet32, imagenet64
+from data.parquet import parquet
 from data.splits import Dataset, Split
 
 LOADERS = {
@@ -31,6 +32,7 @@ LOADERS = {
         imagenet64,
         npy,
         image_folder,
+        parquet,
     )
 }
 

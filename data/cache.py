@@ -3,7 +3,7 @@
 import hashlib
 import os
 import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
@@ -19,6 +19,7 @@ except ImportError:  # Windows: processes that start together may then do the sa
     fcntl = None
 
 CACHE = "~/.cache/pixelrnn"
+HEAD = 128  # bytes of the head of a .npy file
 
 
 def folder(root: str | os.PathLike | None, name: str) -> Path:
@@ -64,17 +65,29 @@ def exclusive(where: Path) -> Iterator[None]:
         yield
 
 
+def once(make: Callable[[], None], *targets: Path) -> None:
+    """Call make(), which writes `targets` into one folder, unless they are there; of several processes, one does."""
+    if all(target.is_file() for target in targets):
+        return
+    with exclusive(targets[0].parent):
+        if not all(target.is_file() for target in targets):
+            make()
+
+
 def _header(dtype: np.dtype, shape: tuple[int, ...]) -> bytes:
-    """Make the head of a .npy file (format 1.0), 128 bytes for any shape, so that it can be rewritten in place."""
+    """Make the head of a .npy file (format 1.0), of one length for any shape, so that it can be rewritten in place."""
     text = f"{{'descr': '{dtype.str}', 'fortran_order': False, 'shape': {shape}, }}"
-    return b"\x93NUMPY\x01\x00" + struct.pack("<H", 118) + text.ljust(117).encode() + b"\n"
+    return b"\x93NUMPY\x01\x00" + struct.pack("<H", HEAD - 10) + text.ljust(HEAD - 11).encode() + b"\n"
 
 
-def store(path: Path, blocks: Iterable[np.ndarray]) -> None:
+def store(path: Path, blocks: Iterable[np.ndarray], places: np.ndarray | None = None) -> None:
     """Write blocks (k …) of one type, one after another, as the .npy file `path` of shape (n …).
 
     The file grows under a temporary name and gets its own in one step: it is there whole or not at all. No
     more than a block is in memory, and n need not be known beforehand.
+
+    Args:
+        places: (n,) the row of the file for each row of the blocks in turn; None: as they come.
     """
 
     def write(file: BinaryIO) -> None:
@@ -83,8 +96,13 @@ def store(path: Path, blocks: Iterable[np.ndarray]) -> None:
         for block in blocks:
             assert kind in (None, (block.dtype, block.shape[1:])), f"{kind} then {block.dtype} {block.shape}"
             kind = block.dtype, block.shape[1:]
+            if places is None:
+                file.write(np.ascontiguousarray(block).data)
+            else:
+                for row, place in zip(block, places[n : n + len(block)], strict=True):
+                    file.seek(HEAD + int(place) * row.nbytes)
+                    file.write(np.ascontiguousarray(row).data)
             n += len(block)
-            file.write(np.ascontiguousarray(block).data)
         assert kind is not None, "nothing to store"
         file.seek(0)
         file.write(_header(kind[0], (n, *kind[1])))
@@ -92,11 +110,16 @@ def store(path: Path, blocks: Iterable[np.ndarray]) -> None:
     write_atomically(path, write)
 
 
-def load(path: Path, rest: tuple[int, ...], *dtypes: type) -> np.ndarray:
-    """Memory-map a .npy file that `store` wrote, of shape (n, *rest) and one of these types; ValueError otherwise."""
+def load(path: Path, rest: tuple[int, ...], *dtypes: type, n: int | None = None) -> np.ndarray:
+    """Memory-map a .npy file that `store` wrote, of shape (n, *rest) and one of these types; ValueError otherwise.
+
+    Args:
+        n: how many rows it has; None: any number.
+    """
     try:
         array = np.lib.format.open_memmap(path, mode="r")
-        if array.ndim != 1 + len(rest) or array.shape[1:] != rest or array.dtype not in dtypes:
+        right = array.ndim == 1 + len(rest) and array.shape[1:] == rest and array.dtype in dtypes
+        if not right or n not in (None, len(array)):
             raise ValueError(f"an array {array.shape} of {array.dtype}")
     except Exception as error:  # as in `arrays.open_integers`
         raise ValueError(f"{path}: damaged ({reason_of(error)}); delete it and it is made again") from None

@@ -7,7 +7,7 @@ import torch
 
 from checks import reason_of
 from data.arrays import open_integers
-from data.folder import SUFFIXES, read_picture
+from data.pictures import SUFFIXES, read_picture
 
 
 def read_images(path: Path, shape: tuple[int, int, int], levels: int, n: int | None = None) -> torch.Tensor:

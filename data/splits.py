@@ -61,7 +61,10 @@ class Split:
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
-    """A data set: `levels` values a sub-pixel, `classes` labels (None if there are none), three parts."""
+    """A data set: `levels` values a sub-pixel, `classes` labels (None if there are none), three parts.
+
+    `names` are those of the labels 0, 1, …, where the source has names.
+    """
 
     name: str
     levels: int
@@ -69,6 +72,7 @@ class Dataset:
     train: Split
     val: Split
     test: Split
+    names: tuple[str, ...] | None = None
 
     @property
     def shape(self) -> dict[str, int]:

@@ -32,9 +32,11 @@ from random import Random
 from typing import NamedTuple
 
 import numpy as np
+import pyarrow
 import safetensors.torch
 import torch
 from PIL import Image
+from pyarrow.parquet import write_table
 
 import data
 from checks import shortened
@@ -161,7 +163,15 @@ def in_safetensors(content: bytes, random: Random) -> bytes:
     return safetensors.torch.save(weights, {**texts, "sha256": exported.checksum(texts, weights)})
 
 
-DEPTH = {".gz": in_gzip, ".pt": in_zip, ".npz": in_zip, ".png": in_png, ".safetensors": in_safetensors}
+def in_parquet(content: bytes, random: Random) -> bytes:
+    """Damage what is written at the end of a Parquet file about its rows and columns."""
+    (size,) = struct.unpack("<I", content[-8:-4])
+    rows, about = content[: -8 - size], damaged(content[-8 - size : -8], random)
+    return rows + about + struct.pack("<I", len(about)) + content[-4:]
+
+
+DEPTH = {".gz": in_gzip, ".pt": in_zip, ".npz": in_zip, ".png": in_png}
+DEPTH |= {".safetensors": in_safetensors, ".parquet": in_parquet}
 
 
 # ------------------------------------------------------------------------------------------------------------- readers
@@ -280,6 +290,11 @@ def readers(folder: Path) -> dict[str, Reader]:
     for k in range(6):
         noise.rotate(k).save(grey / f"{k}.png")
     found["folder of pictures"] = Reader(grey / "3.png", build("image_folder", folder, path=str(grey), size=8))
+
+    path = folder / "rows.parquet"
+    rows = [{"bytes": (grey / f"{k}.png").read_bytes(), "path": f"{k}.png"} for k in range(6)]
+    write_table(pyarrow.table({"image": rows, "label": ["a", "b", "a"] * 2}), path, row_group_size=4)
+    found["parquet"] = Reader(path, build("parquet", folder, path=str(path), label="label", size=8))
 
     what = {"n": 5, "seed": 0, "checkpoint": "0" * 64}
     drawn = folder / "drawn.npy"

@@ -1,15 +1,18 @@
 """Three hundred wrong commands: each ends in one line that names what is wrong, exit status 2, and nothing written."""
 
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import pyarrow
 import pytest
 import torch
 from PIL import Image
+from pyarrow.parquet import write_table
 
 import models
 from tests.commands import REPOSITORY, SHORT, process, refused
@@ -117,6 +120,30 @@ def in_training() -> Iterator[Mistake]:
         "dataset=image_folder dataset.path=pictures dataset.size=0": "dataset.size=0",
         "dataset=image_folder dataset.path=pictures dataset.size=[1,2,3]": "dataset.size",
         "dataset=image_folder dataset.path=pictures dataset.channels=2": "dataset.channels=2",
+        "dataset=image_folder dataset.path=pictures dataset.labels=names": "dataset.labels='names' | folders",
+        "dataset=image_folder dataset.path=pictures dataset.labels=[folders]": "dataset.labels",
+        "dataset=image_folder dataset.path=pictures dataset.labels=folders": "pictures/0.png | a folder below pictures",
+        "dataset=image_folder dataset.path=above dataset.labels=folders": "above | for each label | pictures alone",
+        "dataset=image_folder dataset.path=pictures model.classes=auto": "model.classes='auto' | no labels",
+        "dataset=npy dataset.path=high.npy model.classes=auto": "model.classes='auto' | no labels",
+        "dataset=parquet": "dataset.path",
+        "dataset=parquet dataset.path=nowhere": "nowhere | .parquet",
+        "dataset=parquet dataset.path=pictures": "pictures | .parquet",
+        "dataset=parquet dataset.path=text.npy": "text.npy | Parquet",
+        "dataset=parquet dataset.path=cut.parquet": "cut.parquet | Parquet",
+        "dataset=parquet dataset.path=rows.parquet": "rows.parquet | row 3 | expected a picture",
+        "dataset=parquet dataset.path=rows.parquet dataset.image=img": "dataset.image='img' | image (binary)",
+        "dataset=parquet dataset.path=rows.parquet dataset.image=score": "dataset.image='score' | image (binary)",
+        "dataset=parquet dataset.path=rows.parquet dataset.image=[a]": "dataset.image",
+        "dataset=parquet dataset.path=rows.parquet dataset.label=labels": "dataset.label='labels' | score (double)",
+        "dataset=parquet dataset.path=rows.parquet dataset.label=score": "dataset.label='score' | score (double)",
+        "dataset=parquet dataset.path=rows.parquet dataset.label=3": "dataset.label=3 | score (double)",
+        "dataset=parquet dataset.path=rows.parquet dataset.size=x": "dataset.size='x'",
+        "dataset=parquet dataset.path=rows.parquet dataset.channels=2": "dataset.channels=2",
+        "dataset=parquet dataset.path=rows.parquet dataset.val=2": "dataset.val=2",
+        "dataset=parquet dataset.path=rows.parquet dataset.test=0.9": "rows.parquet | test=0.9",
+        "dataset=parquet dataset.path=rows.parquet dataset.seed=-1": "dataset.seed=-1",
+        "dataset=parquet dataset.path=rows.parquet dataset.labels=label": "dataset.labels | label",
         "dataset=mnist dataset.binarize=yes": "binarize | stochastic",
         "dataset=mnist dataset.root=[a]": "dataset.root",
         "dataset.name=foo": "foo | digits",
@@ -266,6 +293,11 @@ def make_files(run: Path) -> None:
     Path("pictures").mkdir()
     for k in range(12):
         Image.new("L", (8, 8), k).save(f"pictures/{k}.png")
+    shutil.copytree("pictures", "above/pictures")
+    rows = [path.read_bytes() for path in sorted(Path("pictures").iterdir())]
+    table = pyarrow.table({"image": [*rows[:3], b"no picture", *rows[4:]], "score": [0.5] * len(rows)})
+    write_table(table, "rows.parquet")
+    Path("cut.parquet").write_bytes(Path("rows.parquet").read_bytes()[:-9])
 
 
 def contents() -> dict[Path, bytes]:
@@ -282,7 +314,7 @@ def test_a_wrong_command_ends_in_one_line(call, run, group):
         given = list(arguments)
         if name != "train" and not any(argument.startswith("checkpoint") for argument in given):
             given.append("checkpoint=run")
-        if any(argument in ("dataset=npy", "dataset=image_folder") for argument in given):
+        if {"dataset=npy", "dataset=image_folder", "dataset=parquet"} & {*given}:
             given.append(f"dataset.root={home}")
         result = call(name, *given)
         try:
