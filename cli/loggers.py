@@ -62,7 +62,7 @@ class TensorBoard:
         self.first = step if list(folder.glob("events.out.tfevents.*")) else 0
         self.writer = SummaryWriter(folder, purge_step=self.first)
         self.writer.add_text("config", f"```yaml\n{OmegaConf.to_yaml(config)}```", step)
-        print(f"tensorboard --logdir {folder}")
+        print(f"to see this run: tensorboard --logdir {folder}")
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
         for name, value in values.items():
@@ -122,7 +122,7 @@ class Trackio:
         with redirect_stdout(io.StringIO()):  # six lines
             run = trackio.init(config=config, **place_of(folder))
         keep_id(folder, "trackio", run.id)
-        print(f"trackio show --project {PROJECT}")
+        print(f"to see this run: trackio show --project {PROJECT}")
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
         self.trackio.log(values, step)
