@@ -22,6 +22,7 @@ from cli.output import (
     labels_in_rows,
     save_grid,
     share,
+    upper_rows,
 )
 from cli.progress import Bar
 from cli.runs import dataset_of
@@ -97,9 +98,7 @@ def known_of(cfg, model: ImageModel, x: Tensor) -> Tensor:
     """Return which sub-pixels of images x (n c h w) `keep` or `mask` keeps: (n c h w) bool."""
     if cfg.mask is None:
         check("keep", cfg.keep, float, 0, 1)
-        known = torch.zeros_like(x, dtype=torch.bool)
-        known[:, :, : round(cfg.keep * model.height)] = True
-        return known
+        return upper_rows(x, cfg.keep)
     known, (c, h, w) = open_integers(Path(cfg.mask), "mask"), model.shape
     if known.shape not in ((h, w), (c, h, w), tuple(x.shape)):
         shapes = f"({h}, {w}), ({c}, {h}, {w}) or {tuple(x.shape)}"

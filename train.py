@@ -18,13 +18,13 @@ import models
 from checks import check, check_one_of, shortened, unexpected
 from cli import command
 from cli.command import Stopped, StopSignal
+from cli.loggers import Records, chosen
 from cli.machine import choose_device, environment, is_first, keep_freed_memory, rank_and_world
-from cli.output import labels_in_rows, save_grid, write_json
+from cli.output import completions_in_rows, grid, labels_in_rows, upper_rows, write_json
 from cli.parallel import from_first, gathered, largest, own_part, together, total
 from cli.progress import Bar, Throughput
 from cli.report import write_report
 from cli.runs import (
-    Metrics,
     check_classes,
     check_folder,
     continued,
@@ -47,12 +47,14 @@ from models.optimizers import build_optimizer, load_state
 from models.sampling import sample
 from models.training_step import TrainingStep
 
+COMPLETIONS = 6  # of each image in a picture of completions
+
 
 def check_config(cfg) -> None:
     """Raise ValueError for a value that its type does not rule out."""
     for name in ("steps", "batch_size", "accumulate", "log_every", "evaluate_every", "save_every", "samples"):
         check(name, cfg[name], int, 1)
-    for name in ("seed", "warmup", "sample_every"):
+    for name in ("seed", "warmup", "sample_every", "completed"):
         check(name, cfg[name], int, 0)
     check_one_of("decay", cfg.decay, ("cosine", "constant"))
     if not 0 <= cfg.ema < 1:
@@ -174,14 +176,14 @@ def check_finite(value: float, what: str, when: str, folder: Path) -> None:
         raise Stopped(f"{what} is {value} {when}; {where}. A lower optimizer.lr or clip may help", 1)
 
 
-def log(run: Training, throughput: Throughput, folder: Path, metrics: Metrics, bar: Bar) -> None:
+def log(run: Training, throughput: Throughput, folder: Path, records: Records, bar: Bar) -> None:
     """Say and write how the steps since the last line went."""
     nats, rate, seconds = throughput.take()
     nats = total(nats)
     run.seconds += seconds
     check_finite(nats, "the loss", f"at step {run.step}", folder)
     bits, lr = bits_per_dim(nats, run.model.shape), float(run.optimizer.param_groups[0]["lr"])
-    metrics.write(run.step, train_nats=nats, train_bits_per_dim=bits, lr=lr, images_per_second=rate)
+    records.write(run.step, train_nats=nats, train_bits_per_dim=bits, lr=lr, images_per_second=rate)
     bar.text(f"{bits:.3f} bits/dim · {nats:.1f} nats · {rate:.0f} images/s")
 
 
@@ -193,12 +195,12 @@ def nats_of_all(model: ImageModel, split: data.Split, tell: Callable[[int], None
     return {name: torch.cat([own[k % len(own)][name][k // len(own)] for k in batches]) for name in own[0]}
 
 
-def validate(run: Training, split: data.Split, folder: Path, metrics: Metrics, bar: Bar) -> None:
+def validate(run: Training, split: data.Split, folder: Path, records: Records, bar: Bar) -> None:
     """Measure the whole validation split, and write best.pt if the model was never as good before."""
     tell = bar.part("validation", len(split))
     val = summarise(nats_of_all(run.evaluated, split, tell)["nats"], run.model.shape)
     check_finite(val["nats"], "the loss", f"on the validation split at step {run.step}", folder)
-    metrics.write(run.step, val_nats=val["nats"], val_bits_per_dim=val["bits_per_dim"])
+    records.write(run.step, val_nats=val["nats"], val_bits_per_dim=val["bits_per_dim"])
     run.validated = run.step
     bar.say(f"step {run.step} · val {val['bits_per_dim']:.4f} bits/dim, {val['nats']:.2f} nats")
     if val["nats"] < run.best_val.get("nats", math.inf):
@@ -206,19 +208,26 @@ def validate(run: Training, split: data.Split, folder: Path, metrics: Metrics, b
         run.save(folder / "best.pt")
 
 
-def save_samples(run: Training, folder: Path) -> None:
-    """Write a picture of samples."""
-    run.check_weights(folder.parent)
+def draw(run: Training, val: data.Split, folder: Path, records: Records) -> None:
+    """Record a picture of samples, and one of completions of the validation split's first images."""
+    run.check_weights(folder)
     if not is_first():
         return
-    folder.mkdir(exist_ok=True)
-    n, seed = run.config["samples"], run.config["seed"]
+    n, seed, levels = run.config["samples"], run.config["seed"], run.model.levels
     label, columns = labels_in_rows(run.model.classes, n)
     x = sample(run.evaluated, n, seed=seed, label=label)
-    save_grid(folder / f"step_{run.step:06d}.png", x, run.model.levels, columns)
+    records.picture(run.step, "samples", grid(x, levels, columns))
+    if run.config["completed"]:
+        x, labels = val.batch(slice(run.config["completed"]), torch.Generator().manual_seed(seed))
+        given = x.long(), upper_rows(x, 0.5)
+        known = tuple(tensor.repeat_interleave(COMPLETIONS, 0) for tensor in given)
+        label = labels.repeat_interleave(COMPLETIONS) if run.model.classes else None
+        drawn = sample(run.evaluated, len(known[0]), seed=seed, label=label, known=known)
+        rows = completions_in_rows(*given, drawn, levels)
+        records.picture(run.step, "completions", grid(rows, levels, 2 + COMPLETIONS))
 
 
-def finish(run: Training, dataset: data.Dataset, folder: Path) -> None:
+def finish(run: Training, dataset: data.Dataset, folder: Path, records: Records) -> None:
     """Evaluate the best checkpoint on the whole test split, and write summary.json."""
     best = from_first(lambda: read(folder / "best.pt"))
     split = dataset.test.first(run.config["evaluate_images"])
@@ -228,6 +237,7 @@ def finish(run: Training, dataset: data.Dataset, folder: Path) -> None:
         return
     result = {f"test_{name}": value for name, value in summarise(nats["nats"], run.model.shape).items()}
     result |= {f"test_{name}_nats": values.mean().item() for name, values in nats.items() if name != "nats"}
+    records.final(run.step, result)
     result |= {f"val_{name}": value for name, value in best["best_val"].items()}
     result |= {
         "test_images": len(split),
@@ -268,6 +278,7 @@ def train(cfg, folder: Path) -> float:
         cfg = continued(cfg, checkpoint, arguments, last)
         overrides = overrides_of(checkpoint, arguments)
     check_config(cfg)
+    loggers = from_first(lambda: chosen(cfg.logger))
     device, dataset = choose_device(cfg.device), data.build(cfg.dataset)
     count_classes(cfg.model, dataset)
     n, parts = min(cfg.batch_size, len(dataset.train)), cfg.accumulate * rank_and_world()[1]
@@ -280,9 +291,6 @@ def train(cfg, folder: Path) -> float:
         run.restore(last, checkpoint)
         for text in differences(checkpoint["config"], run.config):
             print(f"this run goes on with {text}")
-    if is_first():
-        (folder / "summary.json").unlink(missing_ok=True)
-        write_config(folder, cfg, overrides)
     print(f"{folder}\n{type(run.model).__name__}, {run.num_parameters:,} parameters", end=" · ")
     c, h, w = run.model.shape
     print(f"{dataset.name}, {len(dataset.train):,} images of {c}×{h}×{w}, {run.model.levels} levels")
@@ -292,14 +300,30 @@ def train(cfg, folder: Path) -> float:
     print(f"{device}, {torch.get_num_threads()} threads{processes} · steps {run.step} to {cfg.steps}", flush=True)
     if cfg.batch_size > n:
         print(f"batch_size={cfg.batch_size}: each step has all {n:,} images")
-    order, throughput, own = EpochOrder(len(dataset.train), cfg.batch_size, cfg.seed), Throughput(device), own_part(n)
+    records = Records(folder)
+    from_first(lambda: records.open(loggers, run.config, run.step))
+    with records:
+        if is_first():
+            (folder / "summary.json").unlink(missing_ok=True)
+            write_config(folder, cfg, overrides)
+        stop = take_steps(cfg, run, dataset.train, val, folder, records)
+        if stop and run.step < cfg.steps:
+            raise Stopped(f"stopped at step {run.step}; to continue: python train.py resume={folder}", 128 + stop)
+        finish(run, dataset, folder, records)
+    return run.best_val["bits_per_dim"]
 
-    with Metrics(folder, run.step) as metrics, StopSignal() as signals, Bar("train", cfg.steps, run.step) as bar:
+
+def take_steps(cfg, run: Training, split: data.Split, val: data.Split, folder: Path, records: Records) -> int:
+    """Train to the last step, or to a signal; return the signal's number, or 0."""
+    n = min(cfg.batch_size, len(split))
+    order, throughput = EpochOrder(len(split), cfg.batch_size, cfg.seed), Throughput(run.model.device)
+    own = own_part(n)
+    with StopSignal() as signals, Bar("train", cfg.steps, run.step) as bar:
         stop = 0
         if run.validated < run.step and run.step % cfg.evaluate_every == 0:  # a signal came just then
-            validate(run, val, folder, metrics, bar)
+            validate(run, val, folder, records, bar)
         while run.step < cfg.steps and not stop:
-            x, labels = dataset.train.batch(order.batch(run.step), run.binarizer)
+            x, labels = split.batch(order.batch(run.step), run.binarizer)
             labels = None if labels is None else labels[own]
             throughput.add(run.take_step(x[own], labels, own.start, n), n)
             bar.advance()
@@ -311,21 +335,18 @@ def train(cfg, folder: Path) -> float:
                 for n in (cfg.log_every, cfg.evaluate_every, cfg.save_every, cfg.sample_every)
             )
             if to_log or to_validate or to_save:
-                log(run, throughput, folder, metrics, bar)
+                log(run, throughput, folder, records, bar)
             if to_validate and not stop:
-                validate(run, val, folder, metrics, bar)
+                validate(run, val, folder, records, bar)
             if to_draw and not stop:
-                save_samples(run, folder / "samples")
+                draw(run, val, folder, records)
             if to_validate or to_save:  # last, as a run that goes on from here does none of this again
-                run.save(last)
+                run.save(folder / "last.pt")
                 if is_first():
                     write_report(folder)
             if to_validate or to_save or to_draw:
                 throughput.restart()
-    if stop and run.step < cfg.steps:
-        raise Stopped(f"stopped at step {run.step}; to continue: python train.py resume={folder}", 128 + stop)
-    finish(run, dataset, folder)
-    return run.best_val["bits_per_dim"]
+    return stop
 
 
 def found(folder: Path, cfg) -> dict | None:

@@ -116,6 +116,13 @@ def labels_in_rows(classes: int, n: int | None) -> tuple[Tensor | None, int | No
     return torch.arange(columns * min(classes, 64) if n is None else n) // columns % classes, columns
 
 
+def upper_rows(x: Tensor, keep: float) -> Tensor:
+    """Return which sub-pixels of images x (n c h w) are in the upper fraction `keep` of their rows: (n c h w) bool."""
+    known = torch.zeros_like(x, dtype=torch.bool)
+    known[:, :, : round(keep * x.shape[2])] = True
+    return known
+
+
 def completions_in_rows(x: Tensor, known: Tensor, drawn: Tensor, levels: int) -> Tensor:
     """Lay each image out in a row: the image, its known pixels on grey, and its completions.
 

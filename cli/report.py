@@ -15,8 +15,13 @@ from pathlib import Path
 from cli.plot import Points, curves
 from files import write_atomically
 
+PICTURES = {  # folders of step_NUMBER.png, and what a reader must know of them
+    "samples": "",
+    "completions": "<p>In a row: an image of the validation split, what of it is known, completions.</p>\n",
+}
 ENVIRONMENT = ("date", "device", "cpu", "cores", "threads", "python", "torch", "triton", "commit")
-STYLE = """body { font: 15px/1.5 sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #1f2328 }
+STYLE = """body { font: 15px/1.5 sans-serif; max-width: 70rem; margin: 2rem auto; padding: 0 1rem; color: #1f2328 }
+section:nth-of-type(-n+2) { display: inline-block; vertical-align: top; margin-right: 2rem } /* numbers, curves */
 table { border-collapse: collapse } td, th { padding: .2rem 1rem .2rem 0; text-align: left; vertical-align: top }
 pre { background: #f6f8fa; padding: .8rem; overflow: auto } svg { max-width: 100%; height: auto }
 figure { display: inline-block; margin: 0 1rem 1rem 0 } img { image-rendering: pixelated; max-width: 100% }"""
@@ -28,7 +33,7 @@ class Run:
     def __init__(self, folder: Path):
         self.metrics, self.summary = metrics_of(folder), read_json(folder / "summary.json") or {}
         self.config = read(folder / ".hydra/config.yaml")
-        self.pictures = sorted((folder / "samples").glob("step_*.png"))
+        self.pictures = {name: pictures_of(folder / name) for name in PICTURES}
         self.name = f"{folder.parent.name}/{folder.name}"
 
     def numbers(self) -> dict[str, str]:
@@ -63,7 +68,7 @@ def read_json(path: Path) -> dict | None:
     """The JSON object in a file; None: there is none, or it is cut short."""
     try:
         value = json.loads(read(path))
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return value if isinstance(value, dict) else None
 
@@ -79,6 +84,12 @@ def metrics_of(folder: Path) -> list[dict]:
     return out
 
 
+def pictures_of(folder: Path) -> list[tuple[int, Path]]:
+    """The pictures step_NUMBER.png in a folder, by their numbers."""
+    found = [(re.fullmatch(r"step_(\d+)\.png", path.name), path) for path in folder.glob("step_*.png")]
+    return sorted((int(name[1]), path) for name, path in found if name)
+
+
 def curve(metrics: list[dict], name: str) -> Points:
     """A number of the metrics, by step."""
     return [(row["step"], row[name]) for row in metrics if name in row]
@@ -89,27 +100,31 @@ def table(rows: dict[str, str]) -> str:
     return "<table>\n" + "\n".join(lines) + "\n</table>"
 
 
+def pictures(run: Run, name: str) -> str:
+    """The pictures of one kind; nothing where there are none."""
+    figures = []
+    for step, path in run.pictures[name]:
+        data = base64.b64encode(path.read_bytes()).decode()
+        caption = f"<figcaption>step {step:,}</figcaption>"
+        figures.append(f'<figure><img src="data:image/png;base64,{data}">{caption}</figure>')
+    return PICTURES[name] + "\n".join(figures) if figures else ""
+
+
 def html(run: Run) -> str:
     """The text of report.html."""
     series = {
         "training": curve(run.metrics, "train_bits_per_dim"),
         "validation": curve(run.metrics, "val_bits_per_dim"),
     }
-    pictures = []
-    for path in run.pictures:
-        data, step = base64.b64encode(path.read_bytes()).decode(), int(path.stem.rpartition("_")[2])
-        pictures.append(
-            f'<figure><img src="data:image/png;base64,{data}"><figcaption>step {step:,}</figcaption></figure>'
-        )
     parts = {
         "Numbers": table(run.numbers()),
         "Bits/dim": curves(series, "step", "bits/dim"),
-        "Samples": "\n".join(pictures),
+        **{name.capitalize(): pictures(run, name) for name in PICTURES},
         "Command": f"<pre>{escape(run.summary['command'])}</pre>" if run.summary else "",
         "Versions and machine": table(run.environment()) if run.summary else "",
         "Config": f"<pre>{escape(run.config)}</pre>",
     }
-    body = "\n".join(f"<h2>{name}</h2>\n{text}" for name, text in parts.items() if text)
+    body = "\n".join(f"<section>\n<h2>{name}</h2>\n{text}\n</section>" for name, text in parts.items() if text)
     state = "" if run.summary else "<p>This run has not ended.</p>\n"
     head = f'<meta charset="utf-8">\n<title>{escape(run.name)}</title>\n<style>\n{STYLE}\n</style>'
     return f'<!doctype html>\n<html lang="en">\n{head}\n<h1>{escape(run.name)}</h1>\n{state}{body}\n</html>\n'

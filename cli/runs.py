@@ -1,6 +1,5 @@
-"""The runs below runs/: find one, continue it, and write what it measures; and the data that a checkpoint is of."""
+"""The runs below runs/: find one, and continue it; and the data that a checkpoint is of."""
 
-import json
 import math
 import os
 import re
@@ -17,9 +16,8 @@ from omegaconf.errors import OmegaConfBaseException
 import data
 from checks import one_of, reason_of, unexpected
 from cli.command import CONF, Stopped
-from cli.machine import is_first
 from conf.schema import Train
-from files import naming, write_atomically
+from files import write_atomically
 from models.base import ImageModel
 from models.checkpoint import check_contents, read
 
@@ -305,60 +303,3 @@ def dataset_of(checkpoint: dict, root: str | None, path: Path) -> data.Dataset:
     if root is None:
         check_root(config, "root", path)
     return data.build(config if root is None else {**config, "root": root})
-
-
-class Metrics:
-    """Write metrics.jsonl in a run's folder, and TensorBoard's files beside it if that is installed.
-
-    Of several processes, the first one does.
-
-    Args:
-        folder: the run's.
-        step: where the run continues; lines of later steps are dropped.
-    """
-
-    def __init__(self, folder: Path, step: int):
-        self.path = path = folder / "metrics.jsonl"
-        self.file = self.board = None
-        if not is_first():
-            return
-        if path.exists():
-            lines = [line for line in path.read_text(errors="replace").splitlines() if is_before(line, step)]
-            write_atomically(path, lambda file: file.write("".join(f"{line}\n" for line in lines).encode()))
-        self.file = path.open("a")
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError:
-            return
-        self.board = SummaryWriter(folder, purge_step=step + 1)
-
-    def write(self, step: int, **values: float) -> None:
-        """Add a line of values of a step."""
-        if not self.file:
-            return
-        with naming(self.path):
-            self.file.write(json.dumps({"step": step, **values}) + "\n")
-            self.file.flush()
-        if self.board:
-            for name, value in values.items():
-                self.board.add_scalar(name, value, step)
-
-    def __enter__(self) -> "Metrics":
-        return self
-
-    def __exit__(self, *_) -> None:
-        if not self.file:
-            return
-        with naming(self.path):
-            self.file.close()
-        if self.board:
-            self.board.close()
-
-
-def is_before(line: str, step: int) -> bool:
-    """Tell whether a line of metrics is whole and of this step or an earlier one."""
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError):  # a line that a killed run left unfinished, or of another origin
-        return False
-    return isinstance(row, dict) and isinstance(row.get("step"), int) and row["step"] <= step

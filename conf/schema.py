@@ -37,6 +37,8 @@ class Train:
     save_every: int = MISSING
     sample_every: int = MISSING
     samples: int = MISSING
+    completed: int = MISSING
+    logger: Any = MISSING
 
 
 @dataclass

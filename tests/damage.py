@@ -41,8 +41,8 @@ from pyarrow.parquet import write_table
 import data
 from checks import shortened
 from cli import command
+from cli.loggers import Records, ids_of
 from cli.output import NpyFile, PngFolder
-from cli.runs import Metrics
 from data import amat, cache, cifar, idx, imagenet
 from data.given import read_images
 from models import exported
@@ -319,7 +319,14 @@ def readers(folder: Path) -> dict[str, Reader]:
         found[f"exported {name}"] = Reader(given, lambda path=given: load(path))
     run = folder / "run"
     run_command("train", *SHORT, "model=pixel_cnn", "steps=2", f"hydra.run.dir={run}", "evaluate_images=8")
-    found["metrics.jsonl"] = Reader(run / "metrics.jsonl", lambda: Metrics(run, 2).__exit__())
+
+    def go_on_with_records() -> None:
+        with Records(run) as records:
+            records.open([], {}, 2)
+
+    found["metrics.jsonl"] = Reader(run / "metrics.jsonl", go_on_with_records)
+    (run / "loggers.json").write_text('{"wandb": "1a2b3c4d", "trackio": "0123456789abcdef"}\n')
+    found["loggers.json"] = Reader(run / "loggers.json", lambda: ids_of(run))
     resume = [f"resume={run}", "steps=2", "evaluate_images=8", "sample_every=0"]
     found["resume"] = Reader(run / "last.pt", lambda: run_command("train", *resume))
     draw = [f"checkpoint={run}", "n=2", f"out={run}/drawn.png"]

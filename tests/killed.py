@@ -53,21 +53,21 @@ def name_and_die(*paths) -> None:
     die()
 
 
-def half_a_line(metrics, *_) -> None:
-    metrics.file.write('{"step": 1')
-    metrics.file.flush()
+def half_a_line(records, *_) -> None:
+    records.file.write('{"step": 1')
+    records.file.flush()
     die()
 
 
-def fill_line(metrics, *_) -> None:
-    os.dup2(os.open("/dev/full", os.O_WRONLY), metrics.file.fileno())
+def fill_line(records, *_) -> None:
+    os.dup2(os.open("/dev/full", os.O_WRONLY), records.file.fileno())
 
 
 def arrange(event: str, k: int) -> None:
     if event in ("line", "full-line"):
-        from cli.runs import Metrics
+        from cli.loggers import Records
 
-        Metrics.write = at(k, {"line": half_a_line, "full-line": fill_line}[event], Metrics.write)
+        Records.write = at(k, {"line": half_a_line, "full-line": fill_line}[event], Records.write)
     elif event in ("half", "full"):
         os.fsync = at(k, {"half": halve, "full": fill}[event], os.fsync)
     else:

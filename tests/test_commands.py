@@ -43,7 +43,8 @@ class TestTraining:
     def test_writes_a_complete_run(self, trained):
         files = {str(path.relative_to(trained)) for path in trained.rglob("*") if path.is_file()}
         assert {"last.pt", "best.pt", "metrics.jsonl", "summary.json", "samples/step_000012.png"} <= files
-        assert {".hydra/config.yaml", ".hydra/overrides.yaml"} <= files
+        assert {".hydra/config.yaml", ".hydra/overrides.yaml", "completions/step_000012.png"} <= files
+        assert not any(name.startswith(("events.", "wandb", "loggers")) for name in files)  # none was asked for
         assert not any(name.endswith(".tmp") for name in files)
         summary = json.loads((trained / "summary.json").read_text())
         model = load(trained / "best.pt")

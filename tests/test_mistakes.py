@@ -43,11 +43,12 @@ def written(name: str, said: dict[str, str]) -> Iterator[Mistake]:
 def in_training() -> Iterator[Mistake]:
     yield from values("train", "steps batch_size accumulate log_every", NO_INTEGER, ("0", "-1", "null"))
     yield from values("train", "evaluate_every save_every samples evaluate_images", ("0", "abc", "1.5"))
-    yield from values("train", "seed warmup sample_every", ("-1", "abc", "1.5", "null"))
+    yield from values("train", "seed warmup sample_every completed", ("-1", "abc", "1.5", "null"))
     yield from values("train", "ema", NO_NUMBER, ("1", "-0.1", "1.5", "null"))
     yield from values("train", "clip", NO_NUMBER, ("0", "-1"))
     yield from values("train", "bf16 cuda_graph", NO_BOOL, ("null",))
     yield from values("train", "decay device", NO_TEXT, ("linear", "cosin", "tpu", "null"))
+    yield from values("train", "logger", NO_TEXT, ("tensorbord", "true", "null", "[none,3]", "[[wandb]]"))
     yield from values("train", "model.hidden model.layers model.head_features", NO_INTEGER, ("0", "-1", "null"))
     yield from values("train", "model.classes", ("abc", "-1", "3", "null"))
     yield from values("train", "model.dropout", ("abc", "2", "-0.1", "null"))
@@ -81,6 +82,8 @@ def in_training() -> Iterator[Mistake]:
         "optimizer.lr=fast": "optimizer.lr='fast' | a number of at least 0",
         "optimizer.betas=0.9": "optimizer.betas=0.9 | two numbers",
         "optimizer.momentum_=0.9": "momentum_",
+        "logger=[trackio,wandbb]": "logger='wandbb' | none, wandb, trackio or tensorboard; did you mean wandb?",
+        "logger=wandb,none": "logger",
         "decay=cosin": "decay='cosin' | cosine or constant; did you mean cosine?",
         "+foo=1": "KEY='foo' | steps",
         "+step=1": "KEY='step' | did you mean steps?",

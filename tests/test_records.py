@@ -8,7 +8,9 @@ from xml.etree import ElementTree
 
 import numpy as np
 import pytest
+from PIL import Image
 
+import data
 from bench import compare
 from cli import report
 from cli.plot import curves, ticks
@@ -124,12 +126,13 @@ def test_a_report_is_one_file_with_curves_pictures_and_numbers(call):
     assert "report.html" in out
     text, card = Path("run/report.html").read_text(), Path("run/model_card.md").read_text()
     assert (
-        text.count("<figure>") == 2
-        and "step 4<" in text
+        text.count("<figure>") == 4
+        and text.count("step 4<") == 2
         and "http" not in text.replace("http://www.w3.org/2000/svg", "")  # nothing is fetched
     )
     picture = text.split("base64,")[1].split('"')[0]
     assert base64.b64decode(picture) == Path("run/samples/step_000002.png").read_bytes()
+    assert "<h2>Samples" in text and "<h2>Completions" in text
     said = json.loads(Path("run/summary.json").read_text())
     number = f"{said['test_bits_per_dim']:.4f} ± {said['test_bits_per_dim_standard_error']:.4f}"
     for written in (text, card):
@@ -139,6 +142,28 @@ def test_a_report_is_one_file_with_curves_pictures_and_numbers(call):
     config.write_text(config.read_text().replace("ema: 0.999", "ema: 0.0"))
     assert "not averaged" in report.model_card(report.Run(Path("run")))
     assert said["overrides"] == [*short, "evaluate_every=2", "sample_every=2", "samples=4"]
+
+
+def test_completions_keep_the_upper_half_of_validation_images(call):
+    short = ["model=pixel_cnn", "model.hidden=4", "model.layers=1", "model.head_features=8", "evaluate_images=20"]
+    status, _, err = call("train", *short, "steps=1", "sample_every=1", "samples=4", "completed=3", "hydra.run.dir=run")
+    assert status == 0, err
+    with Image.open("run/completions/step_000001.png") as shown:
+        assert shown.size == (8 * 58, 3 * 58)
+        images = np.asarray(shown).reshape(3, 58, 8, 58)[:, 1:-1:7, :, 1:-1:7].swapaxes(1, 2)  # (row column h w)
+    x, _ = data.build({"name": "digits"}).val.batch(slice(3))
+    assert np.array_equal(images[:, 0], np.round(x[:, 0].numpy() * (255 / 16)))
+    assert (images[:, 1:, :4] == images[:, :1, :4]).all()
+    assert (images[:, 1, 4:] == images[0, 1, 4, 0]).all()  # grey
+    assert len(np.unique(images[:, 2:, 4:].reshape(18, -1), axis=0)) == 18  # drawn, each by itself
+
+
+def test_no_pictures_of_completions_on_request(call):
+    short = ["model=pixel_cnn", "model.hidden=4", "model.layers=1", "model.head_features=8", "evaluate_images=20"]
+    status, _, err = call("train", *short, "steps=1", "sample_every=1", "samples=4", "completed=0", "hydra.run.dir=run")
+    assert status == 0, err
+    assert Path("run/samples").is_dir() and not Path("run/completions").exists()
+    assert "<h2>Completions" not in Path("run/report.html").read_text()
 
 
 def test_a_run_that_has_not_ended_has_a_report(tmp_path, capsys):

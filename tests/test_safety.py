@@ -16,7 +16,8 @@ import torch
 
 import train
 from cli import progress
-from cli.runs import choices, held, is_before, resumed
+from cli.loggers import row_of
+from cli.runs import choices, held, resumed
 from models.checkpoint import load, read
 from tests.commands import REPOSITORY, SHORT, Started, process, refused
 
@@ -196,7 +197,7 @@ def test_lines_of_metrics_that_are_no_records_are_left_out(call, run):
     path = run / "metrics.jsonl"
     lines = path.read_text().splitlines()
     path.write_text("\n".join(["3", "[1]", '"step"', "{}", '{"step": "4"}', "null", *lines, '{"step": 99}', '{"step"']))
-    assert [is_before(line, 9) for line in ('{"step": 9}', '{"step": 10}', "9", "{")] == [True, False, False, False]
+    assert [row_of(line, 9) for line in ('{"step": 9}', '{"step": 10}', "9", "{")] == [{"step": 9}, None, None, None]
     status, _, err = call("train", f"resume={run}", "steps=14")
     assert status == 0, err
     assert path.read_text().splitlines()[: len(lines)] == lines
