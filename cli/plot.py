@@ -30,7 +30,7 @@ def curves(series: dict[str, Points], x_label: str, y_label: str) -> str:
     series = {name: [p for p in points if all(map(math.isfinite, p))] for name, points in series.items()}
     series = {name: points for name, points in series.items() if points}
     legend = 18 * len(series)
-    height = HEIGHT + legend
+    height = HEIGHT + legend + 8
     out = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" width="{WIDTH}" height="{height}" '
         'font-family="sans-serif" font-size="12">',
@@ -65,7 +65,7 @@ def curves(series: dict[str, Points], x_label: str, y_label: str) -> str:
         if len(points) == 1:
             x, y = place(*points[0])
             out.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{COLOURS[k % 10]}"/>')
-        y = HEIGHT + 18 * k + 4
+        y = HEIGHT + 18 * k + 12
         out.append(f'<path d="M{LEFT} {y - 4}h26" {style}/>')
         text(LEFT + 34, y, name, "start")
     return "\n".join([*out, "</svg>"])
