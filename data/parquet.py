@@ -136,6 +136,27 @@ def read_pictures(table: Table, shape: tuple[int, int, int]) -> Iterator[np.ndar
         yield picture
 
 
+def label_values(table: Table) -> Iterator[tuple[list[int | bool | str], np.ndarray]]:
+    """Yield the different labels of some rows at a time, and which of them each row has, (k,).
+
+    Raises:
+        ValueError: a row has no label, or an integer outside 0..MOST-1.
+    """
+    for row, values in read_column(table.path, table.label, AT_ONCE, read_dictionary=[table.label]):
+        try:
+            coded = values.dictionary_encode()
+            codes = coded.indices.fill_null(-1).to_numpy()
+            used, first, rows = np.unique(codes, return_index=True, return_inverse=True)
+            found = [None if code < 0 else coded.dictionary[code].as_py() for code in used.tolist()]
+        except Exception as error:  # bytes that are no text, a code of no value
+            raise ValueError(f"{table.path}: expected labels in {table.label} ({reason_of(error)})") from None
+        for value, at in zip(found, first, strict=True):
+            if value is None or (type(value) is int and not 0 <= value < MOST):
+                expected = "a label, found none" if value is None else f"labels from 0 to {MOST - 1}, found {value}"
+                raise ValueError(f"{table.path}: row {row + at}: expected {expected}")
+        yield found, rows
+
+
 def read_labels(tables: Sequence[Table]) -> tuple[np.ndarray, int, tuple[str, ...] | None]:
     """Read the labels of all rows of some files.
 
@@ -144,23 +165,12 @@ def read_labels(tables: Sequence[Table]) -> tuple[np.ndarray, int, tuple[str, ..
         classes; and the classes' names, where they are no integers.
 
     Raises:
-        ValueError: a row has no label, or one outside 0..MOST-1, or not all are of one type.
+        ValueError: as in `label_values`, and for labels of several types or too many different ones.
     """
     numbers, labels = {}, []  # of each value the order in which it was found; those of all rows
     for table in tables:
-        for row, values in read_column(table.path, table.label, AT_ONCE, read_dictionary=[table.label]):
-            coded = values.dictionary_encode()
-            used, first, rows = np.unique(coded.indices.fill_null(-1), return_index=True, return_inverse=True)
-            try:
-                found = [None if k < 0 else coded.dictionary[k].as_py() for k in used.tolist()]
-            except Exception as error:  # no text, no such entry
-                raise ValueError(f"{table.path}: expected labels in {table.label}, {reason_of(error)}") from None
-            for value, at in zip(found, first, strict=True):
-                if value is None or (type(value) is int and not 0 <= value < MOST):
-                    expected = "a label, found none" if value is None else f"labels from 0 to {MOST - 1}, found {value}"
-                    raise ValueError(f"{table.path}: row {row + at}: expected {expected}")
-            order = [numbers.setdefault(value, len(numbers)) for value in found]
-            labels.append(np.array(order, np.int64)[rows])
+        for found, rows in label_values(table):
+            labels.append(np.array([numbers.setdefault(value, len(numbers)) for value in found])[rows])
         if len({type(value) for value in numbers}) > 1 or len(numbers) > MOST:
             raise ValueError(f"{table.path}: expected labels of one type, at most {MOST}, found others")
     values, labels = list(numbers), np.concatenate(labels)
@@ -260,7 +270,7 @@ def parquet(
     ends = itertools.accumulate(rows.values())
     places = np.concatenate([end - n + shuffled(n, seed) for n, end in zip(rows.values(), ends, strict=True)])
     stamps = [(file.resolve(), *cache.stamp(file)) for file in files]
-    target = cache.folder(root, "parquet") / f"{cache.key(stamps, first.image, shape, seed)}.npy"
+    target = cache.folder(root, "parquet") / f"{cache.key(stamps, rows, first.image, shape, seed)}.npy"
     pictures = itertools.chain.from_iterable(read_pictures(table, shape) for table in tables)
     cache.once(lambda: cache.store(target, in_blocks(pictures, shape), places), target)
     images = cache.load(target, shape, np.uint8, n=len(places))

@@ -39,7 +39,7 @@ def save(path: Path, columns: dict, **options) -> dict:
         ({"a": STRUCTS, "b": pa.array(PICTURES[::-1]), "label": LABELS}, {"image": "a"}),
         ({"a.b": STRUCTS, "of.it": LABELS}, {"label": "of.it"}),
         ({"image": STRUCTS, "label": [COLOURS[label] for label in LABELS]}, {}),
-        ({"image": STRUCTS, "label": pa.array([COLOURS[label] for label in LABELS]).dictionary_encode()}, {}),
+        ({"image": STRUCTS, "label": pa.DictionaryArray.from_arrays(pa.array(LABELS, pa.uint8()), COLOURS)}, {}),
     ],
     ids=["structs", "bytes", "other types", "two", "dots", "texts", "categories"],
 )
@@ -105,6 +105,20 @@ def test_files_named_as_parts_are_these_parts(tmp_path, files, train, val, test)
     other = data.build({**config, "val": 0.3})
     assert numbers_of(other.val.images) == ({*val} if isinstance(val, range) else numbers_of(other.val.images))
     assert len(list(tmp_path.rglob("*.npy"))) == 1, "other fractions need no other conversion"
+
+
+def test_files_under_other_names_are_other_parts(tmp_path):
+    """A folder of links, as a download to Hugging Face's own cache is."""
+    for name, rows in {"a": slice(15), "b": slice(15, N)}.items():
+        save(tmp_path / f"blobs/{name}", {"image": STRUCTS[rows], "label": LABELS[rows]})
+    for names in (("train-0", "train-1"), ("train-0", "test-0"), ("test-0", "train-0")):
+        folder = tmp_path / "-".join(names)
+        folder.mkdir()
+        for name, blob in zip(names, ("a", "b"), strict=True):
+            (folder / f"{name}.parquet").symlink_to(tmp_path / "blobs" / blob)
+        config = {"name": "parquet", "path": str(folder), "size": 3, "root": str(tmp_path), "label": "label"}
+        for split in (data.build(config).train, data.build(config).test):
+            assert np.array_equal(split.labels, labels_of(split.images))
 
 
 def test_it_is_converted_once_and_anew_when_a_file_changes(tmp_path, monkeypatch):
@@ -238,7 +252,7 @@ def test_what_is_wrong_is_named_and_nothing_is_written(tmp_path, columns, option
 def test_a_damaged_file_is_named(tmp_path, at):
     config = {**save(tmp_path / "a.parquet", {"image": STRUCTS, "label": LABELS}), "label": "label"}
     content = bytearray(Path(config["path"]).read_bytes())
-    place = {"head": 4, "rows": content.index(b"IHDR") - 40, "tail": len(content) - 60}[at]
+    place = {"head": 4, "rows": content.index(b"IHDR") - 40, "tail": len(content) - 40}[at]
     content[place : place + 40] = b"\xff" * 40
     Path(config["path"]).write_bytes(content)
     with pytest.raises(ValueError, match=r"a\.parquet: (row \d+: )?expected a (whole|picture)") as error:
