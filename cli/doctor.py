@@ -30,9 +30,10 @@ from models.training_step import TrainingStep
 
 PACKAGES = ("torch", "triton", "numpy", "einops", "hydra-core", "safetensors", "pillow")
 EXTRAS = {
-    "log": ("tensorboard",),
+    "log": ("tensorboard", "wandb", "trackio"),
+    "parquet": ("pyarrow",),
     "hub": ("huggingface_hub",),
-    "sweep": ("hydra-optuna-sweeper", "hydra-joblib-launcher"),
+    "sweep": ("hydra-optuna-sweeper", "hydra-joblib-launcher", "hydra-submitit-launcher"),
 }
 VARIABLES = ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "TRITON_INTERPRET", "TRITON_CACHE_DIR")
 LEAST = 1 << 30  # bytes that should be free on a disk
@@ -150,7 +151,9 @@ def lines() -> Iterator[str]:
     yield "  " + " · ".join(f"{name} {version(name) or 'none'}" for name in PACKAGES)
     for extra, names in EXTRAS.items():
         missing = [name for name in names if version(name) is None]
-        yield f"  {', '.join(names)}: " + (f"not installed (pip install -e '.[{extra}]')" if missing else "installed")
+        yield f"  {extra}: " + (
+            f"{', '.join(missing)} missing: pip install -e '.[{extra}]'" if missing else ", ".join(names)
+        )
     for name in VARIABLES:
         if name in os.environ:
             yield f"  {name}={os.environ[name]}"
