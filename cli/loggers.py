@@ -9,7 +9,7 @@ which step on it lacks the record, and is given that part of metrics.jsonl and o
     TensorBoard keeps its files, and passes over what they have from the checkpoint's step on.
     W&B keeps all that its server has, and a step that is there is not sent again. Offline, a run that goes on is a
         further folder wandb/offline-run-* with the same id and the whole record; wandb/latest-run is the one to sync.
-    trackio's run is deleted and written anew. That reaches only the database on this machine: with TRACKIO_SPACE_ID or
+    trackio's run is deleted and written again. That reaches only the database on this machine: with TRACKIO_SPACE_ID or
         TRACKIO_SERVER_URL, a run that goes on is a second one of the same name.
 """
 
@@ -27,7 +27,7 @@ from PIL import Image
 
 from checks import check_one_of, reason_of, unexpected
 from cli.output import write_json
-from cli.report import PICTURES, pictures_of, read_json
+from cli.report import PICTURES, pictures_of, read_json, row_of
 from files import naming, write_atomically
 
 PROJECT = "pixelrnn"
@@ -170,15 +170,6 @@ def tagged(values: dict[str, float]) -> dict[str, float]:
     return {tag(name): value for name, value in values.items()}
 
 
-def row_of(line: str, step: int) -> dict | None:
-    """Return the values in a line of metrics; None: it is not whole, or of a step after this one."""
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError):  # a line that a killed run left unfinished, or of another origin
-        return None
-    return row if isinstance(row, dict) and isinstance(row.get("step"), int) and row["step"] <= step else None
-
-
 class Records:
     """The records of a run, which the first of several processes writes.
 
@@ -199,7 +190,7 @@ class Records:
         for name in loggers:
             try:
                 self.loggers[name] = LOGGERS[name](self.folder, config, step)
-            except Exception as error:  # of its own types
+            except Exception as error:  # each logger has other ones
                 self.close(failed=True)
                 raise unexpected("logger", name, f"a logger that can begin, found {reason_of(error)}") from error
         if self.path.exists():
@@ -253,7 +244,7 @@ class Records:
         for name, logger in [*self.loggers.items()]:
             try:
                 do(logger)
-            except Exception as error:  # of any type
+            except Exception as error:  # whatever it is, the run goes on
                 del self.loggers[name]
                 print(f"logger={name} failed ({reason_of(error)}); the run goes on without it", file=sys.stderr)
 

@@ -49,7 +49,7 @@ def choose_device(name: str) -> torch.device:
     if kind in ("cpu", "mps") or not torch.cuda.is_available():
         return torch.device("cpu" if kind == "auto" else kind)
     if number and rank_and_world()[1] > 1:
-        raise unexpected("device", name, "cuda or auto, as each of several processes takes a GPU of its own")
+        raise unexpected("device", name, "cuda or auto, as several processes take one GPU each")
     index, count = int(number or os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
     if index >= count:
         what, found = ("device", name) if number else ("LOCAL_RANK", index)

@@ -7,6 +7,7 @@ final numbers, the command and the versions, the config. model_card.md says the 
 import argparse
 import base64
 import json
+import math
 import re
 import sys
 from html import escape
@@ -73,15 +74,18 @@ def read_json(path: Path) -> dict | None:
     return value if isinstance(value, dict) else None
 
 
+def row_of(line: str, step: float = math.inf) -> dict | None:
+    """The values in a line of metrics; None: it is not whole, or of a step after this one."""
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):  # a line that a killed run left unfinished, or of another origin
+        return None
+    return row if isinstance(row, dict) and isinstance(row.get("step"), int) and row["step"] <= step else None
+
+
 def metrics_of(folder: Path) -> list[dict]:
-    """The lines of a run's metrics.jsonl, but one that a killed run left unfinished."""
-    out = []
-    for line in read(folder / "metrics.jsonl").splitlines():
-        try:
-            out.append(json.loads(line))
-        except ValueError:
-            continue
-    return out
+    """The lines of a run's metrics.jsonl that are whole."""
+    return [row for line in read(folder / "metrics.jsonl").splitlines() if (row := row_of(line))]
 
 
 def pictures_of(folder: Path) -> list[tuple[int, Path]]:

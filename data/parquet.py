@@ -22,7 +22,7 @@ from data.splits import Dataset, Split, shuffled, sizes
 
 PARTS = {"train": "train", "validation": "val", "test": "test"}  # the first word of a file's name → the part it is of
 AT_ONCE = 1 << 16  # labels in memory, beside their numbers
-PACKED, SMALL = 100, 1 << 26  # a file may claim to unpack to so many times its bytes, or to so many bytes
+PACKED, SMALL = 100, 1 << 26  # a file may unpack to at most so many times its bytes, or so many bytes
 
 
 def pyarrow():

@@ -8,7 +8,7 @@ The texts in its header:
     sha256       over those texts and the weights
 
 model and run are JSON. `models.checkpoint.read` reads such a file like a checkpoint. The checksum finds damage; it is
-no signature, as whoever changes a file on purpose can compute it anew.
+no signature, as whoever changes a file on purpose can compute another.
 """
 
 import hashlib

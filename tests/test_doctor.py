@@ -67,7 +67,7 @@ def test_of_two_gpus(name, processes, expected, two_gpus, monkeypatch):
     ("name", "processes", "words"),
     [
         ("cuda:2", 1, "device='cuda:2': expected less than 2, the number of GPUs here"),
-        ("cuda:1", 2, "as each of several processes takes a GPU of its own"),
+        ("cuda:1", 2, "as several processes take one GPU each"),
         ("cuda:-1", 1, "cuda:N"),
     ],
 )

@@ -16,7 +16,7 @@ import torch
 
 import train
 from cli import progress
-from cli.loggers import row_of
+from cli.report import row_of
 from cli.runs import choices, held, resumed
 from models.checkpoint import load, read
 from tests.commands import REPOSITORY, SHORT, Started, process, refused
