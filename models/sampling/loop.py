@@ -24,6 +24,7 @@ from kernels.jit import triton
 from models.base import AutoregressiveModel
 from models.cuda_graph import captured, in_turn, on
 from models.sampling.cached import Cached
+from models.sampling.cpu_row import CpuRow
 from models.sampling.naive import Naive
 from models.sampling.rules import Rule
 from models.sampling.triton_row import TritonRow
@@ -32,25 +33,29 @@ METHODS = ("cached", "naive")
 
 
 def backend_of_rows(model: AutoregressiveModel, rule: Rule, backend: str | None = None) -> str:
-    """Who computes a row of the cached sampler: "torch" or "triton".
+    """Who computes a row of the cached sampler: "torch", "triton" or "cpu", one compiled function.
 
-    Where neither `backend` nor `kernels.use` says otherwise, float64 is torch's: the kernel has no matrix instructions
-    for it, and many small products in torch are quicker; nor has the kernel every rule.
+    Where neither `backend` nor `kernels.use` says otherwise, float64 is torch's: on a GPU the kernel has no matrix
+    instructions for it, and many small products in torch are quicker; nor has the GPU's kernel every rule.
 
     Raises:
         ValueError: that cannot be, on the model's device or with the rule.
     """
-    asked = backend or kernels.in_use()
+    asked, dtype, kind = backend or kernels.in_use(), model.stem.weight.dtype, model.device.type
+    if asked is None and kind == "cpu":
+        return "cpu" if dtype == torch.float32 else "torch"
+    if asked == "cpu":
+        if kind != "cpu" or dtype not in (torch.float32, torch.float64):
+            raise unexpected("backend", asked, f"torch with {dtype} on {kind}: the CPU's kernel is for float32 there")
+        return asked
     backend = kernels.backend_for(model.stem.weight, backend)
-    dtype = model.stem.weight.dtype
     if backend == "triton" and not asked and (rule.choice() is None or dtype == torch.float64):
         return "torch"
-    cuda = model.device.type == "cuda"
-    if backend == "triton" and not (triton and (cuda or triton.knobs.runtime.interpret)):
+    if backend == "triton" and not (triton and (kind == "cuda" or triton.knobs.runtime.interpret)):
         needed = "Triton's kernels are for cuda, or its interpreter (TRITON_INTERPRET=1)"
         needed = needed if triton else "Triton is not installed"
-        raise unexpected("backend", backend, f"torch on {model.device.type}: {needed}")
-    if backend == "triton" and not cuda and dtype == torch.bfloat16:
+        raise unexpected("backend", backend, f"torch or cpu on {kind}: {needed}")
+    if backend == "triton" and kind != "cuda" and dtype == torch.bfloat16:
         raise unexpected("backend", backend, "torch with bfloat16: Triton's interpreter has none")
     if backend == "triton" and rule.choice() is None:
         raise unexpected("backend", backend, f"torch with {type(rule).__name__}: the kernel has no such rule")
@@ -63,14 +68,14 @@ def exact_convolutions():
 
 
 @contextmanager
-def threads_for(model: AutoregressiveModel, method: str, b: int) -> Iterator[None]:
-    """Use one thread where the cached sampler's products are small: sharing them costs more than it saves.
+def threads_for(model: AutoregressiveModel, backend: str | None, b: int) -> Iterator[None]:
+    """Use one thread where the products of rows by torch are small: sharing them costs more than it saves.
 
     It costs most where another program keeps a core busy: each of some thousand products then waits for it.
     """
     largest = b * max(parameter.numel() for parameter in model.body.parameters())  # multiply-adds of one product
     before = torch.get_num_threads()
-    if method == "cached" and model.device.type == "cpu" and largest < 5 * 2**18:
+    if backend == "torch" and model.device.type == "cpu" and largest < 5 * 2**18:
         torch.set_num_threads(1)
     try:
         yield
@@ -87,7 +92,7 @@ class PixelLoop:
         method: "cached" or "naive".
         rule: chooses the values.
         condition: from `model.condition`, where the model is conditioned on something.
-        backend: who computes the cached sampler's rows, "torch" or "triton"; None: the device decides.
+        backend: who computes the cached sampler's rows, "torch", "triton" or "cpu"; None: see `backend_of_rows`.
         graph: on a GPU, capture the cached sampler's rows as CUDA graphs.
     """
 
@@ -103,6 +108,7 @@ class PixelLoop:
     ):
         check_one_of("method", method, METHODS)
         self.model, self.method, self.rule, self.b = model, method, rule, b
+        self.backend = backend_of_rows(model, rule, backend) if method == "cached" else None
         self.capture = graph and method == "cached" and model.device.type == "cuda"
         self.rows: dict[bool, Callable[[], None]] = {}  # the first row, and any other
         self.stream = torch.cuda.Stream(model.device) if self.capture else None
@@ -110,8 +116,10 @@ class PixelLoop:
             self.values = torch.zeros(b, model.channels, model.width, dtype=torch.long, device=model.device)
             if method == "naive":
                 self.evaluator = Naive(model, b, condition)
-            elif backend_of_rows(model, rule, backend) == "torch":
+            elif self.backend == "torch":
                 self.evaluator = Cached(model, b, condition)
+            elif self.backend == "cpu":
+                self.evaluator = CpuRow(model, b, condition)
             else:
                 self.evaluator = TritonRow(model, b, condition, rule, self.values)
 
@@ -120,7 +128,7 @@ class PixelLoop:
         """Draw in eval mode on the model's device; restore each module's mode and the current device."""
         in_training = [module for module in self.model.modules() if module.training]
         self.model.eval()
-        threads = threads_for(self.model, self.method, self.b)
+        threads = threads_for(self.model, self.backend, self.b)
         try:
             with torch.inference_mode(), exact_convolutions(), threads, on(self.model.device), in_turn(self.stream):
                 yield
@@ -143,6 +151,9 @@ class PixelLoop:
         """The values that the rule chooses (b c h w) int64; `tell` is called after each row."""
         x = torch.empty(self.b, *self.model.shape, dtype=torch.long, device=self.model.device)
         with self.drawing():
+            if self.backend == "cpu" and self.rule.choice():
+                self.evaluator.images(self.rule, x, tell)
+                return x
             for i in range(self.model.height):
                 self.evaluator.load(i)
                 self.rule.load(i)

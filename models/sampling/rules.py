@@ -34,10 +34,11 @@ class Rule:
         """Choose from now on as another rule of the same kind does, in the memory of this one."""
         raise NotImplementedError
 
-    def choice(self) -> dict | None:
-        """The same rule for the row kernel: the fields of `kernels.draw_row.Choice` that it sets, in static memory.
+    def choice(self, whole: bool = False) -> dict | None:
+        """The same rule for a row's kernel: the fields of `kernels.draw_row.Choice` that it sets.
 
-        None: the rule can only be called.
+        They are the static memory of a row, (b c w); or, `whole`, what it is loaded from, (b c h w). None: the rule can
+        only be called.
         """
 
 
@@ -70,8 +71,8 @@ class Draw(Rule):
         assert rule.temperature == self.temperature
         self.uniforms = rule.uniforms
 
-    def choice(self) -> dict | None:
-        return {"uniforms": self.row, "temperature": self.temperature}
+    def choice(self, whole: bool = False) -> dict | None:
+        return {"uniforms": self.uniforms if whole else self.row, "temperature": self.temperature}
 
     def __call__(self, j: int, g: int, logits: Tensor) -> Tensor:
         if self.temperature == 0:
@@ -99,8 +100,8 @@ class Given(Rule):
     def renew(self, rule: "Given") -> None:
         self.x = rule.x
 
-    def choice(self) -> dict | None:
-        return {"given": self.row}
+    def choice(self, whole: bool = False) -> dict | None:
+        return {"given": self.x if whole else self.row}
 
     def __call__(self, j: int, g: int, logits: Tensor) -> Tensor:
         return self.row[:, g, j]
@@ -137,11 +138,12 @@ class Keep(Rule):
         self.known = rule.known
         self.otherwise.renew(rule.otherwise)
 
-    def choice(self) -> dict | None:
-        drawn = self.otherwise.choice()
+    def choice(self, whole: bool = False) -> dict | None:
+        drawn = self.otherwise.choice(whole)
         if drawn is None or "given" in drawn or "log_prob" in drawn:
             return None
-        return {**drawn, "given": self.given.row, "known": self.known_row}
+        given, known = (self.given.x, self.known) if whole else (self.given.row, self.known_row)
+        return {**drawn, "given": given, "known": known}
 
 
 class Record(Rule):
@@ -174,9 +176,9 @@ class Record(Rule):
         if self.row is not None:
             self.conditionals[:, :, i] = self.row
 
-    def choice(self) -> dict | None:
-        chosen = self.rule.choice()
-        return None if chosen is None else {**chosen, "log_prob": self.log_prob, "conditionals": self.row}
+    def choice(self, whole: bool = False) -> dict | None:
+        chosen, conditionals = self.rule.choice(whole), self.conditionals if whole else self.row
+        return None if chosen is None else {**chosen, "log_prob": self.log_prob, "conditionals": conditionals}
 
 
 def visit(evaluator, rule: Rule, values: Tensor) -> None:

@@ -1,0 +1,162 @@
+"""Machine code for this computer's CPU, compiled once and kept on the disk.
+
+`library(write, lanes, double)` calls `write(code)`, which writes functions down (`kernels.vector`), and returns them
+ready to be called with integers and addresses. Calls let other threads run.
+
+What is compiled is kept below ~/.cache/pixelrnn/compiled, named by everything that it depends on: these files, the
+compiler's version, and the CPU. It is machine code that will be run, so its digest is checked first; a file that does
+not have it is compiled again.
+
+PIXELRNN_CPU=generic compiles for the least of this architecture's CPUs, or for another that LLVM knows by name; results
+are the same bits.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import platform
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, wait
+from functools import lru_cache
+from pathlib import Path
+
+import llvmlite
+import llvmlite.binding as llvm
+import torch
+
+from files import write_atomically
+from kernels.vector import Code
+
+FOLDER = "~/.cache/pixelrnn/compiled"
+DIGEST = 32  # bytes
+lock = threading.Lock()
+engines = []  # that the compiled functions live in
+
+
+def cpu() -> tuple[str, str]:
+    """LLVM's name of the CPU to compile for, and what it has beside that."""
+    named = os.environ.get("PIXELRNN_CPU")
+    if named:
+        return named, ""
+    return llvm.get_host_cpu_name(), llvm.get_host_cpu_features().flatten()
+
+
+def has_wide_vectors() -> bool:
+    """Whether the CPU has vectors of 64 bytes, else at most of 32."""
+    name, features = cpu()
+    return "+avx512f" in features.split(",") or name in ("skylake-avx512", "icelake-server")
+
+
+def lanes(b: int, double: bool) -> int:
+    """How many images a tile has, of b: as many as a vector, or half as many where that is enough."""
+    whole = (64 if has_wide_vectors() else 32) // (8 if double else 4)
+    return whole // 2 if b <= whole // 2 and has_wide_vectors() else whole
+
+
+def machine():
+    """LLVM's compiler for the CPU."""
+    llvm.initialize_native_target()
+    llvm.initialize_native_asmprinter()
+    name, features = cpu()
+    target = llvm.Target.from_triple(llvm.get_process_triple())
+    try:
+        return target.create_target_machine(cpu=name, features=features, opt=2, jit=True, codemodel="jitdefault")
+    except RuntimeError:
+        raise ValueError(f"PIXELRNN_CPU: expected a CPU that LLVM knows, found {name}") from None
+
+
+def compiled(text: str, target) -> bytes:
+    """An object file of a module of LLVM's instructions."""
+    module = llvm.parse_assembly(text)
+    module.triple, module.data_layout = target.triple, str(target.target_data)
+    module.verify()
+    options = llvm.create_pipeline_tuning_options(speed_level=1)
+    # vectors are written as such, and as many as fit side by side
+    options.loop_vectorization = options.slp_vectorization = options.loop_unrolling = False
+    builder = llvm.create_pass_builder(target, options)
+    builder.getModulePassManager().run(module, builder)
+    return target.emit_object(module)
+
+
+def kept(path: Path, make: Callable[[], bytes]) -> bytes:
+    """The contents of a file behind their digest; where there is none or it is damaged, they are made and written."""
+    try:
+        whole = path.read_bytes()
+        if hashlib.sha256(whole[DIGEST:]).digest() == whole[:DIGEST]:
+            return whole[DIGEST:]
+    except OSError:
+        pass
+    made = make()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        write_atomically(path, lambda file: file.write(hashlib.sha256(made).digest() + made))
+    except OSError:  # a disk that cannot be written to: compile each time
+        pass
+    return made
+
+
+@lru_cache
+def sources() -> bytes:
+    """A digest of the files that machine code depends on."""
+    of_all = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        of_all.update(path.read_bytes())
+    return of_all.digest()
+
+
+def library(write: Callable[[Code], object], functions: dict[str, int], lanes: int, double: bool = False) -> dict:
+    """The functions that `write(code)` writes under these names, compiled: name → a function of so many integers.
+
+    Args:
+        functions: how many arguments each has; an address is an integer too.
+        lanes, double: see `Code`.
+    """
+    with lock:
+        return loaded(write, tuple(functions.items()), lanes, double, cpu())
+
+
+@lru_cache
+def loaded(
+    write: Callable[[Code], object], functions: tuple[tuple[str, int], ...], lanes: int, double: bool, of: tuple
+) -> dict:
+    name = write.__module__.rpartition(".")[2]
+    key = repr((name, lanes, double, of, llvmlite.__version__, llvm.llvm_version_info, platform.machine())).encode()
+    path = Path(FOLDER).expanduser() / f"{name}-{hashlib.sha256(sources() + key).hexdigest()[:32]}.o"
+    target = machine()
+
+    def make() -> bytes:
+        code = Code(lanes, double, has_wide_vectors())
+        write(code)
+        return compiled(str(code.module), target)
+
+    engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), target)
+    engine.add_object_file(llvm.ObjectFileRef.from_data(kept(path, make)))
+    engine.finalize_object()
+    engines.append(engine)
+    kinds = {name: ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * count) for name, count in functions}
+    return {name: kind(engine.get_function_address(name)) for name, kind in kinds.items()}
+
+
+@lru_cache
+def pool(threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads, thread_name_prefix="pixelrnn")
+
+
+def share(call: Callable[[int], object], count: int) -> None:
+    """Make call(0), …, call(count − 1), by as many threads as torch uses. After an error no more are begun."""
+    threads = min(count, torch.get_num_threads())
+    if threads == 1:
+        for k in range(count):
+            call(k)
+        return
+    calls = [pool(threads).submit(call, k) for k in range(count)]
+    try:
+        for made in calls:
+            made.result()
+    finally:
+        for made in calls:
+            made.cancel()
+        wait(calls)
