@@ -22,7 +22,7 @@ any batch, tile, thread and CPU. The kernel knows nothing of architectures: one 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -92,7 +92,7 @@ FIELDS = 12  # integers of an operation in memory
 STAGE, FIRST = 6, 2  # integers of a stage; which is its first column
 # What a batch is drawn with: addresses, 0 for none, how values are drawn, and sizes.
 ADDRESSES = ("uniforms", "given", "known", "log_prob", "conditionals", "temperature", "values", "condition")
-BATCH = (*ADDRESSES, "how", "height", "width", "colours", "levels", "d", "condition_image", "condition_row")
+BATCH = (*ADDRESSES, "how", "height", "width", "colours", "levels", "room", "d", "condition_image", "condition_row")
 GIVEN, LIKELIEST, DRAWN, TEMPERED = range(4)
 
 
@@ -147,26 +147,60 @@ class Fields:
 def product(code: Code, o: Fields) -> None:
     """out[:n] ← start + bias + weight · x[:k], ReLU of it where `more` is 1; weights (n/8 k 8) and biases (n).
 
-    `BLOCK` outputs are summed side by side, and of several columns where a CPU has registers for them: each weight and
-    each input is then loaded fewer times.
+    Where a tile has few images, several columns of all of them are packed in the lanes of one vector.
+    """
+    of_vector = code.variable(code.integer(1))
+    with code.when(o.columns > 1):
+        of_vector.set(code.integer(code.lanes) / o.tile.live)
+    with code.choice(of_vector.get() > 1) as (packed, plain):
+        with plain:
+            for_columns(code, o, o.columns, o.place)
+        with packed:
+            per, n, k = of_vector.get(), o[N], o[K]
+            vectors = (o.columns + (per - 1)) / per
+            at_x = code.address(o.tile.arena, o.batch("room"))
+            at_out = code.address(at_x, vectors * k)
+            places = {X: (at_x, k), START: (at_out, n), OUT: (at_out, n)}
+            repack(code, o, X, at_x, k, per)
+            with code.when(o[START] >= 0):
+                repack(code, o, START, at_out, n, per)
+            for_columns(code, o, vectors, lambda field, c: code.address(places[field][0], c * places[field][1]))
+            repack(code, o, OUT, at_out, n, per, back=True)
+
+
+def repack(code: Code, o: Fields, field: int, to: Value, count: Value, per: Value, back: bool = False) -> None:
+    """Bring `count` vectors of each column, with `live` numbers each, to `to`, `per` columns to a vector, or back."""
+    live = o.tile.live
+    with code.loop(o.columns) as c:
+        place, first = o.place(field, c), c % per * live
+        with code.loop(count) as i, code.loop(live) as lane:
+            single, packed = (place, i, lane), (to, c / per * count + i, first + lane)
+            a, b = (packed, single) if back else (single, packed)
+            code.store_number(code.load_as_number(code.address(*a[:2]), a[2], code.float), code.address(*b[:2]), b[2])
+
+
+def for_columns(code: Code, o: Fields, columns: Value, place: Callable[[int, Value], Value]) -> None:
+    """`products` of several columns side by side where a CPU has registers for them: each number is loaded less often.
+
+    `place(field, c)` is where an operand of the c-th column stands.
     """
     together = 3 if code.wide else 1
-    blocks = o.columns / together
+    blocks = columns / together
     with code.loop(blocks) as c:
-        products(code, o, together, c * together)
+        products(code, o, [c * together + j for j in range(together)], place)
     if together > 1:
-        with code.loop(o.columns, blocks * together) as c:
-            products(code, o, 1, c)
+        with code.loop(columns, blocks * together) as c:
+            products(code, o, [c], place)
 
 
-def products(code: Code, o: Fields, columns: int, c: Value) -> None:
-    """The products of so many columns, from the c-th on."""
-    out, x, start = ([o.place(field, c + j) for j in range(columns)] for field in (OUT, X, START))
+def products(code: Code, o: Fields, columns: list[Value], place: Callable[[int, Value], Value]) -> None:
+    """The products of some columns, `BLOCK` outputs side by side."""
+    out, x, start = ([place(field, c) for c in columns] for field in (OUT, X, START))
     n, k, has_start, has_bias = o[N], o[K], o[START] >= 0, o[BIAS] >= 0
     weight = code.variable(code.address(o.tile.parameters, o[WEIGHT], code.float))
     bias = code.address(o.tile.parameters, o[BIAS], code.float)
     least = code.where(o[MORE].equals(1), code.number(0), code.number(-math.inf))
-    sums = [[code.variable(code.number(0)) for _ in range(BLOCK)] for _ in range(columns)]
+    sums = [[code.variable(code.number(0)) for _ in range(BLOCK)] for _ in columns]
     with code.loop((n + (BLOCK - 1)) / BLOCK) as b:
         first = b * BLOCK
         for totals in sums:
@@ -246,23 +280,29 @@ def condition(code: Code, o: Fields) -> None:
 
 def gate(code: Code, o: Fields) -> None:
     """out[:n] ← tanh(a) ⊙ σ(b), x = [a b]."""
-    n = o[N]
-    with code.loop(o.columns) as c, code.loop(n) as i:
-        out, x = o.place(OUT, c), o.place(X, c)
-        a, b = code.load(x, i), code.load(x, n + i)
-        code.store(tanh(code, a) * sigmoid(code, b), out, i)
+    with code.loop(o.columns) as c:
+        out, n, x = o.place(OUT, c), o[N], o.place(X, c)
+
+        def some(code: Code, i: Value) -> None:
+            a, b = code.load(x, i), code.load(x, n + i)
+            code.store(tanh(code, a) * sigmoid(code, b), out, i)
+
+        code.each_vector(n, some)
 
 
 def lstm(code: Code, o: Fields) -> None:
     """cell ← σ(f) ⊙ cell + σ(i) ⊙ tanh(g), out[:n] ← σ(o) ⊙ tanh(cell); x = [o f i g], the cell is `start`."""
-    n = o[N]
-    with code.loop(o.columns) as c, code.loop(n) as i:
-        out, x, cell = o.place(OUT, c), o.place(X, c), o.place(START, c)
-        of_out, forget, into, candidate = (code.load(x, n * gate + i) for gate in range(4))
-        new = sigmoid(code, into) * tanh(code, candidate)
-        state = code.fma(sigmoid(code, forget), code.load(cell, i), new)
-        code.store(state, cell, i)
-        code.store(sigmoid(code, of_out) * tanh(code, state), out, i)
+    with code.loop(o.columns) as c:
+        out, n, x, cell = o.place(OUT, c), o[N], o.place(X, c), o.place(START, c)
+
+        def some(code: Code, i: Value) -> None:
+            of_out, forget, into, candidate = (code.load(x, n * gate + i) for gate in range(4))
+            new = sigmoid(code, into) * tanh(code, candidate)
+            state = code.fma(sigmoid(code, forget), code.load(cell, i), new)
+            code.store(state, cell, i)
+            code.store(sigmoid(code, of_out) * tanh(code, state), out, i)
+
+        code.each_vector(n, some)
 
 
 # --------------------------------------------------------------------------------------------------------- a mixture
@@ -510,10 +550,13 @@ class Parameters:
 
 
 class Arena:
-    """Lays out what a tile keeps: `take(n)` vectors, of one column or of several."""
+    """Lays out what a tile keeps: `take(n)` vectors, of one column or of several.
 
-    def __init__(self):
-        self.size = 0
+    `packed` vectors more are room for a product of packed columns.
+    """
+
+    def __init__(self, packed: int):
+        self.size, self.packed = 0, packed
 
     def take(self, n: int, columns: int = 1) -> Place:
         at = Place(self.size, n if columns > 1 else 0)
@@ -529,9 +572,9 @@ class Batch(NamedTuple):
     choice: Choice = Choice()  # of tensors (b c h w), conditionals (b c h w v)
     condition: Tensor | None = None  # (b h w d), or (b 1 1 d) where it is the same everywhere
 
-    def in_memory(self, like: Tensor) -> tuple[Tensor, list[Tensor]]:
+    def in_memory(self, tiles: Tiles) -> tuple[Tensor, list[Tensor]]:
         """The integers of `BATCH`, and the tensors that they stand for, which must be kept as long."""
-        choice, (_, colours, height, width) = self.choice, self.values.shape
+        choice, (_, colours, height, width), like = self.choice, self.values.shape, tiles.parameters
         numbers, kinds = like.dtype, {"given": torch.int64, "known": torch.bool, "values": torch.int64}
         temperature = like.new_tensor([choice.temperature or 1.0])
         fields = {**choice._asdict(), "temperature": temperature, "values": self.values, "condition": self.condition}
@@ -549,7 +592,7 @@ class Batch(NamedTuple):
             out.append(GIVEN)
         else:
             out.append({0.0: LIKELIEST, 1.0: DRAWN}.get(choice.temperature, TEMPERED))
-        out += [height, width, colours, self.levels]
+        out += [height, width, colours, self.levels, tiles.room]
         if self.condition is not None:
             _, h, w, d = self.condition.shape
             out += [d, h * w * d, w * d if h > 1 else 0]
@@ -570,7 +613,8 @@ class Tiles:
         double = self.parameters.dtype == torch.float64
         assert (double or self.parameters.dtype == torch.float32) and self.parameters.device.type == "cpu"
         self.lanes = native.lanes(b, double)
-        self.count, self.size = cdiv(b, self.lanes), arena.size + BLOCK  # a block may read beyond the end
+        self.count, self.room = cdiv(b, self.lanes), arena.size
+        self.size = arena.size + arena.packed + BLOCK  # a block may read beyond the end
         self.arena = self.parameters.new_zeros(self.count, self.size, self.lanes)
         self.function, self.kept = native.library(write, {"run": 8}, self.lanes, double)["run"], []
 

@@ -11,6 +11,7 @@ and a product and a sum become one rounding only where `fma` says so. So results
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -58,6 +59,9 @@ class Value:
 
     def __rtruediv__(self, other):
         return self.binary(other, "udiv", "fdiv", turned=True)
+
+    def __mod__(self, other):
+        return self.binary(other, "urem", "frem")
 
     def compare(self, other: Value | float, how: str) -> Value:
         other = other if isinstance(other, Value) else self.code.like(other, self)
@@ -117,7 +121,7 @@ class Code:
     def __init__(self, lanes: int, double: bool = False, wide: bool = False):
         self.module, self.lanes, self.double, self.wide = ir.Module("kernels"), lanes, double, wide
         self.float = ir.DoubleType() if double else ir.FloatType()
-        self.vector = ir.VectorType(self.float, lanes)
+        self.vector = self.unit = ir.VectorType(self.float, lanes)
         self.bits = ir.VectorType(I64 if double else ir.IntType(32), lanes)
         self.at: ir.IRBuilder
 
@@ -149,6 +153,17 @@ class Code:
         if full in self.module.globals:
             return self.module.globals[full]
         return ir.Function(self.module, ir.FunctionType(self.vector, [self.vector] * count), full)
+
+    def wider(self, times: int) -> Code:
+        """The same place to write, with vectors that many times as wide; in memory they are still counted as before.
+
+        An instruction becomes one for each register. A CPU sees only so many instructions ahead, and so finds several
+        that do not wait for each other.
+        """
+        out = copy.copy(self)
+        out.lanes = self.lanes * times
+        out.vector, out.bits = (ir.VectorType(kind.element, out.lanes) for kind in (self.vector, self.bits))
+        return out
 
     # --------------------------------------------------------------------------------------------------- values
 
@@ -204,10 +219,10 @@ class Code:
 
     def load(self, pointer: Value, index: Value | int = 0) -> Value:
         """Vector number `index` from a pointer on."""
-        return Value(self, self.at.load(self.address(pointer, index, self.vector).ir, align=4, typ=self.vector))
+        return Value(self, self.at.load(self.address(pointer, index).ir, align=4, typ=self.vector))
 
     def store(self, x: Value, pointer: Value, index: Value | int = 0) -> None:
-        self.at.store(x.ir, self.address(pointer, index, self.vector).ir, align=4)
+        self.at.store(x.ir, self.address(pointer, index).ir, align=4)
 
     def load_one(self, pointer: Value, index: Value | int = 0) -> Value:
         """Number `index` from a pointer on, in all places of a vector."""
@@ -222,7 +237,7 @@ class Code:
     def address(self, pointer: Value, index: Value | int, kind: ir.Type | None = None) -> Value:
         """Where item `index` is, of a vector's size or of another type's."""
         index = index if isinstance(index, Value) else self.integer(index)
-        return Value(self, self.at.gep(pointer.ir, [index.ir], source_etype=kind or self.vector))
+        return Value(self, self.at.gep(pointer.ir, [index.ir], source_etype=kind or self.unit))
 
     # -------------------------------------------------------------------------------------------------- control
 
@@ -241,6 +256,14 @@ class Code:
         index.add_incoming(following, self.at.block)
         self.at.cbranch(self.at.icmp_signed("<", following, count.ir), body, after)
         self.at.position_at_end(after)
+
+    def each_vector(self, count: Value, body: Callable[[Code, Value], object], together: int = 4) -> None:
+        """Write body(code, k) for vectors k, k + 1, … of `count`, so many together in one wide vector, then the rest."""
+        wide = self.wider(together)
+        with self.loop(count / together) as k:
+            body(wide, k * together)
+        with self.loop(count, count / together * together) as k:
+            body(self, k)
 
     @contextmanager
     def when(self, condition: Value) -> Iterator[None]:

@@ -34,7 +34,7 @@ class CpuRow:
 
     def __init__(self, model: AutoregressiveModel, b: int, condition: Tensor | None):
         network, columns = model.in_row(), model.width + model.body.extra_columns
-        arena, parameters = Arena(), Parameters(model.stem.weight)
+        arena, parameters = Arena(packed_of(network, columns)), Parameters(model.stem.weight)
         self.model, self.b, self.condition, self.groups = model, b, condition, network.groups
         given = Given(arena, condition, columns)
         layers = LayersInRow(network, columns, given, arena, parameters)
@@ -47,8 +47,7 @@ class CpuRow:
         nothing = Stage([Operation("zero", Place(0), arena.size)])  # another image was there
         first = [nothing, *given.begin_row(), *stem.begin_row(), *layers.begin_row(first=True)]
         later = [Stage([o for g in groups for o in step[g]], model.width, columns - model.width)]
-        later += [*given.begin_row(), *stem.shift(), *layers.shift()]
-        later += [*stem.begin_row(), *layers.begin_row(first=False)]
+        later += [*given.begin_row(), *stem.shift(), *stem.begin_row(), *layers.begin_row(first=False)]
         logits = [(step[c] + head.step(c) if c in groups else []) + head.logits_of(c) for c in colours]
         chain = Stage([o for c in colours for o in logits[c] + head.put(c, "choose")], 0, model.width)
         self.begin, self.whole = {True: first, False: later}, {True: [*first, chain], False: [*later, chain]}
@@ -65,7 +64,7 @@ class CpuRow:
     def images(self, rule: Rule, values: Tensor, tell: Callable[[], None]) -> None:
         """Choose the values (b c h w) of whole images, tile after tile; `tell` is called as often as there are rows."""
         batch = Batch(values, self.model.levels, Choice(**rule.choice(whole=True)), self.condition)
-        in_memory, kept = batch.in_memory(self.tiles.parameters)
+        in_memory, kept = batch.in_memory(self.tiles)
         done, lock, whole = 0, Lock(), [self.program("whole", first) for first in (False, True)]
 
         def tile(k: int) -> None:
@@ -86,9 +85,7 @@ class CpuRow:
     def row(self, rule: Rule, values: Tensor, first: bool) -> None:
         """Choose the values (b c w) of the row that was loaded, each as the rule says when it is called."""
         self.values = values[:, :, None]
-        self.batch, self.kept = Batch(self.values, self.model.levels, condition=self.condition).in_memory(
-            self.tiles.parameters
-        )
+        self.batch, self.kept = Batch(self.values, self.model.levels, condition=self.condition).in_memory(self.tiles)
         self.run(self.program("begin", first), self.i)
         visit(self, rule, values)
 
@@ -122,6 +119,17 @@ class Given:
     def begin_row(self) -> list[Stage]:
         loads = [Operation("condition", place, self.d, more=k) for k, place in enumerate((self.here, self.above))]
         return [Stage(loads if self.d else [], 0, self.columns, together=True)]
+
+
+def packed_of(network: Network, columns: int) -> int:
+    """The vectors that the largest product of a row's columns takes, with two of them in a vector."""
+
+    def size(x) -> int:
+        if isinstance(x, Weights):
+            return sum(x.weight.shape[1:])
+        return max(map(size, x), default=0) if isinstance(x, tuple) else 0
+
+    return (columns + 1) // 2 * max(size(network.stem_above), size(network.row))
 
 
 def product(out: Place, x: Place, of: dict[str, int], start: Place = NOWHERE, relu: bool = False) -> Operation:
@@ -192,8 +200,9 @@ class LayersInRow:
         self.stream, self.skips = arena.take(self.wide.size), arena.take(self.wide.size)
         self.relu_u = [arena.take(self.wide.size) for _ in layers] if row.down else []
         self.out = self.stream if row.down else arena.take(self.wide.size)
-        self.v = [[arena.take(f, columns + 2) for _ in range(2)] for _ in range(self.layers + 1)] if row.vertical else []
-        self.vertical_input = self.v[0][1].column(1) if row.vertical else NOWHERE
+        # the vertical stack's row above, for each layer; its present row, of one layer and of the next
+        self.v, self.present = ([arena.take(f, columns + 2) for _ in x] if row.vertical else [] for x in (layers, "ab"))
+        self.vertical_input = self.present[0].column(1) if row.vertical else NOWHERE
         self.vertical_gates = arena.take(2 * f if row.vertical else 0, columns)
         if row.mirrored:
             self.mirrored = [arena.take(f, columns + 1) for _ in layers]
@@ -202,7 +211,7 @@ class LayersInRow:
         for g in range(network.groups):
             weights = {name: parameters.products(*x.of_group(g)) for name, x in self.products().items()}
             self.steps.append([o for layer in layers for o in self.layer(layer, g, weights)] + self.end(g))
-        self.from_above, self.stack, self.from_the_right = self.above_stages(), self.vertical(), self.right_to_left()
+        self.from_above, self.from_the_right = self.above_stages(), self.right_to_left()
 
     def input(self, g: int) -> Place:
         return (self.stream if self.in_row.down else self.here(0)) + self.wide.slices[g].start
@@ -261,52 +270,46 @@ class LayersInRow:
         """From group g of the stem at a column, at `input(g)`, to group g of the head's input, in `out`."""
         return self.steps[g]
 
-    def shift(self) -> list[Stage]:
-        """Another row begins: the vertical stack's present row becomes the one above."""
-        size = self.narrow.size * (self.columns + 2)
-        return [Stage([Operation("copy", Place(above.at), size, Place(here.at)) for above, here in self.v])]
-
     def begin_row(self, first: bool) -> list[Stage]:
         """What the rows above give to all columns, after the stem wrote `vertical_input`."""
-        return [*self.stack, *([] if first else self.from_the_right), *self.from_above]
+        return [*([] if first else self.from_the_right), *self.from_above]
 
     def above_stages(self) -> list[Stage]:
-        row, taps, operations = self.in_row, len(self.in_row.above.inputs), []
+        row, taps, out = self.in_row, len(self.in_row.above.inputs), []
         above = self.parameters.products(row.above.sorted_by_group()[0], row.main.sorted_by_group()[1])
         given = row.given and self.parameters.products(row.given.sorted_by_group()[0])
-        for layer, place in enumerate(self.above):
-            operations += [product(place, self.handed_down(layer, taps), above[layer])]
+        stack = self.vertical() if row.vertical else [[]] * self.layers
+        for layer, (place, operations) in enumerate(zip(self.above, stack, strict=True)):
+            operations = [*operations, product(place, self.handed_down(layer, taps), above[layer])]
             if given:
                 operations += [product(place, self.given.here, given[layer], start=place)]
+            out.append(Stage(operations, 0, self.columns, together=True))
         emptied = self.cells if self.left_is_hidden else []
-        zeros = [Operation("zero", cell, self.narrow.size) for cell in emptied]
-        return [Stage(operations, 0, self.columns, together=True), Stage(zeros)]
+        return [*out, Stage([Operation("zero", cell, self.narrow.size) for cell in emptied])]
 
     def handed_down(self, layer: int, taps: int) -> Place:
         """What `above` reads of the row above, of so many columns side by side."""
         if self.in_row.vertical:
-            return self.v[layer + 1][1].column(1)
+            return self.present[(layer + 1) % 2].column(1)
         columns = self.slots[layer] + self.left_size
         if self.in_row.handed_down == "hidden":
             columns = self.slots[layer].column(1) if self.left_is_hidden else self.hidden[layer]
         assert taps == 1 or columns.step == self.in_row.above.inputs[0].size, "columns are not side by side"
         return columns.column(1 - taps // 2)
 
-    def vertical(self) -> list[Stage]:
-        """The stack that sees only the rows above: all columns of a layer, then of the next."""
+    def vertical(self) -> list[list[Operation]]:
+        """The stack that sees only the rows above, for each layer: its present row becomes the row above."""
         stack, f, gates, out = self.in_row.vertical, self.narrow.size, self.vertical_gates, []
-        if not stack:
-            return out
         of_above, of_here = stack.main.weight.chunk(2, dim=2)
         of_above, of_here = self.parameters.products(of_above, stack.main.bias), self.parameters.products(of_here)
         given = stack.given and self.parameters.products(stack.given.weight)
-        for layer in range(self.layers):
-            (above, here), following = self.v[layer], self.v[layer + 1][1].column(1)
+        for layer, above in enumerate(self.v):
+            here, following = self.present[layer % 2], self.present[(layer + 1) % 2]
             operations = [product(gates, above, of_above[layer]), product(gates, here, of_here[layer], start=gates)]
             if given:
                 operations += [product(gates, self.given.here, given[layer], start=gates)]
-            operations += [Operation("gate", following, f, gates)]
-            out.append(Stage(operations, 0, self.columns, together=True))
+            operations += [Operation("gate", following.column(1), f, gates)]
+            out.append([*operations, Operation("copy", above.column(1), f, here.column(1))])
         return out
 
     def right_to_left(self) -> list[Stage]:
