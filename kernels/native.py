@@ -18,7 +18,7 @@ import hashlib
 import os
 import platform
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor, wait
 from functools import lru_cache
 from pathlib import Path
@@ -47,7 +47,7 @@ def cpu() -> tuple[str, str]:
 def has_wide_vectors() -> bool:
     """Whether the CPU has vectors of 64 bytes, else at most of 32."""
     name, features = cpu()
-    return "+avx512f" in features.split(",") or name in ("skylake-avx512", "icelake-server")
+    return "+avx512f" in features.split(",") or name in ("x86-64-v4", "skylake-avx512", "znver4")
 
 
 def lanes(b: int, double: bool) -> int:
@@ -142,21 +142,35 @@ def loaded(
 
 @lru_cache
 def pool(threads: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(threads, thread_name_prefix="pixelrnn")
+    return ThreadPoolExecutor(threads, thread_name_prefix="tile")
 
 
-def share(call: Callable[[int], object], count: int) -> None:
-    """Make call(0), …, call(count − 1), by as many threads as torch uses. After an error no more are begun."""
-    threads = min(count, torch.get_num_threads())
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=pool.cache_clear)  # a child has none of its parent's threads
+
+
+def share(call: Callable[[int], Iterable[object]], count: int) -> None:
+    """Go through call(0), …, call(count − 1), by as many threads as torch uses.
+
+    What a call yields is not used; but where there was an error, or Ctrl-C, it is not asked for more.
+    """
+    stopped, threads = threading.Event(), min(count, torch.get_num_threads())
+
+    def through(k: int) -> None:
+        for _ in call(k):
+            if stopped.is_set():
+                return
+
     if threads == 1:
         for k in range(count):
-            call(k)
+            through(k)
         return
-    calls = [pool(threads).submit(call, k) for k in range(count)]
+    calls = [pool(threads).submit(through, k) for k in range(count)]
     try:
         for made in calls:
             made.result()
+    except BaseException:
+        stopped.set()
+        raise
     finally:
-        for made in calls:
-            made.cancel()
         wait(calls)

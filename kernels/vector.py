@@ -21,7 +21,7 @@ I64, POINTER, BOOL = ir.IntType(64), ir.PointerType(), ir.IntType(1)
 
 
 class Value:
-    """What an instruction gives: an integer, a pointer, a number or a vector of numbers. `+ - * / < <= > >= ==` work."""
+    """What an instruction gives: an integer, a pointer, a number or a vector of numbers, with their operators."""
 
     def __init__(self, code: Code, instruction: ir.Value):
         self.code, self.ir = code, instruction
@@ -258,7 +258,7 @@ class Code:
         self.at.position_at_end(after)
 
     def each_vector(self, count: Value, body: Callable[[Code, Value], object], together: int = 4) -> None:
-        """Write body(code, k) for vectors k, k + 1, … of `count`, so many together in one wide vector, then the rest."""
+        """Write body(code, k) for all vectors k < count: so many together in one wide vector, and then the rest."""
         wide = self.wider(together)
         with self.loop(count / together) as k:
             body(wide, k * together)

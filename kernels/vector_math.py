@@ -4,7 +4,7 @@ Legend: ulp, the distance between neighbouring numbers at a result.
 
 A mathematical library's functions differ from machine to machine in their last bits. These are IEEE products, sums and
 divisions in a fixed order, so they do not. Each is off by at most 2 ulp (`tests/test_vector_math.py`). Where an exact
-result is below the smallest normal number, exp is 0 and σ about that number. Nothing is promised of arguments that are not numbers.
+result is below the smallest normal number, exp is 0 and σ about that number. Nothing is promised of NaN.
 
     exp(x)  = 2ⁿ · (1 + r + r² Σ aᵢ rⁱ)              n = round(x / log 2), r = x − n · log 2, |r| ≤ log(2) / 2
     log(x)  = n · log 2 + log(1 + y)                 x = 2ⁿ · (1 + y), √½ ≤ 1 + y < √2

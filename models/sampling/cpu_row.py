@@ -10,7 +10,7 @@ of a tile are next to each other.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from threading import Lock
 
 import torch
@@ -18,7 +18,8 @@ from torch import Tensor
 
 from kernels import native
 from kernels.draw_row import Choice
-from kernels.draw_row_cpu import FIRST, NOWHERE, Arena, Batch, Operation, Parameters, Place, Stage, Tiles
+from kernels.draw_row_cpu import NOWHERE, Arena, Batch, Operation, Parameters, Place, Stage, Tiles
+from kernels.draw_row_cpu_kernel import STAGE
 from models.base import AutoregressiveModel
 from models.in_row import GATES, Network, Weights
 from models.sampling.rules import Rule, visit
@@ -36,7 +37,7 @@ class CpuRow:
         network, columns = model.in_row(), model.width + model.body.extra_columns
         arena, parameters = Arena(packed_of(network, columns)), Parameters(model.stem.weight)
         self.model, self.b, self.condition, self.groups = model, b, condition, network.groups
-        given = Given(arena, condition, columns)
+        given = ConditionInRow(arena, condition, columns)
         layers = LayersInRow(network, columns, given, arena, parameters)
         stem = StemInRow(network, columns, layers, arena, parameters)
         head = HeadInRow(model, network, layers, stem, arena, parameters)
@@ -64,10 +65,10 @@ class CpuRow:
     def images(self, rule: Rule, values: Tensor, tell: Callable[[], None]) -> None:
         """Choose the values (b c h w) of whole images, tile after tile; `tell` is called as often as there are rows."""
         batch = Batch(values, self.model.levels, Choice(**rule.choice(whole=True)), self.condition)
-        in_memory, kept = batch.in_memory(self.tiles)
+        in_memory, self.kept = batch.in_memory(self.tiles)
         done, lock, whole = 0, Lock(), [self.program("whole", first) for first in (False, True)]
 
-        def tile(k: int) -> None:
+        def tile(k: int) -> Iterator[None]:
             nonlocal done
             for i in range(values.shape[2]):
                 self.tiles.run(whole[i == 0], in_memory, k, i)
@@ -75,6 +76,7 @@ class CpuRow:
                     done += 1
                     if done % self.tiles.count == 0:
                         tell()
+                yield
 
         native.share(tile, self.tiles.count)
 
@@ -91,11 +93,14 @@ class CpuRow:
 
     def run_at(self, program: Tensor, j: int) -> None:
         """Run a program of one column."""
-        program[:, FIRST] = j
+        program[:, STAGE.index("first")] = j
         self.run(program)
 
     def run(self, program: Tensor, i: int = 0) -> None:
-        native.share(lambda k: self.tiles.run(program, self.batch, k, i), self.tiles.count)
+        def tile(k: int) -> Iterator[None]:
+            yield self.tiles.run(program, self.batch, k, i)
+
+        native.share(tile, self.tiles.count)
 
     def logits(self, j: int, c: int) -> Tensor:
         """Logits (b v) of colour c at column j."""
@@ -108,7 +113,7 @@ class CpuRow:
         self.run_at(self.program("told", c), j)
 
 
-class Given:
+class ConditionInRow:
     """The condition's present row, and that of the row above, for the direction that is computed a row late."""
 
     def __init__(self, arena: Arena, condition: Tensor | None, columns: int):
@@ -140,9 +145,7 @@ def product(out: Place, x: Place, of: dict[str, int], start: Place = NOWHERE, re
 class StemInRow:
     """The stem's convolution: a row's taps above for all columns, and at a pixel those of the row itself."""
 
-    def __init__(
-        self, network: Network, columns: int, layers: LayersInRow, arena: Arena, parameters: Parameters
-    ):
+    def __init__(self, network: Network, columns: int, layers: LayersInRow, arena: Arena, parameters: Parameters):
         above, taps, self.reach, self.columns = network.stem_above, network.stem, network.reach, columns
         self.colours, self.row_size = taps.inputs[-1].size, (columns + 2 * self.reach) * taps.inputs[-1].size
         self.rows = [Place(arena.take(self.row_size).at, self.colours) for _ in range(self.reach + 1)]
@@ -182,7 +185,7 @@ class LayersInRow:
     `input(g)` is where the stem writes group g, `out` the head's input.
     """
 
-    def __init__(self, network: Network, columns: int, given: Given, arena: Arena, parameters: Parameters):
+    def __init__(self, network: Network, columns: int, given: ConditionInRow, arena: Arena, parameters: Parameters):
         row, up = network.row, network.up
         self.network, self.in_row, self.columns, self.given = network, row, columns, given
         self.parameters, self.narrow, self.wide = parameters, up.inputs[0], up.outputs[0]
@@ -313,7 +316,7 @@ class LayersInRow:
         return out
 
     def right_to_left(self) -> list[Stage]:
-        """The direction from the right, over the row just finished. What `above` was added to is not needed any more."""
+        """The direction from the right, over the row just finished. Its gates stand where `above` is not needed yet."""
         mirrored, f, apart, chain = self.in_row.mirrored, self.narrow.size, [], []
         if not mirrored:
             return []
@@ -381,7 +384,7 @@ class HeadInRow:
         """The value of colour c: "choose" or "put", see `kernels.draw_row_cpu`."""
         places = {"x": self.logits, "start": self.room, "k": self.chosen.at, "weight": self.scaled}
         out = [Operation(how, self.stem.slot(c), **places, more=c)]
-        return out + [self.mixture("mixture_put", c)] if self.mixtures and c + 1 < self.colours else out
+        return [*out, self.mixture("mixture_put", c)] if self.mixtures and c + 1 < self.colours else out
 
 
 def in_levels(head, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:

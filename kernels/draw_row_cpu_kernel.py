@@ -1,0 +1,238 @@
+"""The operations that a row on a CPU is a list of, and the function that runs such a list for a tile.
+
+Legend: tile: images side by side, one in each lane of a vector · n outputs, k inputs of a product · d features of the
+condition · i j a row, a column · c colour.
+
+`kernels.draw_row_cpu` says how operations and tiles are laid out in memory. An operand's vectors stand in the tile's
+arena, those of column j `step` vectors behind those of column j − 1. An operation does one column, or several of which
+none needs what another gives.
+
+Every lane does the same arithmetic in the same order whatever is beside it. So an image's numbers are the same bits in
+any batch, tile and thread, and on any CPU.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+from llvmlite import ir
+
+from kernels.vector import Code, Value
+from kernels.vector_math import sigmoid, tanh
+
+BLOCK = 8  # outputs that a product sums side by side: enough to keep two units of four cycles busy
+
+# The integers of an operation in memory, those of a stage, and those of what a batch is drawn with: addresses, 0 for
+# none, how values are drawn, and sizes.
+FIELDS = ("kind", "out", "out_step", "n", "x", "x_step", "k", "start", "start_step", "weight", "bias", "more")
+STAGE = ("operations", "count", "first", "times", "step", "columns")
+ADDRESSES = ("uniforms", "given", "known", "log_prob", "conditionals", "temperature", "values", "condition")
+BATCH = (*ADDRESSES, "how", "height", "width", "colours", "levels", "room", "d", "condition_image", "condition_row")
+
+
+class Tile(NamedTuple):
+    """What an operation works on, beside its own fields."""
+
+    arena: Value
+    parameters: Value
+    batch: Value  # the integers of `BATCH`
+    image: Value  # the tile's first,
+    live: Value  # and how many it has
+    i: Value  # the row
+    j: Value  # the column, the first
+    columns: Value  # of so many
+
+
+class Fields:
+    """An operation in memory, at a column of a tile."""
+
+    def __init__(self, code: Code, operation: Value, tile: Tile):
+        self.code, self.operation, self.tile, self.columns = code, operation, tile, tile.columns
+
+    def __getitem__(self, field: str) -> Value:
+        return self.code.load_integer(self.operation, FIELDS.index(field))
+
+    def place(self, field: str, column: Value | int = 0) -> Value:
+        """Where an operand stands, of one of the operation's columns."""
+        return self.code.address(self.tile.arena, self[field] + (self.tile.j + column) * self[f"{field}_step"])
+
+    def batch(self, name: str) -> Value:
+        return self.code.load_integer(self.tile.batch, BATCH.index(name))
+
+    def pointer(self, name: str) -> Value:
+        return self.code.pointer(self.batch(name))
+
+    def place_of(self, lane: Value) -> Value:
+        """Where the sub-pixel of an image stands in a tensor (b c h w)."""
+        row = ((self.tile.image + lane) * self.batch("colours") + self["more"]) * self.batch("height") + self.tile.i
+        return row * self.batch("width") + self.tile.j
+
+    def of_images(self, name: str, kind: ir.Type) -> Value:
+        """What a tensor (b c h w) says of the sub-pixel, for each image."""
+        pointer = self.pointer(name)
+        return self.code.gather(
+            self.tile.live, lambda lane: self.code.load_as_number(pointer, self.place_of(lane), kind)
+        )
+
+
+def product(code: Code, o: Fields) -> None:
+    """out[:n] ← start + bias + weight · x[:k], ReLU of it where `more` is 1; weights (n/8 k 8) and biases (n).
+
+    Where a tile has few images, several columns of all of them are packed in the lanes of one vector.
+    """
+    of_vector = code.variable(code.integer(1))
+    with code.when(o.columns > 1):
+        of_vector.set(code.integer(code.lanes) / o.tile.live)
+    with code.choice(of_vector.get() > 1) as (packed, plain):
+        with plain:
+            for_columns(code, o, o.columns, o.place)
+        with packed:
+            per, n, k = of_vector.get(), o["n"], o["k"]
+            vectors = (o.columns + (per - 1)) / per
+            at_x = code.address(o.tile.arena, o.batch("room"))
+            at_out = code.address(at_x, vectors * k)
+            places = {"x": (at_x, k), "start": (at_out, n), "out": (at_out, n)}
+            repack(code, o, "x", at_x, k, per)
+            with code.when(o["start"] >= 0):
+                repack(code, o, "start", at_out, n, per)
+            for_columns(code, o, vectors, lambda field, c: code.address(places[field][0], c * places[field][1]))
+            repack(code, o, "out", at_out, n, per, back=True)
+
+
+def repack(code: Code, o: Fields, field: str, to: Value, count: Value, per: Value, back: bool = False) -> None:
+    """Bring `count` vectors of each column, with `live` numbers each, to `to`, `per` columns to a vector, or back."""
+    live = o.tile.live
+    with code.loop(o.columns) as c:
+        place, first = o.place(field, c), c % per * live
+        with code.loop(count) as i, code.loop(live) as lane:
+            single, packed = (place, i, lane), (to, c / per * count + i, first + lane)
+            a, b = (packed, single) if back else (single, packed)
+            code.store_number(code.load_as_number(code.address(*a[:2]), a[2], code.float), code.address(*b[:2]), b[2])
+
+
+def for_columns(code: Code, o: Fields, columns: Value, place: Callable[[str, Value], Value]) -> None:
+    """`products` of several columns side by side where a CPU has registers for them: each number is loaded less often.
+
+    `place(field, c)` is where an operand of the c-th column stands.
+    """
+    together = 3 if code.wide else 1
+    blocks = columns / together
+    with code.loop(blocks) as c:
+        products(code, o, [c * together + j for j in range(together)], place)
+    if together > 1:
+        with code.loop(columns, blocks * together) as c:
+            products(code, o, [c], place)
+
+
+def products(code: Code, o: Fields, columns: list[Value], place: Callable[[str, Value], Value]) -> None:
+    """The products of some columns, `BLOCK` outputs side by side."""
+    out, x, start = ([place(field, c) for c in columns] for field in ("out", "x", "start"))
+    n, k, has_start, has_bias = o["n"], o["k"], o["start"] >= 0, o["bias"] >= 0
+    weight = code.variable(code.address(o.tile.parameters, o["weight"], code.float))
+    bias = code.address(o.tile.parameters, o["bias"], code.float)
+    least = code.where(o["more"].equals(1), code.number(0), code.number(-math.inf))
+    sums = [[code.variable(code.number(0)) for _ in range(BLOCK)] for _ in columns]
+    with code.loop((n + (BLOCK - 1)) / BLOCK) as b:
+        first = b * BLOCK
+        for totals in sums:
+            for total in totals:
+                total.set(code.number(0))
+        with code.when(has_start):
+            for at, totals in zip(start, sums, strict=True):
+                for r, total in enumerate(totals):
+                    total.set(code.load(at, first + r))
+        with code.when(has_bias):
+            for r in range(BLOCK):
+                one = code.load_one(bias, first + r)
+                for totals in sums:
+                    totals[r].set(totals[r].get() + one)
+        with code.loop(k) as i:
+            row, seen = weight.get(), [code.load(at, i) for at in x]
+            for r in range(BLOCK):
+                one = code.load_one(row, r)
+                for totals, of_column in zip(sums, seen, strict=True):
+                    totals[r].set(code.fma(one, of_column, totals[r].get()))
+            weight.set(code.address(row, BLOCK, code.float))
+        for at, totals in zip(out, sums, strict=True):
+            for total in totals:
+                total.set(code.larger(total.get(), least))
+            with code.choice(first + BLOCK <= n) as (then, otherwise):
+                with then:
+                    for r, total in enumerate(totals):
+                        code.store(total.get(), at, first + r)
+                with otherwise:
+                    for r, total in enumerate(totals):
+                        with code.when(first + r < n):
+                            code.store(total.get(), at, first + r)
+
+
+def relu(code: Code, o: Fields) -> None:
+    """out[:n] ← ReLU(x[:n])."""
+    with code.loop(o.columns) as c, code.loop(o["n"]) as i:
+        out, x = o.place("out", c), o.place("x", c)
+        code.store(code.larger(code.load(x, i), code.number(0)), out, i)
+
+
+def add(code: Code, o: Fields) -> None:
+    """out[:n] ← start[:n] + x[:n]."""
+    with code.loop(o.columns) as c, code.loop(o["n"]) as i:
+        out, x, start = o.place("out", c), o.place("x", c), o.place("start", c)
+        code.store(code.load(start, i) + code.load(x, i), out, i)
+
+
+def copy(code: Code, o: Fields) -> None:
+    """out[:n] ← x[:n], the first first."""
+    with code.loop(o.columns) as c, code.loop(o["n"]) as i:
+        out, x = o.place("out", c), o.place("x", c)
+        code.store(code.load(x, i), out, i)
+
+
+def zero(code: Code, o: Fields) -> None:
+    """out[:n] ← 0."""
+    with code.loop(o.columns) as c, code.loop(o["n"]) as i:
+        code.store(code.number(0), o.place("out", c), i)
+
+
+def condition(code: Code, o: Fields) -> None:
+    """out[:d] ← the condition (b h w d), of the row `more` rows higher if there is one."""
+    pointer, d, row = o.pointer("condition"), o.batch("d"), code.variable(o.tile.i - o["more"])
+    with code.when(row.get() < 0):
+        row.set(code.integer(0))
+    with code.loop(o.columns) as c:
+        at, out = row.get() * o.batch("condition_row") + (o.tile.j + c) * d, o.place("out", c)
+        with code.loop(d) as k:
+
+            def of_lane(lane: Value, at=at + k) -> Value:
+                image = (o.tile.image + lane) * o.batch("condition_image")
+                return code.load_as_number(pointer, image + at, code.float)
+
+            code.store(code.gather(o.tile.live, of_lane), out, k)
+
+
+def gate(code: Code, o: Fields) -> None:
+    """out[:n] ← tanh(a) ⊙ σ(b), x = [a b]."""
+    with code.loop(o.columns) as c:
+        out, n, x = o.place("out", c), o["n"], o.place("x", c)
+
+        def some(code: Code, i: Value) -> None:
+            a, b = code.load(x, i), code.load(x, n + i)
+            code.store(tanh(code, a) * sigmoid(code, b), out, i)
+
+        code.each_vector(n, some)
+
+
+def lstm(code: Code, o: Fields) -> None:
+    """cell ← σ(f) ⊙ cell + σ(i) ⊙ tanh(g), out[:n] ← σ(o) ⊙ tanh(cell); x = [o f i g], the cell is `start`."""
+    with code.loop(o.columns) as c:
+        out, n, x, cell = o.place("out", c), o["n"], o.place("x", c), o.place("start", c)
+
+        def some(code: Code, i: Value) -> None:
+            of_out, forget, into, candidate = (code.load(x, n * gate + i) for gate in range(4))
+            new = sigmoid(code, into) * tanh(code, candidate)
+            state = code.fma(sigmoid(code, forget), code.load(cell, i), new)
+            code.store(state, cell, i)
+            code.store(sigmoid(code, of_out) * tanh(code, state), out, i)
+
+        code.each_vector(n, some)
