@@ -1,18 +1,21 @@
 """How fast images are drawn: `python -m bench.sampling`.
 
-Five tables. The first is of batches that follow each other, the others of one batch drawn by `models.sampling.sample`,
-preparation of its buffers included:
+Six tables. The first is of batches that follow each other, those after it of one batch drawn by
+`models.sampling.sample`, preparation of its buffers included, and the last of whole processes. On a CPU the cached
+sampler's rows are compiled ones, and torch's beside them, in turn:
 
-    throughput  images/s by batch size, and on a GPU by backend and precision (there for two models of the papers'
+    throughput  images/s by batch size and backend, and on a GPU by precision (there for two models of the papers'
                 size), beside the floor: arithmetic and weights over what this machine was just measured to reach.
                 Noise is made before; the time for that has its own row
     methods     28×28 binary images: the cached sampler, and the naive one that re-runs the network a sub-pixel
     growth      the cached sampler at 16², 32² and 64²: the time a pixel should not depend on the size, and what it
                 keeps should grow only with the width
     colour      32×32×3 images of 256 levels: both methods, for small models and for a PixelCNN of 15 blocks, h = 128
-    products    the time of the cached sampler's matrix products by themselves: those of a row, recorded with the memory
-                that they read and write, done again without anything in between; and the time of its calls, of Python
-                and torch, where there is next to nothing to compute: one image, one feature a colour
+    products    the time of the matrix products by themselves, where torch computes the rows: those of a row, recorded
+                with the memory that they read and write, done again without anything in between; and the time of its
+                calls, of Python and torch, where there is next to nothing to compute: one image, one feature a colour
+    first       on a CPU: 64 digits by the default model, each time by a new process (`bench.first`); to compile the row
+                or to load it from the disk; to import the compiler
 
 The naive sampler does the same work at every sub-pixel. So it is timed for the first few only, and the time
 is multiplied; such a row says `extrapolated: true` and how many were timed. --full-naive draws whole images.
@@ -26,14 +29,14 @@ from functools import partial
 from itertools import product
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from bench.first import first
 from bench.measure import Clock, Results, build, ceilings, describe, interleave, parse, parser, spread, table, whole
 from bench.plain import live_multiply_adds
+from bench.row_products import draw_rule, products_of_a_row
 from kernels.jit import has_triton
 from models.sampling import PixelLoop, noise, sample
-from models.sampling.cached import Cached
-from models.sampling.loop import threads_for
+from models.sampling.loop import backend_of_rows, threads_for
 from models.sampling.naive import Naive
 from models.sampling.rules import Draw
 
@@ -57,45 +60,57 @@ def naive_start(model, b: int, count: int):
     return run
 
 
+def backends_of(model) -> tuple[str, ...]:
+    """Who computes the cached sampler's rows: as by default, and on a CPU torch beside that."""
+    default = backend_of_rows(model, draw_rule(model, 1))
+    return (default, "torch") if model.device.type == "cpu" else (default,)
+
+
 def compare_methods(part: str, name: str, model, args: argparse.Namespace) -> list[dict]:
-    """Two rows: cached and naive, the second with the ratio of its time to the first's."""
+    """A row for each backend of the cached sampler, one for the naive: `ratio` of its time to the first row's.
+
+    `naive_ratio` is the naive sampler's time over the row's.
+    """
     model, b, sub_pixels = model.eval(), args.batch, math.prod(model.shape)
     timed = sub_pixels if args.full_naive else min(TIMED, sub_pixels)
-    things = {m: whole(lambda m=m: sample(model, b, method=m, batch_size=b)) for m in ("cached", "naive")}
+    ways = [*(("cached", backend) for backend in backends_of(model)), ("naive", None)]
+    things = {way: whole(partial(sample, model, b, method=way[0], backend=way[1], batch_size=b)) for way in ways}
     if timed < sub_pixels:
-        things["naive"] = whole(naive_start(model, b, timed))
-    times = interleave(things, args.device, args.repeats, warmup=1)
-    rows = []
-    for method in things:
+        things["naive", None] = whole(naive_start(model, b, timed))
+    times, rows = interleave(things, args.device, args.repeats, warmup=1), []
+    for method, backend in ways:
         extrapolated = method == "naive" and timed < sub_pixels
-        ms = spread(times[method]["total"], sub_pixels / timed if extrapolated else 1.0)
-        row = {"part": part, **describe(name, model, b), "method": method, "ms": ms}
+        ms = spread(times[method, backend]["total"], sub_pixels / timed if extrapolated else 1.0)
+        row = {"part": part, **describe(name, model, b), "method": method, "backend": backend, "ms": ms}
         row |= {"seconds": ms["median"] / 1e3, "images_per_second": b / ms["median"] * 1e3}
         row |= {"extrapolated": extrapolated, "timed_sub_pixels": timed if extrapolated else sub_pixels}
         rows.append(row | {"ratio": ms["median"] / (rows or [row])[0]["ms"]["median"], "ratio_to": "cached"})
-    return rows
+    return [row | {"naive_ratio": rows[-1]["ms"]["median"] / row["ms"]["median"]} for row in rows]
 
 
 def growth(name: str, args: argparse.Namespace) -> list[dict]:
-    """A row a size: the cached sampler's time a pixel (of the whole batch), its ratio to the first size's."""
-    b, things, built = args.batch, {}, {}
-    for side in args.sides:
-        built[side] = build(name, side, 1, 2, args.hidden, args.layers, args.device).eval()
-        things[side] = whole(lambda model=built[side]: sample(model, b, method="cached", batch_size=b))
-    times = interleave(things, args.device, args.repeats, warmup=1)
-    rows = []
-    for side, model in built.items():
-        ms = spread(times[side]["total"])
-        row = {"part": "growth", **describe(name, model, b), "method": "cached", "ms": ms}
+    """A row a backend and size: the cached sampler's time a pixel (of the whole batch), its ratio to the first size's.
+
+    `kept_mb` is what it keeps of a batch.
+    """
+    b = args.batch
+    built = {side: build(name, side, 1, 2, args.hidden, args.layers, args.device).eval() for side in args.sides}
+    cases = list(product(backends_of(built[args.sides[0]]), args.sides))
+    things = {case: whole(partial(sample, built[case[1]], b, backend=case[0], batch_size=b)) for case in cases}
+    times, rows = interleave(things, args.device, args.repeats, warmup=1), []
+    for backend, side in cases:
+        model, ms = built[side], spread(times[backend, side]["total"])
+        row = {"part": "growth", **describe(name, model, b), "method": "cached", "backend": backend, "ms": ms}
         row |= {"seconds": ms["median"] / 1e3, "images_per_second": b / ms["median"] * 1e3}
-        row |= {"ms_per_pixel": ms["median"] / side**2, "kept_mb": kept_bytes(Cached(model, b)) / 1e6}
-        first = (rows or [row])[0]
-        ratio = row["ms_per_pixel"] / first["ms_per_pixel"]
+        kept = kept_bytes(PixelLoop(model, "cached", draw_rule(model, b), b, backend=backend).evaluator)
+        row |= {"ms_per_pixel": ms["median"] / side**2, "kept_mb": kept / 1e6}
+        first_size = next((r for r in rows if r["backend"] == backend), row)
+        ratio = row["ms_per_pixel"] / first_size["ms_per_pixel"]
         rows.append(row | {"ratio": ratio, "ratio_to": f"ms_per_pixel at {args.sides[0]}×{args.sides[0]}"})
     return rows
 
 
-def kept_bytes(evaluator: Cached) -> int:
+def kept_bytes(evaluator) -> int:
     """The bytes of all tensors that the cached sampler keeps, its copies of weights among them; views count once."""
     storages, seen, todo = {}, set(), [evaluator]
     while todo:
@@ -112,47 +127,6 @@ def kept_bytes(evaluator: Cached) -> int:
     return sum(storages.values())
 
 
-PRODUCTS = ("addmm", "addmm_", "baddbmm", "baddbmm_", "mm")
-
-
-class Products(TorchDispatchMode):
-    """Records matrix products: a call that repeats each, their multiplications and additions, their weights' bytes."""
-
-    def __init__(self):
-        super().__init__()
-        self.again, self.operations, self.weight_bytes = [], 0, 0
-
-    def __torch_dispatch__(self, operation, types, arguments=(), keywords=None):
-        keywords = keywords or {}
-        out = operation(*arguments, **keywords)
-        name = operation.overloadpacket.__name__
-        if name in PRODUCTS:
-            weight = arguments[2 if "add" in name else 1]
-            self.again.append(partial(operation, *arguments, **keywords))
-            self.operations += 2 * out.numel() * weight.shape[-2]
-            self.weight_bytes += weight.numel() * weight.element_size()
-        return out
-
-
-def draw_rule(model, b: int, seed: int = 0) -> Draw:
-    return Draw(noise(seed, range(b), model.shape).to(model.device))
-
-
-def products_of_a_row(model, b: int) -> Products:
-    """Those of any row but the first: they read and write the memory of a sampler that stays."""
-    products, loop = Products(), PixelLoop(model, "cached", draw_rule(model, b), b, backend="torch", graph=False)
-    with loop.drawing():
-        for i in (0, 1):
-            loop.evaluator.load(i)
-            loop.rule.load(i)
-            if i == 0:
-                loop.row(first=True)
-            else:
-                with products:
-                    loop.row(first=False)
-    return products
-
-
 def products_alone(name: str, model, args: argparse.Namespace) -> dict:
     """One row: the time of a whole draw, of its products alone, of the same calls with next to no arithmetic."""
     model, b = model.eval(), args.batch
@@ -163,7 +137,7 @@ def products_alone(name: str, model, args: argparse.Namespace) -> dict:
     tiny = type(model)(**shape, levels=model.levels, **arguments, **switches).to(args.device).eval()
 
     def again() -> None:
-        with torch.inference_mode(), threads_for(model, "cached", b):
+        with torch.inference_mode(), threads_for(model, "torch", b):
             for product in products.again:
                 product()
 
@@ -229,11 +203,15 @@ class Noise:
         return out
 
 
-def throughput(name: str, make, backend: str, bf16: bool, b: int, noises: Noise, most: dict, args) -> list[dict]:
-    """A row: the time of a batch where one follows another. Noise is there already; images are fetched.
+def throughput(
+    name: str, make, backends: tuple[str, ...], bf16: bool, b: int, noises: Noise, most: dict, args
+) -> list[dict]:
+    """A row for each of the backends, which take turns: the time of a batch where one follows another.
 
-    `floor_seconds` is what the arithmetic of live weights takes at the rate of a large product, `share` its part of the
-    time; `weights_seconds` is what reading all weights at each pixel takes at the rate of a copy, were there no caches.
+    Noise is there already; images are fetched. `floor_seconds` is what the arithmetic of live weights takes at the rate
+    of a large product by torch, `share` its part of the time; `weights_seconds` is what reading all weights at each
+    pixel takes at the rate of a copy, were there no caches. `ratio`, where torch is among the backends, is of the time
+    to torch's.
     """
     cuda, model = args.device.type == "cuda", make(name, args).eval()
     if name not in args.weight_bytes:
@@ -242,25 +220,30 @@ def throughput(name: str, make, backend: str, bf16: bool, b: int, noises: Noise,
         model = model.bfloat16()
     if cuda:
         torch.cuda.reset_peak_memory_stats()
-    uniforms, times = noises.of(model.shape, b), []
-    loop = PixelLoop(model, "cached", Draw(uniforms[0]), b, backend=backend)
-    warm(loop)
+    uniforms, times = noises.of(model.shape, b), {backend: [] for backend in backends}
+    loops = {backend: PixelLoop(model, "cached", Draw(uniforms[0]), b, backend=backend) for backend in backends}
+    kept = {backend: 0 if cuda else kept_bytes(loop.evaluator) for backend, loop in loops.items()}
+    for loop in loops.values():
+        warm(loop)
     for x in uniforms:
-        draw = whole(lambda x=x: loop.again(Draw(x), None).to("cpu", torch.uint8))
-        times += interleave({"": draw}, args.device, 1, warmup=0)[""]["total"]
-        if times[0] > LONG * 1e3 or (cuda and backend == "triton" and not bf16):
+        draws = {k: whole(lambda x=x, of=of: of.again(Draw(x), None).to("cpu", torch.uint8)) for k, of in loops.items()}
+        for backend, laps in interleave(draws, args.device, 1, warmup=0).items():
+            times[backend] += laps["total"]
+        longest = max(max(ms) for ms in times.values())
+        if longest > LONG * 1e3 or (cuda and backends == ("triton",) and not bf16):
             break  # once is enough
-    ms, c = spread(times), most[bf16]
-    gflop = 2 * live_multiply_adds(model) * b / 1e9
-    read = args.weight_bytes[name] / (2 if bf16 else 1) / 1e9
-    floor = gflop / c["gflops"]
-    row = {"part": "throughput", **describe(name, model, b), "method": "cached"}
-    row |= {"backend": backend, "bf16": bf16, "ms": ms}
-    row |= {"images_per_second": b / ms["median"] * 1e3, "gflop": gflop, "weight_gigabytes": read}
-    row |= {"floor_seconds": floor, "share": floor / ms["median"] * 1e3}
-    row |= {"weights_seconds": read / c["gigabytes_per_second"]}
-    memory = torch.cuda.max_memory_allocated() if cuda else kept_bytes(loop.evaluator)
-    return [row | {"memory_mb": memory / 1e6}]
+    c, read = most[bf16], args.weight_bytes[name] / (2 if bf16 else 1) / 1e9
+    gflop, medians = 2 * live_multiply_adds(model) * b / 1e9, {k: spread(ms)["median"] for k, ms in times.items()}
+    rows, floor = [], gflop / c["gflops"]
+    for backend, ms in medians.items():
+        row = {"part": "throughput", **describe(name, model, b), "method": "cached"}
+        row |= {"backend": backend, "bf16": bf16, "ms": spread(times[backend])}
+        row |= {"images_per_second": b / ms * 1e3, "gflop": gflop, "weight_gigabytes": read}
+        row |= {"floor_seconds": floor, "share": floor / ms * 1e3, "weights_seconds": read / c["gigabytes_per_second"]}
+        row |= {"memory_mb": (torch.cuda.max_memory_allocated() if cuda else kept[backend]) / 1e6}
+        of_torch = medians.get("torch") if len(backends) > 1 else None
+        rows.append(row | ({"ratio": ms / of_torch, "ratio_to": "torch"} if of_torch else {}))
+    return rows
 
 
 def large(name: str, args: argparse.Namespace):
@@ -355,12 +338,12 @@ def throughput_part(args: argparse.Namespace, results: Results) -> Cases:
     size, megabytes = (64, 1) if args.quick else (4096, 1024) if cuda else (1024, 64)
     dtypes = ({True: torch.bfloat16} if cuda else {}) | {False: torch.float32}
     names, make = args.names, binary
-    variants = {("torch", False): args.batches}
+    variants = {(("cpu", "torch"), False): args.batches}
     if cuda:
         names, make = [name for name in args.names if name in ("pixel_cnn", "diag_bilstm")], large
         least, most = args.batches[0], args.batches[-1]
-        variants = {("triton", True): args.batches, ("torch", True): (least, most)}
-        variants |= {("triton", False): (least, most), ("torch", False): (least, most)}
+        variants = {(("triton",), True): args.batches, (("torch",), True): (least, most)}
+        variants |= {(("triton",), False): (least, most), (("torch",), False): (least, most)}
     for bf16, dtype in dtypes.items():
         about = {"part": "ceilings", "bf16": bf16, "product": size}
         yield (
@@ -372,25 +355,41 @@ def throughput_part(args: argparse.Namespace, results: Results) -> Cases:
     if names:
         shape = make(names[0], args).shape
         yield {"part": "noise"}, lambda: noises.rows(shape)
-    for ((backend, bf16), batches), name in product(variants.items(), names):
+    for ((backends, bf16), batches), name in product(variants.items(), names):
         for b in batches:
-            about = {"model": name, "backend": backend, "bf16": bf16, "batch": b}
-            yield about, partial(throughput, name, make, backend, bf16, b, noises, reached, args)
+            about = {"model": name, "backend": " ".join(backends), "bf16": bf16, "batch": b}
+            yield about, partial(throughput, name, make, backends, bf16, b, noises, reached, args)
 
 
-OF_METHODS = "model", "shape", "hidden", "method", "seconds", "images_per_second", "ratio", "extrapolated", "ms"
-OF_GROWTH = "model", "shape", "seconds", "images_per_second", "ms_per_pixel", "ratio", "kept_mb", "ms"
+def first_part(args: argparse.Namespace, _) -> Cases:
+    if args.device.type == "cpu":
+        yield {}, partial(first, args)
+
+
+OF_METHODS = (
+    *("model", "shape", "hidden", "method", "backend", "seconds", "images_per_second", "ratio", "naive_ratio"),
+    *("extrapolated", "ms"),
+)
+OF_GROWTH = "model", "shape", "backend", "seconds", "images_per_second", "ms_per_pixel", "ratio", "kept_mb", "ms"
 OF_PRODUCTS = "model", "shape", "hidden", "ms", "products_ms", "share", "calls_ms", "share_of_calls", "gflop", "gflops"
 OF_THROUGHPUT = (
-    *("model", "shape", "backend", "bf16", "ms", "images_per_second", "floor_seconds", "share", "memory_mb"),
+    *("model", "shape", "backend", "bf16", "ms", "images_per_second", "ratio", "floor_seconds", "share", "memory_mb"),
     *("weights_seconds", "gflop", "weight_gigabytes", "gflops", "gigabytes_per_second"),
 )
+OF_FIRST = "model", "shape", "backend", "code", "ms", "draw_ms", "code_ms", "import_ms", "ratio"
+BATCHES = "One batch after another; share: of the time, what the floor is; ratio: time over that of torch's rows"
+METHODS = "ratio: time over the cached sampler's; naive_ratio: the naive sampler's time over it"
 PARTS = {
-    "throughput": ("One batch after another; share: of the time, what the floor is", OF_THROUGHPUT, throughput_part),
-    "methods": ("Binary images; ratio: time over the cached sampler's", OF_METHODS, methods_part),
+    "throughput": (BATCHES, OF_THROUGHPUT, throughput_part),
+    "methods": (f"Binary images; {METHODS}", OF_METHODS, methods_part),
     "growth": ("Growth with the size of the image; ratio: of the time a pixel", OF_GROWTH, growth_part),
-    "colour": ("Colour images; ratio: time over the cached sampler's", OF_METHODS, colour_part),
+    "colour": (f"Colour images; {METHODS}", OF_METHODS, colour_part),
     "products": ("The matrix products of a draw, and its calls, alone; share: of its time", OF_PRODUCTS, products_part),
+    "first": (
+        "64 digits by a new process; code: of the row; ratio: time over torch's",
+        OF_FIRST,
+        first_part,
+    ),
 }
 
 
