@@ -78,7 +78,7 @@ def first(args: argparse.Namespace) -> list[dict]:
             clock.lap("process")
 
         things = {code: lambda clock, code=code: start(code, clock) for code in STARTS}
-        times = interleave(things, args.device, args.repeats, warmup=0)
+        times = interleave(things, args.device, 1 if args.quick else args.repeats, warmup=0)
     model, whole = digits(args.quick), {code: spread(times[code]["total"]) for code in STARTS}
     rows = []
     for code, backend in STARTS.items():

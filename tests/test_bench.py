@@ -1,5 +1,6 @@
 """The benchmarks run, say what they measured and on what, and compare like with like."""
 
+import itertools
 import json
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from bench.measure import MODELS, interleave, spread, whole
 from bench.plain import baseline, live_multiply_adds
 from bench.sampling import kept_bytes
 from models.sampling.cached import Cached
+from models.sampling.cpu_row import CpuRow
 
 ROOT = Path(__file__).resolve().parent.parent
 KEYS = {"command", "date", "device", "cpu", "cores", "threads", "python", "torch", "triton", "commit", "rows"}
@@ -42,26 +44,40 @@ def test_sampling_writes_what_it_measured(tmp_path, capsys):
     result, name = run(sampling, tmp_path)
     assert name == "sampling-cpu-quick.json"
     parts = {part: [r for r in result["rows"] if r["part"] == part] for part in [*sampling.PARTS, "ceilings"]}
-    assert [(r["model"], r["method"]) for r in parts["methods"]] == [
-        (model, method) for model in MODELS for method in ("cached", "naive")
-    ]
+    ways = ("cached", "cpu"), ("cached", "torch"), ("naive", None)
+    for part, names in (("methods", [*MODELS]), ("colour", [*MODELS, "pixel_cnn"])):
+        found = [(r["model"], (r["method"], r["backend"])) for r in parts[part]]
+        assert found == [(name, way) for name in names for way in ways]
+        for k, row in enumerate(parts[part]):
+            cached, naive = (parts[part][k - k % 3 + other]["seconds"] for other in (0, 2))
+            assert row["ratio"] == pytest.approx(row["seconds"] / cached)
+            assert row["naive_ratio"] == pytest.approx(naive / row["seconds"])
     for row in parts["methods"] + parts["colour"]:
         naive = row["method"] == "naive"
         assert row["extrapolated"] is naive
         assert (row["timed_sub_pixels"] == sampling.TIMED) == naive
-    assert [r["shape"] for r in parts["growth"]] == [[2, 1, side, side] for side in (3, 4)] * len(MODELS)
-    assert [r["shape"][1] for r in parts["colour"]] == [3] * 2 * (len(MODELS) + 1)
+    sizes = [(backend, [2, 1, side, side]) for backend in ("cpu", "torch") for side in (3, 4)]
+    assert [(r["backend"], r["shape"]) for r in parts["growth"]] == sizes * len(MODELS)
+    assert [r["shape"][1] for r in parts["colour"]] == [3] * len(parts["colour"])
     assert [r["model"] for r in parts["products"]] == [*MODELS, "pixel_cnn"]
     for row in parts.pop("products"):
         for share, part in (("share", "products_ms"), ("share_of_calls", "calls_ms")):
             assert row[share] == pytest.approx(row[part]["median"] / row["ms"]["median"])
         assert row["gflop"] > 0
     (ceiling,) = parts.pop("ceilings")
-    assert [(r["model"], r["shape"][0]) for r in parts["throughput"]] == [(m, b) for m in MODELS for b in (1, 2)]
+    found = [(r["model"], r["shape"][0], r["backend"]) for r in parts["throughput"]]
+    assert found == list(itertools.product(MODELS, (1, 2), ("cpu", "torch")))
+    for cpu, by_torch in zip(parts["throughput"][::2], parts["throughput"][1::2], strict=True):
+        assert cpu["ratio"] == pytest.approx(cpu["ms"]["median"] / by_torch["ms"]["median"]) and by_torch["ratio"] == 1
     for row in parts.pop("throughput"):
         assert row["floor_seconds"] == pytest.approx(row["gflop"] / ceiling["gflops"]) and row["memory_mb"] > 0
         assert row["share"] == pytest.approx(row["floor_seconds"] / row["ms"]["median"] * 1e3)
         assert row["images_per_second"] == pytest.approx(row["shape"][0] / row["ms"]["median"] * 1e3)
+    compiled, loaded, by_torch = parts.pop("first")
+    assert (compiled["code"], loaded["code"], by_torch["backend"]) == ("compiled", "from the disk", "torch")
+    assert compiled["code_ms"]["median"] > 4 * loaded["code_ms"]["median"] and "code_ms" not in by_torch
+    for row in (compiled, loaded, by_torch):
+        assert row.get("code_ms", row["draw_ms"])["median"] <= row["draw_ms"]["median"] < row["ms"]["median"]
     (made,) = (r for r in result["rows"] if r["part"] == "noise")
     assert made["shape"] == [2, 1, 4, 4] and made["images_per_second"] == pytest.approx(2e3 / made["ms"]["median"])
     for row in (row for part in parts.values() for row in part):
@@ -209,3 +225,21 @@ def test_what_the_cached_sampler_keeps_does_not_grow_with_the_height(name):
         n * (a_layer - copied - side_by_side) + stem - 21 - 2 * f + (stack and stack - 6 * f)
     )
     assert kept(4, 8, 16) - kept(3, 8, 16) == kept(3, 8, 16) - kept(2, 8, 16) > 0
+
+
+@pytest.mark.parametrize("name", ["PixelCNN", "GatedPixelCNN", "RowLSTM", "DiagBiLSTM"])
+def test_what_a_compiled_row_keeps_is_what_a_tile_and_the_weights_take(name):
+    sizes = {"channels": 1, "levels": 2, "hidden": 4, "height": 8, "width": 8, "layers": 3}
+
+    def row(b, **others):
+        return CpuRow(models.build({"_target_": f"models.{name}", **sizes, **others}), b, None)
+
+    def of_a_column(layers):
+        narrow, wide = (row(2, width=width, layers=layers) for width in (8, 16))
+        return (kept_bytes(wide) - kept_bytes(narrow)) / 8 / wide.tiles.lanes / 4
+
+    tiles = row(2).tiles
+    kept = 4 * (tiles.arena.numel() + tiles.parameters.numel())
+    assert kept_bytes(row(2)) == kept_bytes(row(2, height=64)) == kept_bytes(row(tiles.lanes)) == kept
+    a_layer = {"PixelCNN": 2, "GatedPixelCNN": 4, "RowLSTM": 8, "DiagBiLSTM": 8}[name] * sizes["hidden"]
+    assert of_a_column(4) - of_a_column(3) == a_layer
