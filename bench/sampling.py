@@ -283,7 +283,9 @@ def main(argv: list[str] | None = None) -> int:
         for about, measure in cases(args, results):
             results.case({"part": part} | about, measure)
         of_part = (part, "ceilings", "noise") if part == "throughput" else (part,)
-        table(title, [row for row in results.rows if row["part"] in of_part], columns)
+        rows = [row for row in results.rows if row["part"] in of_part]
+        if rows:
+            table(title, rows, columns)
     return results.finish()
 
 
