@@ -17,6 +17,8 @@ from pathlib import Path
 import torch
 
 from bench.measure import Clock, build, describe, interleave, spread
+from kernels import native
+from models.sampling import sample
 
 ROOT = Path(__file__).resolve().parent.parent
 IMAGES = 64
@@ -39,14 +41,11 @@ def digits(quick: bool):
 
 
 def draw(folder: str, backend: str, threads: int, quick: bool) -> dict[str, float]:
-    """Draw in a process that has not drawn yet: milliseconds of it all, and of what there are before the first row.
+    """Draw in a process that has not drawn yet: its milliseconds, and those to get the row's machine code.
 
     Args:
         folder: where compiled code is kept.
     """
-    from kernels import native
-    from models.sampling import sample
-
     torch.set_num_threads(threads)
     native.FOLDER, library, found = folder, native.library, {}
 
