@@ -2,6 +2,9 @@
 
 Each has two forms: Triton kernels, for NVIDIA's GPUs, and torch, for everything else. `backend_for` chooses between
 them, and `with kernels.use("torch"):` chooses for every operation within.
+
+The cached sampler's rows are no operation of tensors, but have kernels here too: `draw_row` for GPUs, `draw_row_cpu`
+for CPUs, which is written in `vector` and compiled by `native`.
 """
 
 from kernels.backend import BACKENDS, backend_for, in_use, use

@@ -9,8 +9,8 @@ Rows above are finished. Inside a row every architecture is the same three lines
     u      ← u + up(hidden)                                         and skips ← skips + to_head(hidden)
 
 From this description follow the torch form of a sub-pixel's step (`models.sampling.cached`), the layout that the row
-kernel reads (`models.sampling.triton_row`), the same network with groups in multiples of 16 (`aligned`), and the number
-of multiply-adds.
+kernel reads (`models.sampling.triton_row`), the operations of a compiled row (`models.sampling.cpu_row`), the same
+network with groups in multiples of 16 (`aligned`), and the number of multiply-adds.
 """
 
 from typing import NamedTuple

@@ -2,7 +2,8 @@
 
 Legend: b batch · n images · c channel · h w rows, columns · v levels · d features of the condition.
 
-`loop` visits the pixels; `cached` and `naive` compute the logits at one, `rules` choose its value, from `noise`.
+`loop` visits the pixels; `cached` and `naive` compute the logits at one, `rules` choose its value, from `noise`. Two
+modules do the same as `cached` with whole rows: `triton_row` on a GPU, `cpu_row` on a CPU.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -58,8 +59,9 @@ def batches(
 
     Args:
         model: any model of `models`; it is used in eval mode and left in the mode it was in.
-        seed: image k depends only on seed and k, not on `batch_size` (but for rounding: a product's last bits may
-            depend on the batch, and so may a value, once in 0.2 to 0.4 million sub-pixels in the runs measured).
+        seed: image k depends only on seed and k. With rows by "cpu" it is the same bits for any `batch_size`, number of
+            threads and CPU. Else that is but for rounding, and so it is from one backend to another: a product's last
+            bits may differ, and so may a value, once in 0.2 to 0.4 million sub-pixels in the runs measured.
         method: "cached" computes every activation once; "naive" runs the network again for each sub-pixel.
         backend: who computes the cached sampler's rows, "torch" or "triton"; None: as `kernels.use` says, else "triton"
             on an NVIDIA GPU, but for float64.

@@ -1,4 +1,4 @@
-"""The cached sampler: every activation is computed once.
+"""The cached sampler, in torch: every activation is computed once.
 
 Legend: b batch · c channel (colour) · w columns of features · v levels · g group · i j a row, a column · f features.
 
@@ -6,6 +6,7 @@ Rows above are finished, so what they give to a row is one product a layer, once
 the row: column after column, group after group, layer after layer. `models.in_row` says what a layer computes there;
 here that becomes a list of calls for each column and group, bound to static memory and to weights, which a step only
 has to make. A row reads and writes only this memory, and does the same each time: on a GPU it is a CUDA graph.
+`triton_row` and `cpu_row` make one call of a row; `loop.backend_of_rows` says which of the three computes.
 """
 
 from collections.abc import Callable
