@@ -52,7 +52,7 @@ def draw(folder: str, backend: str, threads: int, quick: bool) -> dict[str, floa
     def timed(*arguments):
         start = time.perf_counter()
         out = library(*arguments)
-        found["code_ms"] = 1e3 * (time.perf_counter() - start)
+        found["code_ms"] = found.get("code_ms", 0.0) + 1e3 * (time.perf_counter() - start)
         return out
 
     native.library = timed
