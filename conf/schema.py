@@ -76,7 +76,24 @@ class Evaluate:
     device: str = MISSING
 
 
-SCHEMAS = {"train": Train, "sample": Sample, "evaluate": Evaluate}  # of each command
+@dataclass
+class Compress:
+    images: str | None = None
+    labels: str | None = None
+    n: int | None = None
+    file: str | None = None
+    info: bool = MISSING
+    out: str | None = None
+    checkpoint: str | None = None
+    root: str | None = None
+    weights: str | None = None
+    images_of_block: int | None = None
+    skip_damaged: bool = MISSING
+    compare: bool = MISSING
+    seed: int = MISSING
+
+
+SCHEMAS = {"train": Train, "sample": Sample, "evaluate": Evaluate, "compress": Compress}  # of each command
 
 
 def register() -> None:

@@ -34,13 +34,17 @@ FOLDER = "~/.cache/pixelrnn/compiled"
 DIGEST = 32  # bytes
 lock = threading.Lock()
 engines = []  # that the compiled functions live in
+within = threading.local()  # `shared`: whether this thread is one of `share`
 
 
 def cpu() -> tuple[str, str]:
     """LLVM's name of the CPU to compile for, and what it has beside that."""
     named = os.environ.get("PIXELRNN_CPU")
-    if named:
-        return named, ""
+    return (named, "") if named else this_cpu()
+
+
+@lru_cache
+def this_cpu() -> tuple[str, str]:
     return llvm.get_host_cpu_name(), llvm.get_host_cpu_features().flatten()
 
 
@@ -152,18 +156,23 @@ if hasattr(os, "register_at_fork"):
 def share(call: Callable[[int], Iterable[object]], count: int) -> None:
     """Go through call(0), …, call(count − 1), by as many threads as torch uses.
 
-    What a call yields is not used; but where there was an error, or Ctrl-C, it is not asked for more.
+    What a call yields is not used; but where there was an error, or Ctrl-C, it is not asked for more. Within a call,
+    another `share` is done by its thread alone.
     """
     stopped, threads = threading.Event(), min(count, torch.get_num_threads())
+    if getattr(within, "shared", False):
+        threads = 1
 
     def through(k: int) -> None:
+        within.shared = True
         for _ in call(k):
             if stopped.is_set():
                 return
 
     if threads == 1:
         for k in range(count):
-            through(k)
+            for _ in call(k):
+                pass
         return
     calls = [pool(threads).submit(through, k) for k in range(count)]
     try:

@@ -215,6 +215,10 @@ class Code:
         """Integers as numbers."""
         return Value(self, self.at.sitofp(bits.ir, self.vector))
 
+    def whole_part(self, x: Value) -> Value:
+        """Of numbers that are not negative, without the digits after the point."""
+        return self.to_number(Value(self, self.at.fptosi(x.ir, self.bits)))
+
     # --------------------------------------------------------------------------------------------------- memory
 
     def load(self, pointer: Value, index: Value | int = 0) -> Value:

@@ -1,7 +1,7 @@
 """PixelRNN as a library, from any folder: `import pixelrnn`, after `pip install -e .` in the checkout.
 
-The names are those of `models`, its `base`, `sampling` and `checkpoint`, which are packages of the checkout: they can
-be imported too, once this module is.
+The names are those of `models`, its `base`, `sampling`, `checkpoint` and `compression`, which are packages of the
+checkout: they can be imported too, once this module is.
 """
 
 import sys
@@ -14,6 +14,7 @@ from kernels import use
 from models import DiagBiLSTM, GatedPixelCNN, MultiScale, PixelCNN, RowLSTM, build
 from models.base import ImageModel
 from models.checkpoint import find, load
+from models.compression import compress, decompress
 from models.sampling import batches, sample
 
 __all__ = [
@@ -25,7 +26,9 @@ __all__ = [
     "RowLSTM",
     "batches",
     "build",
+    "compress",
     "dataset",
+    "decompress",
     "find",
     "load",
     "sample",

@@ -41,12 +41,17 @@ def checksum(texts: dict[str, str], weights: dict[str, Tensor]) -> str:
     return out.hexdigest()
 
 
-def write(path: Path, model: dict[str, Any], weights: dict[str, Tensor], run: dict[str, Any] | None) -> None:
-    """Write an exported model atomically: the config of a model, its state, and what the header says of its run."""
+def content(model: dict[str, Any], weights: dict[str, Tensor], run: dict[str, Any] | None) -> bytes:
+    """Make an exported model: the config of a model, its state, and what the header says of its run."""
     copies = {name: weight.detach().cpu().contiguous().clone() for name, weight in weights.items()}
     texts = {"format": FORMAT, "model": json.dumps(model), "run": json.dumps(run)}
-    content = safetensors.torch.save(copies, texts | {"sha256": checksum(texts, copies)})
-    write_atomically(path, lambda file: file.write(content))
+    return safetensors.torch.save(copies, texts | {"sha256": checksum(texts, copies)})
+
+
+def write(path: Path, model: dict[str, Any], weights: dict[str, Tensor], run: dict[str, Any] | None) -> None:
+    """Write an exported model atomically; arguments as of `content`."""
+    made = content(model, weights, run)
+    write_atomically(path, lambda file: file.write(made))
 
 
 def read(path: Path, device: str | torch.device = "cpu") -> dict[str, Any]:

@@ -13,12 +13,18 @@ from unittest import mock
 
 import torch
 
+import compress
 import evaluate
 import sample
 import train
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-COMMANDS = {"train": (train.main, train.prepare), "sample": (sample.main,), "evaluate": (evaluate.main,)}
+COMMANDS = {
+    "train": (train.main, train.prepare),
+    "sample": (sample.main,),
+    "evaluate": (evaluate.main,),
+    "compress": (compress.main, compress.prepare),
+}
 TINY = ["model.hidden=4", "model.layers=1", "model.head_features=8", "batch_size=256"]
 SHORT = [
     *TINY,

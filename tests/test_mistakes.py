@@ -248,7 +248,35 @@ def in_evaluation() -> Iterator[Mistake]:
         yield "evaluate", [argument], [argument.lstrip("+-").partition("=")[0]]
 
 
-MISTAKES = [*in_training(), *in_sampling(), *in_both(), *in_evaluation()]
+def in_compression() -> Iterator[Mistake]:
+    yield from values("compress", "n images_of_block", NO_INTEGER, ("0", "-1"))
+    yield from values("compress", "seed", ("-1", "abc", "1.5", "null"))
+    yield from values("compress", "info skip_damaged compare", NO_BOOL)
+    said = {
+        "": "images=None | .prnn",
+        "images=test": "out=None | .prnn",
+        "images=test text.prnn": "one of the two",
+        "images=test out=a.zip": "a.zip | .prnn",
+        "images=test out=nowhere/a.prnn": "nowhere",
+        "images=test out=a.prnn weights=outside": "weights='outside' | inside",
+        "images=test out=a.prnn images_of_block=70000": "images_of_block=70000",
+        "images=tset out=a.prnn": "images='tset' | did you mean test?",
+        "images=flat.npy out=a.prnn": "flat.npy | (n, 1, 8, 8)",
+        "images=floats.npy out=a.prnn": "floats.npy",
+        "images=test out=a.prnn checkpoint=nothing.pt": "nothing.pt",
+        "info": "info=True | .prnn",
+        "info nothing.prnn": "nothing.prnn",
+        "info text.prnn": "text.prnn: expected compressed images",
+        "text.prnn": "out=None | .npy",
+        "text.prnn out=a.txt": "a.txt | .npy",
+        "text.prnn out=a.npy": "text.prnn: expected compressed images",
+        "nothing.prnn out=a.npy": "nothing.prnn",
+        "text.prnn out=nowhere/a.npy": "nowhere",
+    }
+    yield from written("compress", said)
+
+
+MISTAKES = [*in_training(), *in_sampling(), *in_both(), *in_evaluation(), *in_compression()]
 GROUPS = 16
 
 
@@ -278,7 +306,7 @@ def make_files(run: Path) -> None:
     torch.save({"weights": {}}, "other.pt")
     torch.save(models.PixelCNN, "pickle.pt")  # a class: only an unsafe load would take it
     Path("folder.png").mkdir()
-    for name in ("samples.png", "file.txt", "a.npy.json", "text.npy"):
+    for name in ("samples.png", "file.txt", "a.npy.json", "text.npy", "text.prnn"):
         Path(name).write_text("kept")
     high = np.zeros((20, 4, 4), np.uint8)
     high[3, 2, 1] = 7

@@ -22,7 +22,7 @@ from tests.test_docs import DOCS, PAGES
 pytestmark = pytest.mark.slow  # commands, run to their end
 
 RUNNABLE = [page for page in PAGES if re.search("^```(python|sh)$", page.read_text(), re.MULTILINE)]
-QUICK = {"train": [*SHORT, "steps=2", "evaluate_images=20"], "sample": ["n=2"], "evaluate": []}
+QUICK = {"train": [*SHORT, "steps=2", "evaluate_images=20"], "sample": ["n=2"], "evaluate": [], "compress": []}
 PRINTED = re.compile("\n\n```\n(.*?)```", re.DOTALL)
 
 
