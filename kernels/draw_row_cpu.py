@@ -236,11 +236,6 @@ class Tiles:
         live, of_batch = min(self.lanes, self.b - first), (self.parameters.data_ptr(), batch.data_ptr())
         self.function(program.data_ptr(), len(program), arena, *of_batch, first, live, i)
 
-    def load(self, place: Place, x: Tensor) -> None:
-        """Make numbers of images (b n) the vectors `place`, …, `place + n − 1`."""
-        x = F.pad(x, (0, 0, 0, self.count * self.lanes - len(x))).unflatten(0, (-1, self.lanes))
-        self.arena[:, place.at : place.at + x.shape[2]] = x.mT
-
     def images_of(self, place: Place, n: int) -> Tensor:
         """Vectors `place`, …, `place + n − 1` as numbers of images: (b n)."""
         return self.arena[:, place.at : place.at + n].mT.flatten(0, 1)[: self.b]

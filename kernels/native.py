@@ -36,12 +36,15 @@ lock = threading.Lock()
 engines = []  # that the compiled functions live in
 
 
+@lru_cache
+def host() -> tuple[str, str]:
+    return llvm.get_host_cpu_name(), llvm.get_host_cpu_features().flatten()
+
+
 def cpu() -> tuple[str, str]:
     """LLVM's name of the CPU to compile for, and what it has beside that."""
     named = os.environ.get("PIXELRNN_CPU")
-    if named:
-        return named, ""
-    return llvm.get_host_cpu_name(), llvm.get_host_cpu_features().flatten()
+    return (named, "") if named else host()
 
 
 def has_wide_vectors() -> bool:
