@@ -37,15 +37,15 @@ engines = []  # that the compiled functions live in
 within = threading.local()  # `shared`: whether this thread is one of `share`
 
 
+@lru_cache
+def host() -> tuple[str, str]:
+    return llvm.get_host_cpu_name(), llvm.get_host_cpu_features().flatten()
+
+
 def cpu() -> tuple[str, str]:
     """LLVM's name of the CPU to compile for, and what it has beside that."""
     named = os.environ.get("PIXELRNN_CPU")
-    return (named, "") if named else this_cpu()
-
-
-@lru_cache
-def this_cpu() -> tuple[str, str]:
-    return llvm.get_host_cpu_name(), llvm.get_host_cpu_features().flatten()
+    return (named, "") if named else host()
 
 
 def has_wide_vectors() -> bool:

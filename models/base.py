@@ -11,7 +11,7 @@ every layer: a label's embedding, features that the caller gives, or both side b
 """
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import ClassVar, NamedTuple
 
@@ -28,6 +28,8 @@ from models.logistic_mixture import LogisticMixtureHead
 from models.softmax import SoftmaxHead
 
 HEADS = ("softmax", "logistic_mixture")
+Run = Callable[[nn.Module, Tensor], Tensor]  # who computes what a module makes of a tensor; `as_written`: itself
+as_written: Run = nn.Module.__call__
 
 
 class Stage(NamedTuple):
@@ -169,8 +171,14 @@ class ImageModel(nn.Module):
         """The networks that draw an image, from the smallest to the largest; all models but Multi-Scale have one."""
         raise NotImplementedError
 
-    def stage(self, k: int, smaller: Tensor | None, label: Tensor | None, cond: Tensor | None) -> Stage:
-        """The draw by `nets[k]`, given the images (b c h/2 w/2) that the one before it drew."""
+    def stage(
+        self, k: int, smaller: Tensor | None, label: Tensor | None, cond: Tensor | None, upsample: Run = as_written
+    ) -> Stage:
+        """The draw by `nets[k]`, given the images (b c h/2 w/2) that the one before it drew.
+
+        Args:
+            upsample: who computes the maps that a larger image's net is conditioned on.
+        """
         raise NotImplementedError
 
 
@@ -285,7 +293,9 @@ class AutoregressiveModel(ImageModel):
     def nets(self) -> list["AutoregressiveModel"]:
         return [self]
 
-    def stage(self, k: int, smaller: Tensor | None, label: Tensor | None, cond: Tensor | None) -> Stage:
+    def stage(
+        self, k: int, smaller: Tensor | None, label: Tensor | None, cond: Tensor | None, upsample: Run = as_written
+    ) -> Stage:
         return Stage(self, self.condition(label, cond))
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from checks import check, check_one_of, unexpected
-from models.base import AutoregressiveModel, ImageModel, Stage
+from models.base import AutoregressiveModel, ImageModel, Run, Stage, as_written
 from models.diag_bilstm import DiagBiLSTM
 from models.gated_pixel_cnn import GatedPixelCNN
 from models.pixel_cnn import PixelCNN
@@ -122,9 +122,9 @@ class MultiScale(ImageModel):
         """Images x (b c h w) in all sizes, the smallest first."""
         return [x[:, :, :: self.height // net.height, :: self.width // net.width] for net in self.nets]
 
-    def from_smaller(self, k: int, smaller: Tensor) -> Tensor:
+    def from_smaller(self, k: int, smaller: Tensor, upsample: Run = as_written) -> Tensor:
         """The maps that `nets[k]` is conditioned on, made of smaller images (b c h/2 w/2): (b d h w)."""
-        return self.upsample[k - 1](self.scale(smaller))
+        return upsample(self.upsample[k - 1], self.scale(smaller))
 
     def known(self, x: Tensor) -> Tensor:
         """Which sub-pixels of images x (b c h w) the smaller images show: (b c h w), true or false."""
@@ -169,11 +169,13 @@ class MultiScale(ImageModel):
                 out[:, :, ::2, ::2] = smaller
         return out
 
-    def stage(self, k: int, smaller: Tensor | None, label: Tensor | None, cond: Tensor | None) -> Stage:
+    def stage(
+        self, k: int, smaller: Tensor | None, label: Tensor | None, cond: Tensor | None, upsample: Run = as_written
+    ) -> Stage:
         net = self.nets[k]
         if k == 0:
             return Stage(net, net.condition(label))
-        condition = net.condition(label, self.from_smaller(k, smaller))
+        condition = net.condition(label, self.from_smaller(k, smaller, upsample))
         if not self.copy_known:
             return Stage(net, condition)
         x = smaller.new_zeros(len(smaller), *net.shape)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 import models
+from models.base import as_written
 from models.logistic_mixture import LogisticMixtureHead
 from models.sampling import PixelLoop, noise, sample
 from models.sampling.rules import Given, Record
@@ -322,7 +323,7 @@ def sizes(model, x):
     return [x[:, :, :: model.height // net.height, :: model.width // net.width] for net in model.nets]
 
 
-def scored(model, x, conditions, backend=None):
+def scored(model, x, conditions, backend=None, upsample=as_written):
     """What the cached sampler says of given images: conditionals (b c h w v), log-probabilities (b,).
 
     Conditionals are those of the largest image's net, and of the smaller ones' at the pixels that they make known.
@@ -330,7 +331,7 @@ def scored(model, x, conditions, backend=None):
     out, smaller, total = None, None, 0
     for k, (net, of_size) in enumerate(zip(model.nets, sizes(model, x), strict=True)):
         with torch.no_grad():
-            stage = model.stage(k, smaller, conditions.get("label"), conditions.get("cond"))
+            stage = model.stage(k, smaller, conditions.get("label"), conditions.get("cond"), upsample)
         record = Record(net, Given(of_size), len(x), conditionals=True)
         smaller = PixelLoop(net, "cached", record, len(x), stage.condition, backend).run()
         assert torch.equal(smaller, of_size)

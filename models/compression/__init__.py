@@ -25,6 +25,7 @@ from models.base import ImageModel
 from models.compression.file import Block, Head, head_of_blocks, read_blocks, read_head, write_file
 from models.compression.rules import Coded, Decode, Encode, constriction
 from models.sampling import PixelLoop
+from models.sampling.cpu_upsample import upsampled
 
 __all__ = ["Decompressed", "Opened", "compress", "decompress", "decompressed", "opened", "read_head"]
 
@@ -254,7 +255,7 @@ def visit(
     x = None
     for k, net in enumerate(model.nets):
         with torch.no_grad():
-            stage = model.stage(k, x, label, cond)
+            stage = model.stage(k, x, label, cond, upsampled)
         rule = rule_of(net, None if stage.known is None else stage.known[0], stage.x)
         x = PixelLoop(net, "cached", rule, b, stage.condition, backend="cpu").run(lambda: tell(b))
     return x

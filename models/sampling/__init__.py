@@ -15,8 +15,9 @@ from torch import Tensor
 
 from checks import check, check_one_of, unexpected
 from kernels.jit import multiprocessors
-from models.base import ImageModel
-from models.sampling.loop import METHODS, PixelLoop
+from models.base import ImageModel, as_written
+from models.sampling.cpu_upsample import upsampled
+from models.sampling.loop import METHODS, PixelLoop, backend_of_rows
 from models.sampling.noise import noise
 from models.sampling.rules import Draw, Given, Keep, Record, Rule
 
@@ -115,8 +116,9 @@ def batches(
         x, numbers, given = None, following, (part(label, batch), part(cond, batch))
         for k, net in enumerate(model.nets):
             rule: Rule = Draw(numbers[k].to(model.device), temperature)
+            compiled = method == "cached" and backend_of_rows(net, rule, backend) == "cpu"
             with torch.no_grad():
-                stage = model.stage(k, x, *given)
+                stage = model.stage(k, x, *given, upsampled if compiled else as_written)
             if known is not None:
                 step = model.height // net.height
                 rule = Keep(*(part(tensor, batch)[:, :, ::step, ::step] for tensor in known), rule)
