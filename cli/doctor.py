@@ -72,11 +72,14 @@ def programs(device: torch.device) -> Iterator[str]:
     why = f"Triton {version('triton')}" if triton_computes else f"torch, as {why_torch(device)}"
     yield f"convolutions, LSTM scans, loss: {why}"
     rows = backend_of_rows(model, Draw(torch.zeros(1, 1, 6, 6, device=device)))
-    yield "cached sampler: " + {
-        "triton": "a Triton kernel draws a row",
-        "cpu": f"a function compiled for {native.cpu()[0]} draws a row",
-        "torch": "a short step of torch a sub-pixel",
-    }[rows]
+    yield (
+        "cached sampler: "
+        + {
+            "triton": "a Triton kernel draws a row",
+            "cpu": f"a function compiled for {native.cpu()[0]} draws a row",
+            "torch": "a short step of torch a sub-pixel",
+        }[rows]
+    )
     step = TrainingStep(model, build_optimizer({"name": "adamw", "lr": 1e-3}, model.parameters()), bf16=True)
     yield f"training: {'one CUDA graph a step' if step.graph else 'operation by operation'}, matrix products in " + (
         "bfloat16 (bf16=false: float32)" if step.bf16 else "float32"
