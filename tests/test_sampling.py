@@ -41,7 +41,14 @@ from tests.cases import (
     train,
 )
 
-every_method = pytest.mark.parametrize("method", ["cached", "naive"])
+every_method = pytest.mark.parametrize("method", ["cached", "cached by torch", "naive"], indirect=True)
+
+
+@pytest.fixture
+def method(request):
+    """The name of a method, while the cached sampler's rows are computed by who is meant."""
+    with kernels.use("torch" if request.param == "cached by torch" else None):
+        yield request.param.partition(" ")[0]
 
 
 def at_sizes(sizes: list, of_all: list):
@@ -572,7 +579,7 @@ def test_two_rows_are_captured_in_all_once_something_ran(monkeypatch):
     monkeypatch.setattr(models.sampling.loop, "captured", lambda run, stream: kept(run.args[-1]) or run.__call__)
     rules = [Draw(noise(seed, range(2), model.shape)) for seed in range(3)]
     expected = [PixelLoop(model, "cached", rule, 2).run() for rule in rules]
-    loop = PixelLoop(model, "cached", Draw(noise(0, range(2), model.shape)), 2)
+    loop = PixelLoop(model, "cached", Draw(noise(0, range(2), model.shape)), 2, backend="torch")
     assert not loop.capture and not captured
     loop.capture = True
     for rule, x, count in zip(rules, expected, (1, 2, 2), strict=True):
