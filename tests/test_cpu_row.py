@@ -222,13 +222,22 @@ def test_levels_and_sizes(case, head, levels, height, width, channels):
     assert_as_torch(model, lambda: Draw(uniforms), b=17)
 
 
-def test_noise_of_float64_stays_below_one():
-    """The greatest is 1 in float32, and no value of probability zero is drawn with it."""
+@pytest.mark.parametrize("kind", [torch.float32, torch.float64], ids=str)
+def test_a_value_of_probability_zero_is_never_drawn(kind):
+    """Least noise takes the first value that can be, most noise the last: that of float64 is 1 in float32."""
     model = build(CASES["pixel_cnn"], levels=8)
     with torch.no_grad():
         model.head.last.bias[[0, 1, 4, 6, 7]] = -1e30
-    uniforms = torch.full((2, *model.shape), 1 - 2**-53, dtype=torch.float64)
-    assert (sample(model, 2, backend="cpu", uniforms=uniforms) == 5).all()
+    for number, value in ((0.0, 2), (1 - torch.finfo(kind).eps / 2, 5)):
+        x = sample(model, 2, backend="cpu", uniforms=torch.full((2, *model.shape), number, dtype=kind))
+        assert (x == value).all()
+
+
+def test_log_probabilities_alone_are_the_same():
+    model, b = build(CASES["row_lstm"], channels=3), 5
+    alone = Record(model, Given(images(model, b)), b)
+    PixelLoop(model, "cached", alone, b, backend="cpu").run()
+    assert torch.equal(alone.log_prob, drawn(model, Given(images(model, b)), b, None).log_prob)
 
 
 def test_again_follows_the_condition_and_the_noise():
