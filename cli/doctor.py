@@ -1,7 +1,7 @@
 """What this machine is, what computes what on it and why, and whether that works: `python -m cli.doctor`.
 
-On each device it trains a tiny model for a step and draws an image, and compares both with the CPU's. Exit status 1 if
-something does not work, or a disk is nearly full; each such line begins with a !.
+On each device it trains a tiny model for a step and draws an image, and compares both with torch's on the CPU. Exit
+status 1 if something does not work, or a disk is nearly full; each such line begins with a !.
 """
 
 import argparse
@@ -21,6 +21,7 @@ from checks import one_of, reason_of
 from cli.machine import commit, device_name, version
 from data import LOADERS
 from data.cache import CACHE
+from kernels import native
 from kernels.jit import triton
 from models.optimizers import build_optimizer
 from models.sampling import sample
@@ -28,14 +29,14 @@ from models.sampling.loop import backend_of_rows
 from models.sampling.rules import Draw
 from models.training_step import TrainingStep
 
-PACKAGES = ("torch", "triton", "numpy", "einops", "hydra-core", "safetensors", "pillow")
+PACKAGES = ("torch", "triton", "numpy", "einops", "hydra-core", "safetensors", "pillow", "llvmlite")
 EXTRAS = {
     "log": ("tensorboard", "wandb", "trackio"),
     "parquet": ("pyarrow",),
     "hub": ("huggingface_hub",),
     "sweep": ("hydra-optuna-sweeper", "hydra-joblib-launcher", "hydra-submitit-launcher"),
 }
-VARIABLES = ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "TRITON_INTERPRET", "TRITON_CACHE_DIR")
+VARIABLES = ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "TRITON_INTERPRET", "TRITON_CACHE_DIR", "PIXELRNN_CPU")
 LEAST = 1 << 30  # bytes that should be free on a disk
 
 
@@ -71,8 +72,13 @@ def programs(device: torch.device) -> Iterator[str]:
     why = f"Triton {version('triton')}" if triton_computes else f"torch, as {why_torch(device)}"
     yield f"convolutions, LSTM scans, loss: {why}"
     rows = backend_of_rows(model, Draw(torch.zeros(1, 1, 6, 6, device=device)))
-    yield "cached sampler: " + (
-        "a Triton kernel draws a row" if rows == "triton" else "a short step of torch a sub-pixel"
+    yield (
+        "cached sampler: "
+        + {
+            "triton": "a Triton kernel draws a row",
+            "cpu": f"a function compiled for {native.cpu()[0]} draws a row",
+            "torch": "a short step of torch a sub-pixel",
+        }[rows]
     )
     step = TrainingStep(model, build_optimizer({"name": "adamw", "lr": 1e-3}, model.parameters()), bf16=True)
     yield f"training: {'one CUDA graph a step' if step.graph else 'operation by operation'}, matrix products in " + (
@@ -80,12 +86,12 @@ def programs(device: torch.device) -> Iterator[str]:
     )
 
 
-def check(device: torch.device) -> tuple[float, torch.Tensor]:
-    """Train a tiny model for a step, and draw an image: the nats before the step, and the pixels."""
+def check(device: torch.device, backend: str | None = None) -> tuple[float, torch.Tensor]:
+    """Train a tiny model for a step, and draw an image by a backend: the nats before the step, and the pixels."""
     model = small_model(device)
     x = (torch.arange(72, device=device).reshape(2, 1, 6, 6) * 7) % 4
     step = TrainingStep(model, build_optimizer({"name": "adamw", "lr": 1e-3}, model.parameters()), bf16=False)
-    return float(step(x, None, lr=1e-3)), sample(small_model(device).eval(), 1, seed=0).cpu()
+    return float(step(x, None, lr=1e-3)), sample(small_model(device).eval(), 1, seed=0, backend=backend).cpu()
 
 
 def said_of(device: torch.device) -> Iterator[str]:
@@ -103,12 +109,12 @@ def said_of(device: torch.device) -> Iterator[str]:
     except Exception as error:  # whatever a driver or a compiler says
         yield f"! a step of training and a sample: {type(error).__name__}: {reason_of(error)}"
         return
-    expected, drawn = check(torch.device("cpu"))
+    expected, drawn = check(torch.device("cpu"), "torch")
     others = (pixels != drawn).float().mean().item()
     if abs(nats - expected) > 1e-3 * expected:
         yield f"! a step of training: expected {expected:.4f} nats, as on the CPU, found {nats:.4f}"
     elif others > 0.1:  # rounding may change one, and that changes what follows
-        yield f"! a sample: expected the CPU's pixels, found {100 * others:.0f} % others"
+        yield f"! a sample: expected torch's pixels on the CPU, found {100 * others:.0f} % others"
     else:
         yield "  a step of training and a sample work"
 
@@ -128,6 +134,7 @@ def places() -> Iterator[str]:
         ("runs", runs.absolute()),
         (f"data sets ({one_of(kept)})" if kept else "data sets", cache),
         ("compiled kernels", compiled),
+        ("compiled rows", Path(native.FOLDER).expanduser()),
         ("temporary files", Path(tempfile.gettempdir())),
     ):
         there = next(path for path in (folder, *folder.parents) if path.exists())

@@ -182,6 +182,4 @@ def put(code: Code, o: Fields) -> None:
 def known_to_the_rest(code: Code, o: Fields, value: Value) -> None:
     """Put a value where the stem reads it, `out`, scaled to [−1, 1], and where a mixture does, from `k` on."""
     code.store(value, code.address(o.tile.arena, o["k"] + o["more"]))
-    with code.each(o.tile.live, value) as (lane, one):
-        scaled = code.load_as_number(o.tile.parameters, o["weight"] + code.as_integer(one), code.float)
-        code.store_number(scaled, o.place("out"), lane)
+    code.store(value * code.load_one(o.tile.parameters, o["weight"]) - 1, o.place("out"))

@@ -175,25 +175,28 @@ class Batch(NamedTuple):
 
     def in_memory(self, tiles: Tiles) -> tuple[Tensor, list[Tensor]]:
         """The integers of `BATCH`, and the tensors that they stand for, which must be kept as long."""
-        choice, (_, colours, height, width), like = self.choice, self.values.shape, tiles.parameters
+        choice, shape, like = self.choice, self.values.shape, tiles.parameters
         numbers, kinds = like.dtype, {"given": torch.int64, "known": torch.bool, "values": torch.int64}
-        temperature = like.new_tensor([choice.temperature or 1.0])
-        fields = {**choice._asdict(), "temperature": temperature, "values": self.values, "condition": self.condition}
-        written = ("values", "log_prob", "conditionals")
+        fields = {**choice._asdict(), "values": self.values, "condition": self.condition}
+        fields["temperature"] = like.new_tensor([choice.temperature or 1.0])
+        if choice.uniforms is not None:  # those of float64 may become 1 in float32
+            fields["uniforms"] = choice.uniforms.to(numbers).clamp(max=1 - torch.finfo(numbers).eps / 2)
+        shapes = {"log_prob": shape[:1], "conditionals": (*shape, self.levels), "temperature": (1,)}
+        shapes["condition"] = () if self.condition is None else (shape[0], *self.condition.shape[1:])
         kept, out = [], []
         for name in ADDRESSES:
             x = fields[name]
             if x is not None:
-                kind = kinds.get(name, numbers)
-                assert name not in written or (x.is_contiguous() and x.dtype == kind), f"{name} of another layout"
-                x = x.to(kind).contiguous()
+                x = x.to(kinds.get(name, numbers)).expand(shapes.get(name, shape)).contiguous()
+                in_place = name not in ("values", "log_prob", "conditionals") or x.data_ptr() == fields[name].data_ptr()
+                assert in_place, f"{name} of another layout"
                 kept.append(x)
             out.append(0 if x is None else x.data_ptr())
         if choice.uniforms is None:
             out.append(choosing.GIVEN)
         else:
             out.append({0.0: choosing.LIKELIEST, 1.0: choosing.DRAWN}.get(choice.temperature, choosing.TEMPERED))
-        out += [height, width, colours, self.levels, tiles.room]
+        out += [*shape[2:], shape[1], self.levels, tiles.room]
         if self.condition is not None:
             _, h, w, d = self.condition.shape
             out += [d, h * w * d, w * d if h > 1 else 0]

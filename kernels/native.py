@@ -7,8 +7,8 @@ What is compiled is kept below ~/.cache/pixelrnn/compiled, named by everything t
 compiler's version, and the CPU. It is machine code that will be run, so its digest is checked first; a file that does
 not have it is compiled again.
 
-PIXELRNN_CPU=generic compiles for the least of this architecture's CPUs, or for another that LLVM knows by name; results
-are the same bits.
+PIXELRNN_CPU=generic compiles for the least of this architecture's CPUs, or for another of `CPUS`; results are the same
+bits.
 """
 
 from __future__ import annotations
@@ -27,31 +27,41 @@ import llvmlite
 import llvmlite.binding as llvm
 import torch
 
+from checks import check_one_of
 from files import write_atomically
 from kernels.vector import Code
 
 FOLDER = "~/.cache/pixelrnn/compiled"
 DIGEST = 32  # bytes
+# What may be asked for, by LLVM's names, and what this machine must have for it: LLVM ends the process at another name.
+CPUS = {"generic": None, "nehalem": "sse4.2", "haswell": "avx2", "x86-64-v4": "avx512vl"}
 lock = threading.Lock()
 engines = []  # that the compiled functions live in
 within = threading.local()  # `shared`: whether this thread is one of `share`
 
 
-@lru_cache
-def host() -> tuple[str, str]:
-    return llvm.get_host_cpu_name(), llvm.get_host_cpu_features().flatten()
-
-
 def cpu() -> tuple[str, str]:
-    """LLVM's name of the CPU to compile for, and what it has beside that."""
-    named = os.environ.get("PIXELRNN_CPU")
-    return (named, "") if named else host()
+    """LLVM's name of the CPU to compile for, and what it has beside that.
+
+    Raises:
+        ValueError: PIXELRNN_CPU is none that code could run on here.
+    """
+    return found(os.environ.get("PIXELRNN_CPU"))
+
+
+@lru_cache
+def found(named: str | None) -> tuple[str, str]:
+    features = llvm.get_host_cpu_features()
+    if named:
+        check_one_of("PIXELRNN_CPU", named, [name for name, needed in CPUS.items() if features.get(needed, not needed)])
+        return named, ""
+    return llvm.get_host_cpu_name(), features.flatten()
 
 
 def has_wide_vectors() -> bool:
     """Whether the CPU has vectors of 64 bytes, else at most of 32."""
     name, features = cpu()
-    return "+avx512f" in features.split(",") or name in ("x86-64-v4", "skylake-avx512", "znver4")
+    return "+avx512f" in features.split(",") or name == "x86-64-v4"
 
 
 def lanes(b: int, double: bool) -> int:
@@ -66,10 +76,7 @@ def machine():
     llvm.initialize_native_asmprinter()
     name, features = cpu()
     target = llvm.Target.from_triple(llvm.get_process_triple())
-    try:
-        return target.create_target_machine(cpu=name, features=features, opt=2, jit=True, codemodel="jitdefault")
-    except RuntimeError:
-        raise ValueError(f"PIXELRNN_CPU: expected a CPU that LLVM knows, found {name}") from None
+    return target.create_target_machine(cpu=name, features=features, opt=2, jit=True, codemodel="jitdefault")
 
 
 def compiled(text: str, target) -> bytes:
@@ -165,17 +172,22 @@ def share(call: Callable[[int], Iterable[object]], count: int) -> None:
 
     def through(k: int) -> None:
         within.shared = True
-        for _ in call(k):
-            if stopped.is_set():
-                return
+        try:
+            for _ in call(k):
+                if stopped.is_set():
+                    return
+        except BaseException:
+            stopped.set()
+            raise
 
     if threads == 1:
         for k in range(count):
             for _ in call(k):
                 pass
         return
-    calls = [pool(threads).submit(through, k) for k in range(count)]
+    calls = []
     try:
+        calls += (pool(threads).submit(through, k) for k in range(count))
         for made in calls:
             made.result()
     except BaseException:

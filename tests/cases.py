@@ -323,6 +323,11 @@ def sizes(model, x):
     return [x[:, :, :: model.height // net.height, :: model.width // net.width] for net in model.nets]
 
 
+def backends_of(model) -> tuple[str | None, ...]:
+    """Who computes the rows of the cached sampler where nothing is said: the device's, and on a CPU torch too."""
+    return ("cpu", "torch") if model.device.type == "cpu" else (None,)
+
+
 def scored(model, x, conditions, backend=None, upsample=as_written):
     """What the cached sampler says of given images: conditionals (b c h w v), log-probabilities (b,).
 
@@ -345,7 +350,7 @@ def scored(model, x, conditions, backend=None, upsample=as_written):
 
 
 def assert_cached_equals_forward(model, b: int = 3, backend: str | None = None):
-    """The cached sampler's conditionals are the network's, at every sub-pixel of given images.
+    """The cached sampler's conditionals are the network's, at every sub-pixel of given images, whoever computes them.
 
     The mixture's logarithms amplify rounding where a value is unlikely. They are compared in float64, and in float32
     the probabilities themselves.
@@ -355,20 +360,25 @@ def assert_cached_equals_forward(model, b: int = 3, backend: str | None = None):
         compared = [(model, torch.exp, 3e-5), (copy.deepcopy(model).double(), torch.positive, 1e-8)]
     for net, of, limit in compared:
         x, conditions = images(net, b), given(net, b)
-        conditionals, log_prob = scored(net, x, conditions, backend)
         with torch.no_grad():
-            error = (of(conditionals) - of(net.conditionals(x, **conditions))).abs().amax((0, 4))
+            expected, of_images = net.conditionals(x, **conditions), net.log_prob(x, **conditions)
+        for computes in (backend,) if backend else backends_of(model):
+            conditionals, log_prob = scored(net, x, conditions, computes)
+            error = (of(conditionals) - of(expected)).abs().amax((0, 4))
             where = (~(error < limit)).nonzero().tolist()
-            assert not where, f"{error.max():.1e}, at (c h w) {where[:5]}"
-            torch.testing.assert_close(log_prob, net.log_prob(x, **conditions), rtol=1e-5, atol=1e-4)
+            assert not where, f"{computes}: {error.max():.1e}, at (c h w) {where[:5]}"
+            torch.testing.assert_close(log_prob, of_images, rtol=1e-5, atol=1e-4)
 
 
 def assert_methods_agree(model, n: int = 3, **arguments):
-    """The same noise gives the same pixels, cached or naive."""
+    """The same noise gives the same pixels, cached, whoever computes the rows, or naive."""
     arguments = {**given(model, n), **arguments}
-    cached, naive = (sample(model, n, method=method, **arguments) for method in ("cached", "naive"))
-    assert torch.equal(cached, naive), f"differ first at (n c h w) {(cached != naive).nonzero()[0].tolist()}"
-    return cached
+    naive = sample(model, n, method="naive", **arguments)
+    for backend in backends_of(model):
+        cached = sample(model, n, backend=backend, **arguments)
+        where = (cached != naive).nonzero().tolist()
+        assert not where, f"{backend}: differ first at (n c h w) {where[0]}"
+    return naive
 
 
 def noises(model, seed: int, n: int):

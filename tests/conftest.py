@@ -101,3 +101,18 @@ def call(monkeypatch, tmp_path, capsys):
         return status, *capsys.readouterr()
 
     return call
+
+
+@pytest.fixture
+def compiled_for(monkeypatch):
+    """compiled_for(name) → from then on, rows on a CPU are compiled for one of `kernels.native.CPUS`."""
+    from kernels import native
+
+    def compiled_for(name: str) -> None:
+        monkeypatch.setenv("PIXELRNN_CPU", name)
+        try:
+            native.cpu()
+        except ValueError:
+            pytest.skip(f"this machine is no {name}")
+
+    return compiled_for

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from cli import doctor, machine
+from kernels import native
 
 
 @pytest.fixture(autouse=True)
@@ -21,6 +22,7 @@ def test_a_machine_without_a_gpu_is_well(capsys, tmp_path):
     assert doctor.main([]) == 0
     out = capsys.readouterr().out
     assert "convolutions, LSTM scans, loss: torch, as " in out and "a step of training and a sample work" in out
+    assert f"cached sampler: a function compiled for {native.cpu()[0]} draws a row" in out
     assert f"torch {torch.__version__}" in out and f"runs: {tmp_path}/runs, 3 MiB, " in out and "all is well" in out
 
 
@@ -35,12 +37,12 @@ def test_a_device_that_fails_is_named(capsys, monkeypatch):
     ("found", "words"),
     [
         ((9.0, torch.zeros(8)), "expected 8.0000 nats, as on the CPU, found 9.0000"),
-        ((8.001, torch.ones(8)), "expected the CPU's pixels, found 100 % others"),
+        ((8.001, torch.ones(8)), "expected torch's pixels on the CPU, found 100 % others"),
     ],
 )
 def test_a_device_that_computes_something_else_is_named(found, words, capsys, monkeypatch):
     results = iter([found, (8.0, torch.zeros(8))])
-    monkeypatch.setattr(doctor, "check", lambda device: next(results))
+    monkeypatch.setattr(doctor, "check", lambda device, backend=None: next(results))
     assert doctor.main([]) == 1
     out = capsys.readouterr().out
     assert words in out and "a sample work" not in out

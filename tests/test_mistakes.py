@@ -203,6 +203,8 @@ def in_sampling() -> Iterator[Mistake]:
         "complete=test mask=flat.npy": "flat.npy | (8, 8)",
         "complete=test mask=floats.npy": "floats.npy",
         "method=naive backend=triton": "backend",
+        "backend=cuda": "backend='cuda' | triton, torch or cpu",
+        "backend=cpu bf16=true": "backend='cpu' | torch with torch.bfloat16 on cpu",
         "out=nowhere/x.png": "nowhere",
         "out=samples.jpg": "samples.jpg | .png",
         "out=folder.png": "folder.png",

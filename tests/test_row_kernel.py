@@ -171,7 +171,7 @@ def test_a_rule_of_the_caller_s_own_is_refused():
 @pytest.mark.skipif(DEVICE.type == "cuda", reason="it is for this device")
 def test_without_the_interpreter_it_is_for_cuda(monkeypatch):
     monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
-    with pytest.raises(ValueError, match="backend='triton': expected torch on cpu: Triton's kernels are for cuda"):
+    with pytest.raises(ValueError, match="backend='triton': expected torch or cpu on cpu: Triton's kernels are"):
         sample(small(CASES["pixel_cnn"]), 1, backend="triton")
 
 

@@ -41,7 +41,14 @@ from tests.cases import (
     train,
 )
 
-every_method = pytest.mark.parametrize("method", ["cached", "naive"])
+every_method = pytest.mark.parametrize("method", ["cached", "cached by torch", "naive"], indirect=True)
+
+
+@pytest.fixture
+def method(request):
+    """The name of a method, while the cached sampler's rows are computed by who is meant."""
+    with kernels.use("torch" if request.param == "cached by torch" else None):
+        yield request.param.partition(" ")[0]
 
 
 def at_sizes(sizes: list, of_all: list):
@@ -549,7 +556,7 @@ def test_all_rows_but_the_first_do_the_same_to_the_same_memory(case):
     for net in build(case, channels=3, levels=4, height=4, width=3).nets:
         condition = any_condition(net, 2)
         rules, trace = [Mark(noise(seed, range(2), net.shape)) for seed in (0, 1)], Trace()
-        loop = PixelLoop(net, "cached", rules[0], 2, condition)
+        loop = PixelLoop(net, "cached", rules[0], 2, condition, backend="torch")
         loop.run()  # a rule makes its memory at its first call
         trace.rows.clear()
         with trace:
@@ -572,7 +579,7 @@ def test_two_rows_are_captured_in_all_once_something_ran(monkeypatch):
     monkeypatch.setattr(models.sampling.loop, "captured", lambda run, stream: kept(run.args[-1]) or run.__call__)
     rules = [Draw(noise(seed, range(2), model.shape)) for seed in range(3)]
     expected = [PixelLoop(model, "cached", rule, 2).run() for rule in rules]
-    loop = PixelLoop(model, "cached", Draw(noise(0, range(2), model.shape)), 2)
+    loop = PixelLoop(model, "cached", Draw(noise(0, range(2), model.shape)), 2, backend="torch")
     assert not loop.capture and not captured
     loop.capture = True
     for rule, x, count in zip(rules, expected, (1, 2, 2), strict=True):
@@ -582,8 +589,9 @@ def test_two_rows_are_captured_in_all_once_something_ran(monkeypatch):
 @every_target
 def test_the_backend_may_be_named(case):
     model = build(case)
-    with pytest.raises(ValueError, match="backend='cuda': expected triton or torch"):
+    with pytest.raises(ValueError, match="backend='cuda': expected triton, torch or cpu"):
         sample(model, 1, backend="cuda", **given(model, 1))
-    assert torch.equal(*(sample(model, 2, backend=backend, **given(model, 2)) for backend in (None, "torch")))
+    drawn = [sample(model, 2, backend=backend, **given(model, 2)) for backend in (None, "torch", "cpu")]
+    assert torch.equal(drawn[0], drawn[1]) and torch.equal(drawn[1], drawn[2])
     with kernels.use("torch"):
         assert backend_of_rows(model.nets[0], Draw(torch.zeros(1, *model.nets[0].shape))) == "torch"

@@ -64,8 +64,8 @@ def batches(
             threads and CPU. Else that is but for rounding, and so it is from one backend to another: a product's last
             bits may differ, and so may a value, once in 0.2 to 0.4 million sub-pixels in the runs measured.
         method: "cached" computes every activation once; "naive" runs the network again for each sub-pixel.
-        backend: who computes the cached sampler's rows, "torch" or "triton"; None: as `kernels.use` says, else "triton"
-            on an NVIDIA GPU, but for float64.
+        backend: who computes the cached sampler's rows, "triton", "torch" or "cpu", which is compiled; None: as
+            `kernels.use` says, else "triton" on an NVIDIA GPU and "cpu" on a CPU, but "torch" for float64.
         bf16: weights and activations in bfloat16; sums, cells and logits stay float32. For GPUs. Conditionals move a
             little, by less than 0.02 in total variation on average in the tests, and some pixels with them.
         temperature: logits are divided by it; 0 takes the likeliest value.

@@ -355,7 +355,7 @@ class HeadInRow:
         relu_u, mid = arena.take(inputs.size), arena.take(between.size)
         self.mixtures = getattr(head, "mixtures", 0)
         self.chosen, self.room = arena.take(self.colours), arena.take(levels)
-        self.scaled = parameters.add(model.scale(torch.arange(levels)))
+        self.scale = parameters.add(torch.tensor([2 / (levels - 1)], dtype=torch.float64))  # as in `model.scale`
         last = [network.last.of_group(g) for g in range(network.groups)]
         self.outputs = self.logits = arena.take(last[0][0].shape[1])
         if self.mixtures:
@@ -382,7 +382,7 @@ class HeadInRow:
 
     def put(self, c: int, how: str) -> list[Operation]:
         """The value of colour c: "choose" or "put", see `kernels.draw_row_cpu`."""
-        places = {"x": self.logits, "start": self.room, "k": self.chosen.at, "weight": self.scaled}
+        places = {"x": self.logits, "start": self.room, "k": self.chosen.at, "weight": self.scale}
         out = [Operation(how, self.stem.slot(c), **places, more=c)]
         return [*out, self.mixture("mixture_put", c)] if self.mixtures and c + 1 < self.colours else out
 

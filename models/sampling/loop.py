@@ -30,6 +30,7 @@ from models.sampling.rules import Rule
 from models.sampling.triton_row import TritonRow
 
 METHODS = ("cached", "naive")
+BACKENDS = (*kernels.BACKENDS, "cpu")  # of rows
 
 
 def backend_of_rows(model: AutoregressiveModel, rule: Rule, backend: str | None = None) -> str:
@@ -42,11 +43,13 @@ def backend_of_rows(model: AutoregressiveModel, rule: Rule, backend: str | None 
         ValueError: that cannot be, on the model's device or with the rule.
     """
     asked, dtype, kind = backend or kernels.in_use(), model.stem.weight.dtype, model.device.type
+    if asked:
+        check_one_of("backend", asked, BACKENDS)
     if asked is None and kind == "cpu":
         return "cpu" if dtype == torch.float32 else "torch"
     if asked == "cpu":
         if kind != "cpu" or dtype not in (torch.float32, torch.float64):
-            raise unexpected("backend", asked, f"torch with {dtype} on {kind}: the CPU's kernel is for float32 there")
+            raise unexpected("backend", asked, f"torch with {dtype} on {kind}: compiled rows are for float32 on a CPU")
         return asked
     backend = kernels.backend_for(model.stem.weight, backend)
     if backend == "triton" and not asked and (rule.choice() is None or dtype == torch.float64):
@@ -54,7 +57,8 @@ def backend_of_rows(model: AutoregressiveModel, rule: Rule, backend: str | None 
     if backend == "triton" and not (triton and (kind == "cuda" or triton.knobs.runtime.interpret)):
         needed = "Triton's kernels are for cuda, or its interpreter (TRITON_INTERPRET=1)"
         needed = needed if triton else "Triton is not installed"
-        raise unexpected("backend", backend, f"torch or cpu on {kind}: {needed}")
+        others = "torch or cpu" if kind == "cpu" else "torch"
+        raise unexpected("backend", backend, f"{others} on {kind}: {needed}")
     if backend == "triton" and kind != "cuda" and dtype == torch.bfloat16:
         raise unexpected("backend", backend, "torch with bfloat16: Triton's interpreter has none")
     if backend == "triton" and rule.choice() is None:
