@@ -3,7 +3,7 @@
 Legend: n images · b of a block · c channel (colour) · h w rows, columns · d features of the condition.
 
 A range coder gives each sub-pixel −log₂ of its probability. The rows that compute probabilities on a CPU
-(`kernels.draw_row_cpu`) give the same bits on every machine, and so the decoder finds the probabilities of the encoder.
+(`models.sampling.cpu_row`) give the same bits on every machine, and so the decoder finds the probabilities of the encoder.
 """
 
 import copy
