@@ -79,7 +79,7 @@ def test_conditionals_are_those_of_the_forward_pass(case, called):
 
 # ----------------------------------------------------------------------------------------------------- the bits
 
-# Models of which every bit is promised. Those of Multi-Scale would come here.
+# Models of which every bit is promised.
 PROMISED = {
     f"{name}{switches}": CASES[f"{name}{switches}"] for name in ARCHITECTURES for switches in ("", "-mixture-given")
 }
@@ -100,16 +100,19 @@ def with_written_weights(name: str, channels: int, dtype: torch.dtype = torch.fl
 
 
 def draw(model, numbers: list[int]) -> Drawn:
-    """Images of these numbers, drawn with noise, labels and maps of their own."""
-    conditions = {}
-    if model.classes:
-        conditions["label"] = torch.tensor(numbers) % model.classes
+    """Images of these numbers, drawn with noise, labels and maps of their own; of several sizes the largest."""
+    label = torch.tensor(numbers) % model.classes if model.classes else None
+    cond, out = None, None
     if model.map_features:
         of_maps = noise(1, numbers, (model.map_features, model.height, model.width))
-        conditions["cond"] = of_maps.to(model.stem.weight.dtype)
-    with torch.no_grad():
-        condition = model.condition(**conditions)
-    return drawn(model, Draw(noise(0, numbers, model.shape)), len(numbers), condition)
+        cond = of_maps.to(model.stem.weight.dtype)
+    for k, net in enumerate(model.nets):
+        with torch.no_grad():
+            stage = model.stage(k, out and out.x, label, cond)
+        rule = Draw(noise(0, numbers, net.shape, k))
+        rule = rule if stage.known is None else Keep(stage.x, stage.known, rule)
+        out = drawn(net, rule, len(numbers), stage.condition)
+    return out
 
 
 def digest(of: Drawn) -> str:
