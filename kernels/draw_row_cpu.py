@@ -20,7 +20,7 @@ The kernel knows nothing of architectures, so one compiled function serves all m
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -81,16 +81,34 @@ class Stage(NamedTuple):
     together: bool = False
 
 
+OF_MIXTURES = ("mixture_begin", "mixture_logits", "mixture_put")
 OPERATIONS = {
     **{name: getattr(kernel, name) for name in ("product", "relu", "add", "copy", "zero", "condition", "gate", "lstm")},
-    **{name: getattr(choosing, name) for name in ("mixture_begin", "mixture_logits", "mixture_put", "choose", "put")},
+    **{name: getattr(choosing, name) for name in ("choose", "put", *OF_MIXTURES)},
 }
 
 
 def write(code: Code) -> None:
+    """Write the function `run` for a softmax: a mixture's operations take as long to compile as most others."""
+    write_run(code, [name for name in OPERATIONS if name not in OF_MIXTURES])
+
+
+def write_with_mixtures(code: Code) -> None:
+    """Write the function `run` with all operations."""
+    write_run(code, OPERATIONS)
+
+
+def compiled(b: int, double: bool = False, mixture: bool = False) -> Callable:
+    """The function `run` for b images side by side."""
+    writer = write_with_mixtures if mixture else write
+    return native.library(writer, {"run": 8}, native.lanes(b, double), double)["run"]
+
+
+def write_run(code: Code, names: Iterable[str]) -> None:
     """Write the function `run`: stages of operations for one tile."""
     functions = {}
-    for name, body in OPERATIONS.items():
+    for name in names:
+        body = OPERATIONS[name]
 
         def operation(code: Code, *arguments: Value, body=body) -> None:
             body(code, Fields(code, arguments[0], Tile(*arguments[1:])))
@@ -210,9 +228,10 @@ class Tiles:
         b: how many images.
         arena: what a tile keeps.
         parameters: of the network.
+        mixture: whether there are operations of a mixture.
     """
 
-    def __init__(self, b: int, arena: Arena, parameters: Parameters):
+    def __init__(self, b: int, arena: Arena, parameters: Parameters, mixture: bool = False):
         self.b, self.parameters = b, parameters.together()
         double = self.parameters.dtype == torch.float64
         assert (double or self.parameters.dtype == torch.float32) and self.parameters.device.type == "cpu"
@@ -220,7 +239,7 @@ class Tiles:
         self.count, self.room = cdiv(b, self.lanes), arena.size
         self.size = arena.size + arena.packed + BLOCK  # a block may read beyond the end
         self.arena = self.parameters.new_zeros(self.count, self.size, self.lanes)
-        self.function, self.kept = native.library(write, {"run": 8}, self.lanes, double)["run"], []
+        self.function, self.kept = compiled(b, double, mixture), []
 
     def program(self, stages: Sequence[Stage]) -> Tensor:
         """Lay stages out in memory, as integers."""

@@ -82,23 +82,28 @@ def product(code: Code, o: Fields) -> None:
 
     Where a tile has few images, several columns of all of them are packed in the lanes of one vector.
     """
-    of_vector = code.variable(code.integer(1))
+    per, columns, n, k = code.variable(code.integer(1)), code.variable(o.columns), o["n"], o["k"]
+    places = {name: (code.variable(o.place(name)), code.variable(o[f"{name}_step"])) for name in ("x", "start", "out")}
     with code.when(o.columns > 1):
-        of_vector.set(code.integer(code.lanes) / o.tile.live)
-    with code.choice(of_vector.get() > 1) as (packed, plain):
-        with plain:
-            for_columns(code, o, o.columns, o.place)
-        with packed:
-            per, n, k = of_vector.get(), o["n"], o["k"]
-            vectors = (o.columns + (per - 1)) / per
-            at_x = code.address(o.tile.arena, o.batch("room"))
-            at_out = code.address(at_x, vectors * k)
-            places = {"x": (at_x, k), "start": (at_out, n), "out": (at_out, n)}
-            repack(code, o, "x", at_x, k, per)
-            with code.when(o["start"] >= 0):
-                repack(code, o, "start", at_out, n, per)
-            for_columns(code, o, vectors, lambda field, c: code.address(places[field][0], c * places[field][1]))
-            repack(code, o, "out", at_out, n, per, back=True)
+        per.set(code.integer(code.lanes) / o.tile.live)
+    with code.when(per.get() > 1):
+        columns.set((o.columns + (per.get() - 1)) / per.get())
+        at_x = code.address(o.tile.arena, o.batch("room"))
+        at_out = code.address(at_x, columns.get() * k)
+        repack(code, o, "x", at_x, k, per.get())
+        with code.when(o["start"] >= 0):
+            repack(code, o, "start", at_out, n, per.get())
+        for name, *packed in (("x", at_x, k), ("start", at_out, n), ("out", at_out, n)):
+            for variable, value in zip(places[name], packed, strict=True):
+                variable.set(value)
+
+    def place(name: str, c: Value) -> Value:
+        start, step = places[name]
+        return code.address(start.get(), c * step.get())
+
+    for_columns(code, o, columns.get(), place)
+    with code.when(per.get() > 1):
+        repack(code, o, "out", places["out"][0].get(), n, per.get(), back=True)
 
 
 def repack(code: Code, o: Fields, field: str, to: Value, count: Value, per: Value, back: bool = False) -> None:
@@ -133,7 +138,7 @@ def products(code: Code, o: Fields, columns: list[Value], place: Callable[[str, 
     weight = code.variable(code.address(o.tile.parameters, o["weight"], code.float))
     bias = code.address(o.tile.parameters, o["bias"], code.float)
     least = code.where(o["more"].equals(1), code.number(0), code.number(-math.inf))
-    sums = [[code.variable(code.number(0)) for _ in range(BLOCK)] for _ in columns]
+    sums, rest = [[code.variable(code.number(0)) for _ in range(BLOCK)] for _ in columns], code.room(BLOCK)
     with code.loop((n + (BLOCK - 1)) / BLOCK) as b:
         first = b * BLOCK
         for totals in sums:
@@ -164,8 +169,9 @@ def products(code: Code, o: Fields, columns: list[Value], place: Callable[[str, 
                         code.store(total.get(), at, first + r)
                 with otherwise:
                     for r, total in enumerate(totals):
-                        with code.when(first + r < n):
-                            code.store(total.get(), at, first + r)
+                        code.store(total.get(), rest, r)
+                    with code.loop(n - first) as r:
+                        code.store(code.load(rest, r), at, first + r)
 
 
 def relu(code: Code, o: Fields) -> None:

@@ -133,7 +133,7 @@ def library(write: Callable[[Code], object], functions: dict[str, int], lanes: i
 def loaded(
     write: Callable[[Code], object], functions: tuple[tuple[str, int], ...], lanes: int, double: bool, of: tuple
 ) -> dict:
-    name = write.__module__.rpartition(".")[2]
+    name = f"{write.__module__.rpartition('.')[2]}-{write.__name__}"
     key = repr((name, lanes, double, of, llvmlite.__version__, llvm.llvm_version_info, platform.machine())).encode()
     path = Path(FOLDER).expanduser() / f"{name}-{hashlib.sha256(sources() + key).hexdigest()[:32]}.o"
     target = machine()

@@ -314,10 +314,10 @@ class Code:
         with self.loop(live) as lane:
             yield lane, Value(self, self.at.load(self.address(place, lane, self.float).ir, typ=self.float))
 
-    def room(self) -> Value:
-        """Memory for a vector, as long as the function runs."""
+    def room(self, count: int = 1) -> Value:
+        """Memory for some vectors, as long as the function runs."""
         with self.at.goto_entry_block():
-            place = self.at.alloca(self.vector)
+            place = self.at.alloca(self.vector, count)
         place.type = POINTER  # of any type
         return Value(self, place)
 

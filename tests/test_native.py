@@ -130,11 +130,13 @@ def test_a_cpu_that_this_machine_is_not_is_refused(monkeypatch):
     """Its instructions would end the process."""
     found = native.llvm.FeatureMap({"sse4.2": True, "avx2": False})
     monkeypatch.setattr(native.llvm, "get_host_cpu_features", lambda: found)
+    native.found.cache_clear()
     monkeypatch.setenv("PIXELRNN_CPU", "nehalem")
     assert native.cpu() == ("nehalem", "")
     monkeypatch.setenv("PIXELRNN_CPU", "haswell")
     with pytest.raises(ValueError, match="PIXELRNN_CPU='haswell': expected generic or nehalem"):
         native.cpu()
+    native.found.cache_clear()
 
 
 # ------------------------------------------------------------------------------------------------------- processes

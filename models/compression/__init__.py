@@ -2,8 +2,8 @@
 
 Legend: n images · b of a block · c channel (colour) · h w rows, columns · d features of the condition.
 
-A range coder gives each sub-pixel −log₂ of its probability. The rows that compute probabilities on a CPU
-(`models.sampling.cpu_row`) give the same bits on every machine, and so the decoder finds the probabilities of the encoder.
+A range coder gives each sub-pixel −log₂ of its probability. The rows that compute them on a CPU give the same bits on
+every machine (`models.sampling.cpu_row`), and so the decoder finds the probabilities of the encoder.
 """
 
 import copy

@@ -42,7 +42,7 @@ class CpuRow:
         stem = StemInRow(network, columns, layers, arena, parameters)
         head = HeadInRow(model, network, layers, stem, arena, parameters)
         self.logits_at, colours, groups = head.logits, range(model.channels), range(network.groups)
-        self.tiles = Tiles(b, arena, parameters)
+        self.tiles = Tiles(b, arena, parameters, head.mixtures > 0)
 
         step = [stem.step(g) + layers.step(g) for g in groups]
         nothing = Stage([Operation("zero", Place(0), arena.size)])  # another image was there
