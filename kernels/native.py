@@ -39,8 +39,11 @@ engines = []  # that the compiled functions live in
 def cpu() -> tuple[str, str]:
     """LLVM's name of the CPU to compile for, and what it has beside that."""
     named = os.environ.get("PIXELRNN_CPU")
-    if named:
-        return named, ""
+    return (named, "") if named else this_cpu()
+
+
+@lru_cache
+def this_cpu() -> tuple[str, str]:
     return llvm.get_host_cpu_name(), llvm.get_host_cpu_features().flatten()
 
 
