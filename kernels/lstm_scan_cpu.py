@@ -1,4 +1,11 @@
-"""The LSTM scans on a CPU: their calls and their gradients."""
+"""The Row LSTM and the Diagonal BiLSTM on a CPU: products over all pixels by torch, and a compiled scan.
+
+Legend: b batch · h w rows, columns · d direction · k input features · m ≤ k of them, the first, that are read from the
+left too · f hidden features, F with zeros up to whole vectors · n taps: in the Row LSTM along the row above, in the
+Diagonal BiLSTM (d = n = 2) the left neighbour and the upper one. Gates are in the order o f i g.
+
+`kernels.lstm_scan_cpu_kernel` has the scan, which is called for some images and one direction at a time.
+"""
 
 import torch
 from torch import Tensor
@@ -7,73 +14,144 @@ from kernels import native
 from kernels.jit import cdiv
 from kernels.lstm_scan_cpu_kernel import write
 
-IMAGES = 4  # of a call, at most
+IMAGES = 4  # of a call
 
 
-def scan(name: str, tensors: list[Tensor], shape: tuple, n: int, vectors: int, lanes: int, diagonal: bool) -> None:
-    b, h, w, d = shape
+def lanes_of(f: int, dtype: torch.dtype) -> tuple[int, int]:
+    """How many numbers a vector has, and F."""
+    lanes = native.lanes(f, dtype == torch.float64)
+    return lanes, cdiv(f, lanes) * lanes
+
+
+def pad(x: Tensor, dim: int, f: int, room: int) -> Tensor:
+    """Put zeros behind each f features along a dimension, up to F."""
+    if f == room:
+        return x
+    x = x.unflatten(dim, (-1, f))
+    out = x.new_zeros(*x.shape[: dim + 1], room, *x.shape[dim + 2 :])
+    out.narrow(dim + 1, 0, f).copy_(x)
+    return out.flatten(dim, dim + 1)
+
+
+def unpad(x: Tensor, dim: int, f: int, room: int) -> Tensor:
+    """Take them away."""
+    return x if f == room else x.unflatten(dim, (-1, room)).narrow(dim + 1, 0, f).flatten(dim, dim + 1)
+
+
+def beside_left(u: Tensor, m: int) -> Tensor:
+    """Features (b h w k), and the left neighbour's first m: (b·h·w k+m)."""
+    if not m:
+        return u.reshape(-1, u.shape[3])
+    b, h, w, k = u.shape
+    out = u.new_empty(b, h, w, k + m)
+    out[..., :k] = u
+    out[:, :, 1:, k:] = u[:, :, :-1, :m]
+    out[:, :, 0, k:] = 0
+    return out.flatten(0, 2)
+
+
+def scan(name: str, tensors: list[Tensor], n: int, diagonal: bool, lanes: int) -> None:
+    """Run "forward" or "backward" of the kernel; the tensors are in its order, the first one of (b h w d 4F)."""
+    b, h, w, d, gates = tensors[0].shape
     steps = [[[0, 1], [1, 0]], [[0, -1], [1, 0]]] if diagonal else [[[1, n // 2 - tap] for tap in range(n)]]
-    numbers = [x.data_ptr() for x in tensors]
-    numbers += [h, w, d, n, vectors, 0 if diagonal else n // 2]
-    memory = torch.tensor(numbers + [x for direction in steps for step in direction for x in step])
+    sizes = [h, w, d, n, gates // 4 // lanes, 0 if diagonal else n // 2]
+    addresses = [x.data_ptr() for x in tensors]
+    memory = torch.tensor(addresses + sizes + [x for taps in steps for step in taps for x in step])
     double = tensors[0].dtype == torch.float64
     function = native.library(write, {"forward": 4, "backward": 4}, lanes, double)[name]
-    parts = cdiv(b, IMAGES)
 
     def call(k: int):
         first, direction = k // d * IMAGES, k % d
-        function(memory.data_ptr(), first, min(IMAGES, b - first), direction)
-        yield
+        yield function(memory.data_ptr(), first, min(IMAGES, b - first), direction)
 
-    native.share(call, parts * d)
+    native.share(call, cdiv(b, IMAGES) * d)
 
 
-@torch.library.custom_op("pixelrnn::lstm_scan_cpu", mutates_args=())
-def lstm_scan_cpu_op(
-    pre: Tensor, state_weight: Tensor, diagonal: bool, lanes: int
+@torch.library.custom_op("pixelrnn::lstm_cpu", mutates_args=())
+def lstm_cpu_op(
+    u: Tensor, input_weight: Tensor, bias: Tensor, state_weight: Tensor, left_weight: Tensor, diagonal: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    b, h, w, d, f = (*pre.shape[:4], pre.shape[4] // 4)
-    n, V = state_weight.shape[2] // f, f // lanes
-    pre = pre.contiguous()
-    # (d 4f n·f) → (d V n·f 4 lanes)
-    weight = state_weight.view(d, 4, V, lanes, n * f).permute(0, 2, 4, 1, 3).contiguous()
-    gates, hidden, before, tanh_cell = torch.empty_like(pre), *(pre.new_empty(b, h, w, d, f) for _ in range(3))
-    taps, cell = pre.new_zeros(b, h, w, d, n * f), pre.new_zeros(b, d, w, f)
-    if pre.numel():
-        scan("forward", [pre, weight, gates, taps, hidden, before, tanh_cell, cell], (b, h, w, d), n, V, lanes, diagonal)
-    return hidden, gates, before, tanh_cell, taps
+    """Compute what `lstm_cpu` does, and for the backward pass: gates, cell_before, tanh_cell, taps."""
+    (b, h, w, _), d, f = u.shape, state_weight.shape[0], state_weight.shape[1] // 4
+    lanes, room = lanes_of(f, u.dtype)
+    states = pad(pad(state_weight, 1, f, room), 2, f, room)  # (d 4F n·F)
+    weight = pad(torch.cat([input_weight, left_weight], dim=2), 1, f, room).flatten(0, 1)  # (d·4F k+m)
+    with torch.autocast("cpu", enabled=False):
+        gates = torch.addmm(pad(bias, 1, f, room).flatten(), beside_left(u, left_weight.shape[2]), weight.T)
+    gates = gates.view(b, h, w, d, 4 * room)
+    taps = u.new_empty(b, h, w, d, states.shape[2])
+    hidden, tanh_cell, cell_before = (u.new_empty(b, h, w, d, room) for _ in range(3))
+    # (d 4F n·F) → (d v n·F 4 lanes)
+    in_kernel = states.view(d, 4, -1, lanes, states.shape[2]).permute(0, 2, 4, 1, 3).contiguous()
+    tensors = [gates, in_kernel, taps, hidden, cell_before, tanh_cell, u.new_zeros(b, d, w, room)]
+    scan("forward", tensors, states.shape[2] // room, diagonal, lanes)
+    return unpad(hidden, 4, f, room), gates, cell_before, tanh_cell, taps
 
 
-@torch.library.custom_op("pixelrnn::lstm_scan_cpu_backward", mutates_args=())
-def lstm_scan_cpu_backward_op(
-    d_hidden: Tensor, state_weight: Tensor, gates: Tensor, before: Tensor, tanh_cell: Tensor, taps: Tensor, diagonal: bool, lanes: int
-) -> tuple[Tensor, Tensor]:
-    b, h, w, d, f = tanh_cell.shape
-    n, V = state_weight.shape[2] // f, f // lanes
-    d_hidden = d_hidden.clone(memory_format=torch.contiguous_format)
-    weight = state_weight.view(d, 4 * f, n, V, lanes).permute(0, 2, 3, 1, 4).contiguous()
-    d_pre, d_cell = torch.empty_like(gates), gates.new_zeros(b, d, w, f)
-    tensors = [d_hidden, weight, gates, before, tanh_cell, d_pre, d_cell, d_cell]
-    scan("backward", tensors, (b, h, w, d), n, V, lanes, diagonal)
-    d_weight = torch.bmm(d_pre.view(-1, d, 4 * f).permute(1, 2, 0), taps.view(-1, d, n * f).transpose(0, 1))
-    return d_pre, d_weight
+@lstm_cpu_op.register_fake
+def _(u, input_weight, bias, state_weight, left_weight, diagonal):
+    (b, h, w, _), d, f, new = u.shape, state_weight.shape[0], state_weight.shape[1] // 4, u.new_empty
+    _, room = lanes_of(f, u.dtype)
+    narrow = (new(b, h, w, d, room) for _ in range(2))
+    return new(b, h, w, d, f), new(b, h, w, d, 4 * room), *narrow, new(b, h, w, d, state_weight.shape[2] // f * room)
+
+
+@torch.library.custom_op("pixelrnn::lstm_cpu_backward", mutates_args=())
+def lstm_cpu_backward_op(
+    d_hidden_states: Tensor,
+    u: Tensor,
+    input_weight: Tensor,
+    state_weight: Tensor,
+    left_weight: Tensor,
+    gates: Tensor,
+    cell_before: Tensor,
+    tanh_cell: Tensor,
+    taps: Tensor,
+    diagonal: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Compute the gradients of u, input_weight, bias, state_weight, left_weight."""
+    (b, h, w, k), d, f, m = u.shape, state_weight.shape[0], state_weight.shape[1] // 4, left_weight.shape[2]
+    lanes, room = lanes_of(f, u.dtype)
+    states = pad(pad(state_weight, 1, f, room), 2, f, room)
+    weight = pad(torch.cat([input_weight, left_weight], dim=2), 1, f, room).flatten(0, 1)
+    d_hidden = pad(d_hidden_states, 4, f, room).clone(memory_format=torch.contiguous_format)
+    d_gates = torch.empty_like(gates)
+    # (d 4F n·F) → (d n v 4F lanes)
+    in_kernel = states.view(d, 4 * room, -1, room // lanes, lanes).permute(0, 2, 3, 1, 4).contiguous()
+    tensors = [gates, in_kernel, d_gates, d_hidden, cell_before, tanh_cell, u.new_zeros(b, d, w, room)]
+    scan("backward", tensors, states.shape[2] // room, diagonal, lanes)
+
+    d_pixels, of_taps = d_gates.view(b * h * w, -1), taps.view(b * h * w, d, -1)
+    d_weight = unpad((d_pixels.T @ beside_left(u, m)).view(d, 4 * room, k + m), 1, f, room)
+    d_states = torch.bmm(d_gates.view(b * h * w, d, -1).permute(1, 2, 0), of_taps.transpose(0, 1))
+    d_bias = unpad(d_pixels.sum(0).view(d, -1), 1, f, room)
+    d_u = (d_pixels @ weight).view(b, h, w, k + m)
+    d_u[:, :, :-1, :m] += d_u[:, :, 1:, k:]
+    d_states = unpad(unpad(d_states, 1, f, room), 2, f, room)
+    d_weights = (x.clone(memory_format=torch.contiguous_format) for x in d_weight.split([k, m], dim=2))
+    d_input_weight, d_left_weight = d_weights
+    return d_u[..., :k].contiguous(), d_input_weight, d_bias, d_states, d_left_weight
+
+
+@lstm_cpu_backward_op.register_fake
+def _(d_hidden_states, u, input_weight, state_weight, left_weight, *_):
+    new = u.new_empty
+    weights = new(input_weight.shape), new(input_weight.shape[:2]), new(state_weight.shape), new(left_weight.shape)
+    return new(u.shape), *weights
 
 
 def setup_context(ctx, inputs, output) -> None:
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(inputs[1], *output[1:])
-    ctx.named = inputs[2:]
+    ctx.set_materialize_grads(False)  # the outputs kept for `backward` have no gradient: make no zeros for it
+    u, input_weight, _, state_weight, left_weight, ctx.diagonal = inputs
+    ctx.save_for_backward(u, input_weight, state_weight, left_weight, *output[1:])
 
 
-def backward(ctx, d_hidden, *_):
-    if d_hidden is None:
-        return (None,) * 4
-    return *lstm_scan_cpu_backward_op(d_hidden, *ctx.saved_tensors, *ctx.named), None, None
+def backward(ctx, d_hidden_states, *_):
+    if d_hidden_states is None:
+        return (None,) * 6
+    gradients = lstm_cpu_backward_op(d_hidden_states, *ctx.saved_tensors, ctx.diagonal)
+    d_u, d_input_weight, d_bias, d_state_weight, d_left_weight = gradients
+    return d_u, d_input_weight, d_bias, d_state_weight, d_left_weight, None
 
 
-lstm_scan_cpu_op.register_autograd(backward, setup_context=setup_context)
-
-
-def lstm_scan_cpu(pre: Tensor, state_weight: Tensor, diagonal: bool) -> Tensor:
-    f = pre.shape[4] // 4
-    return lstm_scan_cpu_op(pre, state_weight, diagonal, native.lanes(f, pre.dtype == torch.float64))[0]
+lstm_cpu_op.register_autograd(backward, setup_context=setup_context)
