@@ -38,18 +38,6 @@ def unpad(x: Tensor, dim: int, f: int, room: int) -> Tensor:
     return x if f == room else x.unflatten(dim, (-1, room)).narrow(dim + 1, 0, f).flatten(dim, dim + 1)
 
 
-def beside_left(u: Tensor, m: int) -> Tensor:
-    """Features (b h w k), and the left neighbour's first m: (b·h·w k+m)."""
-    if not m:
-        return u.reshape(-1, u.shape[3])
-    b, h, w, k = u.shape
-    out = u.new_empty(b, h, w, k + m)
-    out[..., :k] = u
-    out[:, :, 1:, k:] = u[:, :, :-1, :m]
-    out[:, :, 0, k:] = 0
-    return out.flatten(0, 2)
-
-
 def scan(name: str, tensors: list[Tensor], n: int, diagonal: bool, lanes: int) -> None:
     """Run "forward" or "backward" of the kernel; the tensors are in its order, the first one of (b h w d 4F)."""
     b, h, w, d, gates = tensors[0].shape
@@ -72,13 +60,19 @@ def lstm_cpu_op(
     u: Tensor, input_weight: Tensor, bias: Tensor, state_weight: Tensor, left_weight: Tensor, diagonal: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Compute what `lstm_cpu` does, and for the backward pass: gates, cell_before, tanh_cell, taps."""
-    (b, h, w, _), d, f = u.shape, state_weight.shape[0], state_weight.shape[1] // 4
+    (b, h, w, k), d, f, m = u.shape, state_weight.shape[0], state_weight.shape[1] // 4, left_weight.shape[2]
     lanes, room = lanes_of(f, u.dtype)
     states = pad(pad(state_weight, 1, f, room), 2, f, room)  # (d 4F n·F)
-    weight = pad(torch.cat([input_weight, left_weight], dim=2), 1, f, room).flatten(0, 1)  # (d·4F k+m)
+    weight, of_left, bias = (pad(x, 1, f, room).flatten(0, 1) for x in (input_weight, left_weight, bias))  # (d·4F ·)
+    rows, gates = u.reshape(-1, k), u.new_empty(b, h, w, d, 4 * room)
+    sums = gates.view(len(rows), -1)
     with torch.autocast("cpu", enabled=False):
-        gates = torch.addmm(pad(bias, 1, f, room).flatten(), beside_left(u, left_weight.shape[2]), weight.T)
-    gates = gates.view(b, h, w, d, 4 * room)
+        if m:
+            torch.addmm(bias, rows[:-1, :m], of_left.T, out=sums[1:])
+            gates[:, :, 0] = bias.view(d, -1)  # nothing is to the left
+            sums.addmm_(rows, weight.T)
+        else:
+            torch.addmm(bias, rows, weight.T, out=sums)
     taps = u.new_empty(b, h, w, d, states.shape[2])
     hidden, tanh_cell, cell_before = (u.new_empty(b, h, w, d, room) for _ in range(3))
     # (d 4F n·F) → (d v n·F 4 lanes)
@@ -113,7 +107,7 @@ def lstm_cpu_backward_op(
     (b, h, w, k), d, f, m = u.shape, state_weight.shape[0], state_weight.shape[1] // 4, left_weight.shape[2]
     lanes, room = lanes_of(f, u.dtype)
     states = pad(pad(state_weight, 1, f, room), 2, f, room)
-    weight = pad(torch.cat([input_weight, left_weight], dim=2), 1, f, room).flatten(0, 1)
+    weight, of_left = (pad(x, 1, f, room).flatten(0, 1) for x in (input_weight, left_weight))
     d_hidden = pad(d_hidden_states, 4, f, room).clone(memory_format=torch.contiguous_format)
     d_gates = torch.empty_like(gates)
     # (d 4F n·F) → (d n v 4F lanes)
@@ -121,16 +115,17 @@ def lstm_cpu_backward_op(
     tensors = [gates, in_kernel, d_gates, d_hidden, cell_before, tanh_cell, u.new_zeros(b, d, w, room)]
     scan("backward", tensors, states.shape[2] // room, diagonal, lanes)
 
-    d_pixels, of_taps = d_gates.view(b * h * w, -1), taps.view(b * h * w, d, -1)
-    d_weight = unpad((d_pixels.T @ beside_left(u, m)).view(d, 4 * room, k + m), 1, f, room)
-    d_states = torch.bmm(d_gates.view(b * h * w, d, -1).permute(1, 2, 0), of_taps.transpose(0, 1))
-    d_bias = unpad(d_pixels.sum(0).view(d, -1), 1, f, room)
-    d_u = (d_pixels @ weight).view(b, h, w, k + m)
-    d_u[:, :, :-1, :m] += d_u[:, :, 1:, k:]
-    d_states = unpad(unpad(d_states, 1, f, room), 2, f, room)
-    d_weights = (x.clone(memory_format=torch.contiguous_format) for x in d_weight.split([k, m], dim=2))
-    d_input_weight, d_left_weight = d_weights
-    return d_u[..., :k].contiguous(), d_input_weight, d_bias, d_states, d_left_weight
+    rows, d_sums, by_direction = u.reshape(-1, k), d_gates.flatten(3).flatten(0, 2), d_gates.flatten(0, 2)
+    d_states = torch.bmm(by_direction.permute(1, 2, 0), taps.flatten(0, 2).transpose(0, 1))
+    d_bias, d_weight, d_u = d_sums.sum(0), d_sums.T @ rows, d_sums @ weight
+    if m:
+        d_gates[:, :, 0] = 0  # nothing is to the left
+        d_left = d_sums[1:].T @ rows[:-1, :m]
+        d_u[:-1, :m].addmm_(d_sums[1:], of_left)
+    else:
+        d_left = torch.empty_like(of_left)
+    d_bias, d_weight, d_left = (unpad(x.unflatten(0, (d, -1)), 1, f, room) for x in (d_bias, d_weight, d_left))
+    return d_u.view(b, h, w, k), d_weight, d_bias, unpad(unpad(d_states, 1, f, room), 2, f, room), d_left
 
 
 @lstm_cpu_backward_op.register_fake
