@@ -8,11 +8,12 @@ Diagonal BiLSTM (d = n = 2) the left neighbour and the upper one. Gates are in t
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from kernels import native
 from kernels.jit import cdiv
-from kernels.lstm_scan_cpu_kernel import write
+from kernels.lstm_scan_cpu_kernel import OUTPUTS, write
 
 IMAGES = 4  # of a call
 
@@ -53,6 +54,12 @@ def scan(name: str, tensors: list[Tensor], n: int, diagonal: bool, lanes: int) -
         yield function(memory.data_ptr(), first, min(IMAGES, b - first), direction)
 
     native.share(call, cdiv(b, IMAGES) * d)
+
+
+def weight_backward(states, lanes):
+    x = states.unflatten(2, (-1, lanes))  # (d 4F n·v lanes)
+    x = F.pad(x, (0, 0, 0, -x.shape[2] % OUTPUTS))
+    return x.unflatten(2, (-1, OUTPUTS)).transpose(1, 2).contiguous()  # (d blocks 4F OUTPUTS lanes)
 
 
 @torch.library.custom_op("pixelrnn::lstm_cpu", mutates_args=())
@@ -110,8 +117,7 @@ def lstm_cpu_backward_op(
     weight, of_left = (pad(x, 1, f, room).flatten(0, 1) for x in (input_weight, left_weight))
     d_hidden = pad(d_hidden_states, 4, f, room).clone(memory_format=torch.contiguous_format)
     d_gates = torch.empty_like(gates)
-    # (d 4F n·F) → (d n v 4F lanes)
-    in_kernel = states.view(d, 4 * room, -1, room // lanes, lanes).permute(0, 2, 3, 1, 4).contiguous()
+    in_kernel = weight_backward(states, lanes)
     tensors = [gates, in_kernel, d_gates, d_hidden, cell_before, tanh_cell, u.new_zeros(b, d, w, room)]
     scan("backward", tensors, states.shape[2] // room, diagonal, lanes)
 

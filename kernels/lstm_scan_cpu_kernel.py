@@ -20,6 +20,7 @@ from kernels.vector_math import gates_of_lstm, tanh_by_expm1
 # the right the pixel is that reads a state there. The pixel that `carry` leads to continues the cell.
 FORWARD = ("gates", "weight", "taps", "hidden", "cell_before", "tanh_cell", "cell")
 BACKWARD = ("gates", "weight", "d_gates", "d_hidden", "cell_before", "tanh_cell", "d_cell")
+OUTPUTS = 2  # vectors that the backward product sums side by side
 SIZES = ("h", "w", "d", "n", "vectors", "carry")
 
 
@@ -128,24 +129,29 @@ def backward(code: Code, s: Scan) -> None:
                     code.store(x, of_d_gates, s.vectors * gate + v)
                 with code.when(goes_on):
                     code.store(d_cell * forget, next_cell, v)
-        with code.loop(s.n) as tap:
+        with code.loop((s.n * s.vectors + (OUTPUTS - 1)) / OUTPUTS) as block:
+            add_product(code, s, i, j, d_gates, block)
+
+
+def add_product(code: Code, s: Scan, i: Value, j: Value, d_gates: list[Value], block: Value) -> None:
+    """Add what some taps' features get from a pixel's d_gates to the gradients of the states that they read."""
+    inputs = s.vectors * code.lanes * 4
+    blocks = (s.n * s.vectors + (OUTPUTS - 1)) / OUTPUTS
+    sums = [[code.variable(code.number(0)) for _ in range(OUTPUTS)] for _ in d_gates]
+    with code.loop(inputs) as k:
+        row = code.address(s.at["weight"], ((s.direction * blocks + block) * inputs + k) * OUTPUTS)
+        weights = [code.load(row, r) for r in range(OUTPUTS)]
+        for at, totals in zip(d_gates, sums, strict=True):
+            x = code.load_one(at, k)
+            for weight, total in zip(weights, totals, strict=True):
+                total.set(code.fma(weight, x, total.get()))
+    for r in range(OUTPUTS):
+        tap, v = (block * OUTPUTS + r) / s.vectors, (block * OUTPUTS + r) % s.vectors
+        with code.when(tap < s.n):
             row, column, is_inside = s.neighbour(i, j, tap, -1)
-            with code.when(is_inside), code.loop(s.vectors) as v:
-                add_product(code, s, d_gates, s.places("d_hidden", row, column, s.vectors), tap, v)
-
-
-def add_product(code: Code, s: Scan, x: list[Value], out: list[Value], tap: Value, v: Value) -> None:
-    """out[v] ← out[v] + weights of a tap · x, as two sums that do not wait for each other, of every other input."""
-    pairs = s.vectors * code.lanes * 2
-    first = ((s.direction * s.n + tap) * s.vectors + v) * pairs
-    sums = [(code.variable(code.load(at, v)), code.variable(code.number(0))) for at in out]
-    with code.loop(pairs) as k:
-        weights = [code.load(s.at["weight"], (first + k) * 2 + odd) for odd in range(2)]
-        for at, totals in zip(x, sums, strict=True):
-            for odd, (weight, total) in enumerate(zip(weights, totals, strict=True)):
-                total.set(code.fma(weight, code.load_one(at, k * 2 + odd), total.get()))
-    for at, (even, odd) in zip(out, sums, strict=True):
-        code.store(even.get() + odd.get(), at, v)
+            with code.when(is_inside):
+                for totals, at in zip(sums, s.places("d_hidden", row, column, s.vectors), strict=True):
+                    code.store(code.load(at, v) + totals[r].get(), at, v)
 
 
 def write(code: Code) -> None:
