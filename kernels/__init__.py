@@ -1,7 +1,7 @@
 """Operations that the models call; each is a plain function of tensors, documented in its own file.
 
-Each has two forms: Triton kernels, for NVIDIA's GPUs, and torch, for everything else. `backend_for` chooses between
-them, and `with kernels.use("torch"):` chooses for every operation within.
+Each has two forms: Triton kernels, for NVIDIA's GPUs, and torch, for everything else; the LSTMs have a third, compiled
+for CPUs. `backend_for` chooses, and `with kernels.use("torch"):` chooses for every operation within.
 """
 
 from kernels.backend import BACKENDS, backend_for, in_use, use

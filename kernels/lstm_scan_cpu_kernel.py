@@ -10,7 +10,7 @@ are beside it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from kernels.vector import I64, Code, Value
@@ -156,22 +156,19 @@ def add_product(code: Code, s: Scan, i: Value, j: Value, d_gates: list[Value], b
 
 def write(code: Code) -> None:
     """Write `forward` and `backward`, functions of a scan in memory, the first image, how many, and the direction."""
+    together = 4 if code.wide else 2
     for body, names in ((forward, FORWARD), (backward, BACKWARD)):
 
-        def of_images(count: int, body=body, names=names):
-            def some(code: Code, *arguments: Value) -> None:
-                body(code, Scan(code, names, *arguments, count))
+        def of_images(count: int, body=body, names=names) -> Callable:
+            return code.function(lambda code, *given: body(code, Scan(code, names, *given, count)), "pii")
 
-            return code.function(some, "pii")
-
-        together = 4 if code.wide else 2
         several, single = of_images(together), of_images(1)
 
         def run(code: Code, scan, first, count, direction, several=several, single=single) -> None:
-            blocks = count / together
-            with code.loop(blocks) as k:
+            whole = count / together * together
+            with code.loop(count / together) as k:
                 several(scan, first + k * together, direction)
-            with code.loop(count, blocks * together) as k:
+            with code.loop(count, whole) as k:
                 single(scan, first + k, direction)
 
         code.function(run, "piii", name=body.__name__)
