@@ -36,7 +36,9 @@ def pad(x: Tensor, dim: int, f: int, room: int) -> Tensor:
 
 def unpad(x: Tensor, dim: int, f: int, room: int) -> Tensor:
     """Take them away."""
-    return x if f == room else x.unflatten(dim, (-1, room)).narrow(dim + 1, 0, f).flatten(dim, dim + 1)
+    if f == room:
+        return x
+    return x.unflatten(dim, (-1, room)).narrow(dim + 1, 0, f).flatten(dim, dim + 1).contiguous()
 
 
 def scan(name: str, tensors: list[Tensor], n: int, diagonal: bool, lanes: int) -> None:
