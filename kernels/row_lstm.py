@@ -24,7 +24,7 @@ from torch import Tensor
 from kernels.backend import autocast, backend_for, in_float32
 from kernels.lstm import double_g, local_gradients
 from kernels.lstm_scan import lstm_scan
-from kernels.lstm_scan_cpu import lstm_cpu
+from kernels.lstm_scan_cpu import FEW, lstm_cpu
 
 
 def row_lstm_reference(
@@ -203,7 +203,7 @@ def row_lstm(
 
     Source: 1601.06759, section 3.1 and equation 3.
     """
-    computed_by = backend_for(state_weight, backend, compiled=True)
+    computed_by = backend_for(state_weight, backend, compiled=state_weight.shape[1] <= FEW)
     if computed_by == "triton":
         u, input_weight, bias, left_weight = autocast(u, input_weight, bias, left_weight)
         pre = F.linear(u, input_weight, bias)

@@ -321,6 +321,14 @@ def test_backends_are_named():
         kernels.backend_for(u.bfloat16(), "cpu", compiled=True)
 
 
+@pytest.mark.parametrize("name", [name for name, operation in OPERATIONS.items() if operation.cpu])
+@pytest.mark.parametrize("f, dtype, form", [(16, "float32", "cpu"), (17, "float32", "torch"), (16, "float64", "torch")])
+def test_the_cpus_kernel_computes_few_features_in_float32(name, f, dtype, form):
+    inputs = [x.to(FLOATS[dtype]) for x in OPERATIONS[name].inputs(2, 5, 6, 7, f)[0].values()]
+    found = {backend: OPERATIONS[name].run(*inputs, backend=backend) for backend in (None, *ON_CPU)}
+    assert torch.equal(found[None], found[form]) and not torch.equal(found["torch"], found["cpu"])
+
+
 # --------------------------------------------------------------------------------------------- as torch's operations
 
 REGISTERED = {

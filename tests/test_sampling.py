@@ -582,7 +582,7 @@ def test_two_rows_are_captured_in_all_once_something_ran(monkeypatch):
 @every_target
 def test_the_backend_may_be_named(case):
     model = build(case)
-    with pytest.raises(ValueError, match="backend='cuda': expected triton or torch"):
+    with pytest.raises(ValueError, match="backend='cuda': expected triton, torch or cpu"):
         sample(model, 1, backend="cuda", **given(model, 1))
     assert torch.equal(*(sample(model, 2, backend=backend, **given(model, 2)) for backend in (None, "torch")))
     with kernels.use("torch"):
