@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from kernels.vector import I64, Code, Value
+from kernels.vector import I64, Code, Value, Variable
 from kernels.vector_math import gates_of_lstm, tanh_by_expm1
 
 # The integers of a scan in memory: addresses, sizes, and for each direction and tap how many rows below and columns to
@@ -129,29 +129,38 @@ def backward(code: Code, s: Scan) -> None:
                     code.store(x, of_d_gates, s.vectors * gate + v)
                 with code.when(goes_on):
                     code.store(d_cell * forget, next_cell, v)
-        with code.loop((s.n * s.vectors + (OUTPUTS - 1)) / OUTPUTS) as block:
-            add_product(code, s, i, j, d_gates, block)
+        add_products(code, s, i, j, d_gates)
 
 
-def add_product(code: Code, s: Scan, i: Value, j: Value, d_gates: list[Value], block: Value) -> None:
-    """Add what some taps' features get from a pixel's d_gates to the gradients of the states that they read."""
-    inputs = s.vectors * code.lanes * 4
-    blocks = (s.n * s.vectors + (OUTPUTS - 1)) / OUTPUTS
+def add_products(code: Code, s: Scan, i: Value, j: Value, d_gates: list[Value]) -> None:
+    """Add what a pixel's d_gates say of the states that its taps read to the gradients of these."""
+    inputs, blocks = s.vectors * code.lanes * 4, (s.n * s.vectors + (OUTPUTS - 1)) / OUTPUTS
+    tap, v = (code.variable(code.integer(0)) for _ in range(2))
+    with code.loop(blocks) as block:
+        sums = products(code, s, d_gates, (s.direction * blocks + block) * inputs)
+        for r in range(OUTPUTS):
+            with code.when(tap.get() < s.n):  # the last block may have more outputs than there are
+                row, column, is_inside = s.neighbour(i, j, tap.get(), -1)
+                with code.when(is_inside):
+                    for totals, at in zip(sums, s.places("d_hidden", row, column, s.vectors), strict=True):
+                        code.store(code.load(at, v.get()) + totals[r].get(), at, v.get())
+            v.set(v.get() + 1)
+            with code.when(v.get().equals(s.vectors)):
+                v.set(code.integer(0))
+                tap.set(tap.get() + 1)
+
+
+def products(code: Code, s: Scan, d_gates: list[Value], first: Value) -> list[list[Variable]]:
+    """The sums of a block of outputs, for each image, by the weights from input `first` on."""
     sums = [[code.variable(code.number(0)) for _ in range(OUTPUTS)] for _ in d_gates]
-    with code.loop(inputs) as k:
-        row = code.address(s.at["weight"], ((s.direction * blocks + block) * inputs + k) * OUTPUTS)
+    with code.loop(s.vectors * code.lanes * 4) as k:
+        row = code.address(s.at["weight"], (first + k) * OUTPUTS)
         weights = [code.load(row, r) for r in range(OUTPUTS)]
         for at, totals in zip(d_gates, sums, strict=True):
             x = code.load_one(at, k)
             for weight, total in zip(weights, totals, strict=True):
                 total.set(code.fma(weight, x, total.get()))
-    for r in range(OUTPUTS):
-        tap, v = (block * OUTPUTS + r) / s.vectors, (block * OUTPUTS + r) % s.vectors
-        with code.when(tap < s.n):
-            row, column, is_inside = s.neighbour(i, j, tap, -1)
-            with code.when(is_inside):
-                for totals, at in zip(sums, s.places("d_hidden", row, column, s.vectors), strict=True):
-                    code.store(code.load(at, v) + totals[r].get(), at, v)
+    return sums
 
 
 def write(code: Code) -> None:
