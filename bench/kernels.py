@@ -3,8 +3,8 @@
 Each is timed in turn with the same function as it is usually written:
 
     diagonal_lstm   one layer, both directions: `loop`, on skewed maps, column after column, by autograd; and with
-                    --compile `compiled`, that loop under torch.compile
-    row_lstm        one layer: `loop`, row after row, by autograd; and `compiled`
+                    --compile `compiled`, that loop under torch.compile; on a CPU also `torch`, the torch form
+    row_lstm        one layer: `loop`, row after row, by autograd; and `compiled`, `torch`
     masked_conv     3×3 of mask B: `dense`, all nine taps of the masked weight
     stem            7×7 of mask A on three colours: `dense`, all 49 taps
     cross_entropy   `library`, torch.nn.functional.cross_entropy of the logits in float32
@@ -76,11 +76,17 @@ def beside(args: argparse.Namespace, loop: nn.Module, u: Tensor, compile: bool) 
     return out
 
 
+def ours(args: argparse.Namespace, scan: Callable[..., Tensor], given: list[Tensor]) -> dict:
+    """A scan by the form that is taken by itself, and on a CPU by torch."""
+    forms = {"ours": None, "torch": "torch"} if args.device.type == "cpu" else {"ours": None}
+    return {name: (lambda backend=backend: scan(*given, backend=backend), given) for name, backend in forms.items()}
+
+
 def diagonal(args: argparse.Namespace, b: int, h: int, w: int, f: int) -> Work:
     layer, pixels = DiagonalLSTMLayer(Stretch(f), Stretch(2 * f), []), b * h * w
     u = leaf(args, torch.randn(b, h, w, 2 * f))
     given = [u, *(leaf(args, x) for x in (layer.masked_input_weight(), layer.bias, layer.state_weight))]
-    things = {"ours": (lambda: kernels.diagonal_lstm(*given), given)}
+    things = ours(args, kernels.diagonal_lstm, given)
     things |= beside(args, BothDirections(layer), u, compile=True)
     return Work({"b": b, "h": h, "w": w, "f": f}, things, pixels * 2 * 4 * f * 4 * f, pixels * 4 * f)
 
@@ -90,7 +96,7 @@ def row(args: argparse.Namespace, b: int, h: int, w: int, f: int) -> Work:
     u, weight = leaf(args, torch.randn(b, h, w, k)), layer.input.masked_weight()
     parts = weight[:, k:], layer.input.bias, layer.state_weight, weight[:, :k]
     given = [u, *(leaf(args, x) for x in parts)]
-    things = {"ours": (lambda: kernels.row_lstm(*given), given)}
+    things = ours(args, kernels.row_lstm, given)
     things |= beside(args, DenseRowLSTM(layer), u, compile=True)
     return Work({"b": b, "h": h, "w": w, "f": f}, things, pixels * 4 * f * (2 * k + 3 * f), pixels * 3 * f)
 

@@ -70,7 +70,8 @@ def programs(device: torch.device) -> Iterator[str]:
     model = small_model(device)
     triton_computes = kernels.backend_for(model.stem.weight) == "triton"
     why = f"Triton {version('triton')}" if triton_computes else f"torch, as {why_torch(device)}"
-    yield f"convolutions, LSTM scans, loss: {why}"
+    compiled = kernels.backend_for(model.stem.weight, compiled=True) == "cpu"
+    yield f"convolutions, LSTM scans, loss: {why}" + "; scans of few features by a function compiled for it" * compiled
     rows = backend_of_rows(model, Draw(torch.zeros(1, 1, 6, 6, device=device)))
     yield (
         "cached sampler: "

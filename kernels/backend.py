@@ -1,4 +1,4 @@
-"""Who computes an operation: Triton kernels, on NVIDIA's GPUs, or torch, everywhere else.
+"""Who computes an operation: Triton kernels on NVIDIA's GPUs, compiled ones on CPUs for some, or torch, everywhere.
 
 A call's own `backend=` goes before `with use(…):`, which goes before what the tensors' device suggests.
 """
@@ -9,25 +9,35 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from checks import check_one_of
+from checks import check_one_of, unexpected
 from kernels.jit import has_triton
 
-BACKENDS = ("triton", "torch")
+BACKENDS = ("triton", "torch", "cpu")
 chosen: str | None = None  # by `use`
 
 
-def backend_for(x: Tensor, backend: str | None = None) -> str:
-    """Say who computes with x: "triton" or "torch".
+def backend_for(x: Tensor, backend: str | None = None, compiled: bool | None = None) -> str:
+    """Say who computes with x: "triton", "torch" or "cpu".
 
     Args:
         backend: the caller's choice. None: the choice of `use`, or of x's device.
+        compiled: whether the operation's kernel for CPUs is what computes float32 there if nobody chose. None: there is
+            no such kernel, and where "cpu" is chosen, torch computes.
 
     Raises:
-        ValueError: the choice is neither.
+        ValueError: the choice is none of these, or the CPU's kernel cannot compute with x.
     """
-    backend = backend or chosen or ("triton" if has_triton(x.device) else "torch")
-    check_one_of("backend", backend, BACKENDS)
-    return backend
+    asked, kind = backend or chosen, x.device.type
+    if asked is None:
+        if has_triton(x.device):
+            return "triton"
+        return "cpu" if compiled and kind == "cpu" and x.dtype == torch.float32 else "torch"
+    check_one_of("backend", asked, BACKENDS)
+    if asked != "cpu" or compiled is None:
+        return "torch" if asked == "cpu" else asked
+    if kind != "cpu" or x.dtype not in (torch.float32, torch.float64):
+        raise unexpected("backend", asked, f"triton or torch with {x.dtype} on {kind}")
+    return asked
 
 
 def in_use() -> str | None:

@@ -12,9 +12,9 @@ At pixel (i, j), with `left` = (i, j−1) and `up` = (i−1, j), zeros outside t
 Direction 0 reads the image from left to right, direction 1 its mirror image: `left` is (i, j+1) there.
 
 All pixels of one diagonal i + j = t are computed together, from those of t − 1. The Triton form is in
-`kernels/lstm_scan_kernel.py`. The torch form below packs the pixels diagonal after diagonal, so that every diagonal,
-and every diagonal's neighbours, is one slice; pixels outside the image do not exist there, and no state can pass
-through them.
+`kernels/lstm_scan_kernel.py`, the one for CPUs in `kernels/lstm_scan_cpu.py`. The torch form below packs the pixels
+diagonal after diagonal, so that every diagonal, and every diagonal's neighbours, is one slice; pixels outside the image
+do not exist there, and no state can pass through them.
 """
 
 from functools import lru_cache
@@ -27,6 +27,7 @@ from torch import Tensor
 from kernels.backend import autocast, backend_for, in_float32
 from kernels.lstm import double_g, local_gradients
 from kernels.lstm_scan import lstm_scan
+from kernels.lstm_scan_cpu import FEW, lstm_cpu
 
 
 def diagonal_lstm_reference(u: Tensor, input_weight: Tensor, bias: Tensor, state_weight: Tensor) -> Tensor:
@@ -243,16 +244,20 @@ def diagonal_lstm(
         input_weight: input-to-state weights (2 4f k), masked by the caller.
         bias: of the gates (2 4f).
         state_weight: state-to-state weights (2 4f 2f), the left neighbour's before the upper one's.
-        backend: see `kernels.backend_for`. Under autocast, Triton multiplies in its type and torch in float32; states
-            are float32 in both.
+        backend: see `kernels.backend_for`. Under autocast, Triton multiplies in its type, the others in float32; states
+            are float32 in all.
 
     Returns:
         The hidden states (b h w 2 f), each direction at the pixel it belongs to, not yet moved down a row.
 
     Source: 1601.06759, section 3.2 and equation 3.
     """
-    if backend_for(u, backend) == "triton":
+    computed_by = backend_for(state_weight, backend, compiled=state_weight.shape[2] <= 2 * FEW)
+    if computed_by == "triton":
         u, input_weight, bias = autocast(u, input_weight, bias)
         pre = F.linear(u, input_weight.flatten(0, 1), bias.flatten())
         return lstm_scan(pre.unflatten(3, (2, -1)), state_weight, diagonal=True)
-    return diagonal_lstm_op(*in_float32(u, input_weight, bias, state_weight))[0]
+    given = in_float32(u, input_weight, bias, state_weight)
+    if computed_by == "torch":
+        return diagonal_lstm_op(*given)[0]
+    return lstm_cpu(*given, left_weight=given[1][..., :0], diagonal=True)

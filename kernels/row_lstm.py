@@ -12,9 +12,9 @@ At pixel (i, j), zeros outside the image:
     hidden    = o ⊙ tanh(cell)
 
 All pixels of a row, in all images, are computed together from those of the row above. The Triton form is in
-`kernels/lstm_scan_kernel.py`. The torch form below puts rows first: (h b w ·). A pixel's features and what its taps
-read are side by side, [u, left, tap 0, …, tap n−1], and so are the weights. The sum above is then one product a row,
-and the gradients of all weights are one product over all pixels.
+`kernels/lstm_scan_kernel.py`, the one for CPUs in `kernels/lstm_scan_cpu.py`. The torch form below puts rows first:
+(h b w ·). A pixel's features and what its taps read are side by side, [u, left, tap 0, …, tap n−1], and so are the
+weights. The sum above is then one product a row, and the gradients of all weights are one product over all pixels.
 """
 
 import torch
@@ -24,6 +24,7 @@ from torch import Tensor
 from kernels.backend import autocast, backend_for, in_float32
 from kernels.lstm import double_g, local_gradients
 from kernels.lstm_scan import lstm_scan
+from kernels.lstm_scan_cpu import FEW, lstm_cpu
 
 
 def row_lstm_reference(
@@ -194,15 +195,16 @@ def row_lstm(
         state_weight: state-to-state weights (4f f n), n odd: the taps along the row above, from left to right.
         left_weight: input-to-state weights (4f m) of the left neighbour's first m ≤ k features: with `input_weight`,
             the taps of a 1×3 convolution along the row whose third is masked. None: no such tap.
-        backend: see `kernels.backend_for`. Under autocast, Triton multiplies in its type and torch in float32; states
-            are float32 in both.
+        backend: see `kernels.backend_for`. Under autocast, Triton multiplies in its type, the others in float32; states
+            are float32 in all.
 
     Returns:
         The hidden states (b h w f), each at the pixel it belongs to.
 
     Source: 1601.06759, section 3.1 and equation 3.
     """
-    if backend_for(u, backend) == "triton":
+    computed_by = backend_for(state_weight, backend, compiled=state_weight.shape[1] <= FEW)
+    if computed_by == "triton":
         u, input_weight, bias, left_weight = autocast(u, input_weight, bias, left_weight)
         pre = F.linear(u, input_weight, bias)
         if left_weight is not None:
@@ -211,4 +213,9 @@ def row_lstm(
         state_weight = state_weight.mT.flatten(1)[None]  # (1 4f n·f)
         return lstm_scan(pre[:, :, :, None], state_weight, diagonal=False)[:, :, :, 0]
     left_weight = input_weight[:, :0] if left_weight is None else left_weight
-    return row_lstm_op(*in_float32(u, input_weight, bias, state_weight, left_weight))[0]
+    given = in_float32(u, input_weight, bias, state_weight, left_weight)
+    if computed_by == "torch":
+        return row_lstm_op(*given)[0]
+    u, input_weight, bias, state_weight, left_weight = given
+    states = state_weight.mT.flatten(1)  # (4f n·f)
+    return lstm_cpu(u, input_weight[None], bias[None], states[None], left_weight[None], diagonal=False)[:, :, :, 0]

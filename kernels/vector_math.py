@@ -164,3 +164,35 @@ def tanh(code: Code, x: Value) -> Value:
     square, e = x * x, decay(code, x + x)
     series = code.fma(square * x, polynomial(code, square, kind(code).tanh), x)
     return code.where(code.absolute(x) < code.number(0.55), series, code.with_sign(1 - (e + e) / (e + 1), x))
+
+
+def as_fraction(code: Code, x: Value, is_tanh: bool) -> tuple[Value, Value]:
+    """σ(x) as 1 / (1 + e) or e / (1 + e), with e = exp(−|x|), or tanh(x) as ±m / (2 − m), with m = 1 − exp(−2|x|).
+
+    The denominator is between 1 and 2. NaN stays NaN.
+    """
+    least = code.number(kind(code).least)
+    x_or_twice = x + x if is_tanh else x
+    down = code.larger(least, code.with_sign(x_or_twice, code.number(-1)))
+    if not is_tanh:
+        e = unbounded_exp(code, down)
+        return code.where(x < code.number(0), e, code.number(1)), e + 1
+    n, less_one = reduced(code, down)
+    scale = power_of_2(code, n)
+    m = code.fma(scale, less_one, scale - 1)
+    return code.with_sign(m, x), m + 2
+
+
+def tanh_by_expm1(code: Code, x: Value) -> Value:
+    above, below = as_fraction(code, x, True)
+    return above / below
+
+
+def gates_of_lstm(code: Code, o: Value, forget: Value, into: Value, g: Value) -> list[Value]:
+    """σ(o), σ(forget), σ(into), tanh(g), by one division: it takes a CPU longer than ten products."""
+    parts = [as_fraction(code, x, is_tanh) for x, is_tanh in ((o, False), (forget, False), (into, False), (g, True))]
+    (a, of_a), (b, of_b), (c, of_c), (d, of_d) = parts
+    of_ab, of_cd = of_a * of_b, of_c * of_d
+    inverse = 1 / (of_ab * of_cd)
+    inverse_ab, inverse_cd = inverse * of_cd, inverse * of_ab
+    return [a * (inverse_ab * of_b), b * (inverse_ab * of_a), c * (inverse_cd * of_d), d * (inverse_cd * of_c)]

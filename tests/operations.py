@@ -25,6 +25,7 @@ from kernels.row_lstm import row_lstm_reference
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")  # of the Triton forms; torch's are on the CPU
 # The forms of the Triton scans: "triton" takes one of them. On a GPU, no program holds all weights in float32. For the
 # one whose programs wait for each other see `tests.test_shared_scan`.
+ON_CPU = ("torch", "cpu")  # the forms that are computed there
 SCANS = tuple(form for form in FORMS if form != "shared" and (form != "carried" or DEVICE.type == "cpu"))
 
 # ------------------------------------------------------------------------------------------------ what computes them
@@ -118,11 +119,20 @@ class Operation(NamedTuple):
     torch: tuple  # sizes with the edges of the torch form,
     triton: tuple  # of the kernels: blocks, masked tails, several programs in each direction,
     gpu: tuple  # and those to be computed on a GPU alone
-    backends: tuple[str, ...] = ("triton",)  # beside torch
+    backends: tuple[str, ...] = ("triton",)  # beside torch and the CPU's kernel
+    cpu: tuple = ()  # sizes with the edges of the CPU's kernel, where there is one
 
     @property
     def is_scan(self) -> bool:
         return self.backends == SCANS
+
+    @property
+    def forms(self) -> tuple[str, ...]:
+        """What computes it."""
+        return ("torch", *(["cpu"] if self.cpu else []), *self.backends)
+
+    def sizes(self, form: str) -> tuple:
+        return {"torch": self.torch, "cpu": self.cpu}.get(form, self.triton)
 
 
 def both(sizes: tuple) -> tuple:
@@ -158,6 +168,14 @@ OPERATIONS = {
             (3, 5, 2, 3, 7),  # two programs, the second with images that there are not; positions beyond the last row
             (1, 2, 2, 5, 20),  # two blocks of features, the second not full
         ),
+        cpu=(
+            (1, 1, 1, 1, 1),
+            (3, 1, 5, 2, 3),
+            (2, 6, 1, 2, 8),
+            (4, 3, 4, 2, 16),  # images as many as are computed together,
+            (7, 2, 3, 3, 20),  # and a part of so many; features that fill no vector
+            (9, 3, 2, 2, 37),
+        ),
         gpu=((3, 9, 7, 32, 16), (5, 28, 29, 128, 64), (4, 32, 33, 256, 128), (2, 64, 17, 64, 32), (1, 5, 6, 40, 20)),
         backends=SCANS,
     ),
@@ -189,6 +207,14 @@ OPERATIONS = {
             (3, 3, 5, 3, 7),
             (1, 3, 2, 5, 20),
             (2, 2, 18, 2, 8),  # more positions than a matrix product has rows
+        ),
+        cpu=(
+            (1, 1, 1, 1, 1, 1),
+            (3, 1, 5, 2, 3, 3, 1),
+            (2, 6, 1, 2, 8, 5),
+            (4, 3, 4, 2, 16, 3, 2),
+            (7, 2, 3, 3, 20, 7, 1),
+            (9, 3, 2, 2, 37, 3),
         ),
         gpu=(
             (3, 9, 7, 32, 16, 3, 32),
@@ -336,7 +362,7 @@ def check(operation: Operation, size: tuple, backend: str, dtype: torch.dtype, l
     d_out = of_gradient(numbers(shape, seed=1)[0].to(dtype))
     exact = {name: x.double() for name, x in rounded.items()}
     expected = results(lambda *x: operation.reference(*x, *others), exact, d_out.double())
-    device = torch.device("cpu") if backend == "torch" else DEVICE
+    device = torch.device("cpu") if backend in ON_CPU else DEVICE
     given = {name: of_inputs(x.to(device)) for name, x in rounded.items()}
     d_out = d_out.to(device)
     before = [x.clone() for x in (*given.values(), d_out)]

@@ -9,7 +9,6 @@ import itertools
 import pytest
 import torch
 
-import kernels
 import models
 from kernels.lstm_scan import lstm_scan
 from models.optimizers import build_optimizer
@@ -79,7 +78,7 @@ def test_the_cached_sampler_draws_what_the_network_says(name, head):
     model = build(name, channels=3, hidden=18, height=4, width=5, head=head).cuda().eval()
     uniforms = noise(0, range(60), model.shape, backend="torch").cuda()
     naive = sample(model, 60, method="naive", uniforms=[uniforms])
-    for backend, batch_size in itertools.product(kernels.BACKENDS, (15, 20, 60)):
+    for backend, batch_size in itertools.product(("triton", "torch"), (15, 20, 60)):
         drawn = sample(model, 60, backend=backend, uniforms=[uniforms], batch_size=batch_size)
         assert torch.equal(drawn, naive), (backend, batch_size)
 
@@ -91,7 +90,7 @@ def test_bfloat16_moves_conditionals_by_little(name, head):
     x = torch.randint(0, 4, (20, 3, 6, 5), device="cuda")
     with torch.no_grad():
         expected = model.conditionals(x).exp()
-    for how in ({"method": "naive"}, *({"method": "cached", "backend": name} for name in kernels.BACKENDS)):
+    for how in ({"method": "naive"}, *({"method": "cached", "backend": name} for name in ("triton", "torch"))):
         record = Record(copy.deepcopy(model).bfloat16(), Given(x), 20, conditionals=True)
         PixelLoop(copy.deepcopy(model).bfloat16(), rule=record, b=20, **how).run()
         moved = (record.conditionals.exp() - expected).abs().sum(-1) / 2

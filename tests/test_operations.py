@@ -1,8 +1,9 @@
 """What `kernels` promises of every operation: each form is what its reference says, outputs and gradients.
 
 The operations, their sizes and the comparison are in `tests/operations.py`; what the LSTM scans mean is in
-`tests/test_scans.py`. The torch forms run on the CPU. The Triton forms run on a GPU where there is one, else in
-Triton's interpreter, watched for races (`tests.races`); of layouts the compiler alone knows: see `bench.compile`.
+`tests/test_scans.py`. The torch forms run on the CPU, and so do those compiled for it. The Triton forms run on a GPU
+where there is one, else in Triton's interpreter, watched for races (`tests.races`); of layouts the compiler alone
+knows: see `bench.compile`.
 """
 
 import pytest
@@ -17,11 +18,13 @@ from kernels.diagonal_lstm import diagonal_lstm_op
 from kernels.gate import gate_op
 from kernels.jit import jit, tl, triton
 from kernels.lstm_scan import form_of, lstm_scan, lstm_scan_op
+from kernels.lstm_scan_cpu import lstm_cpu_op
 from kernels.masked_conv import masked_conv_op
 from kernels.row_lstm import row_lstm_op
 from tests.operations import (
     DEVICE,
     LAYOUTS,
+    ON_CPU,
     OPERATIONS,
     SCANS,
     assert_close,
@@ -36,6 +39,7 @@ pytestmark = pytest.mark.usefixtures("no_hazards")
 needs_triton = pytest.mark.skipif(triton is None, reason="Triton is for Linux")
 in_the_interpreter = pytest.mark.skipif(DEVICE.type == "cuda", reason="a float64 product is the interpreter's affair")
 FLOATS = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16}
+TYPES = {"torch": ("float64", "float32", "bfloat16"), "cpu": ("float64", "float32")}  # of others, float32
 
 
 @pytest.fixture(autouse=True)
@@ -50,12 +54,12 @@ def poison():
 
 def takes_seconds(name: str, backend: str, size: tuple) -> bool:
     """In the interpreter: a scan, but for the smallest one in each form."""
-    return OPERATIONS[name].is_scan and backend != "torch" and size != OPERATIONS[name].triton[0]
+    return OPERATIONS[name].is_scan and backend not in ON_CPU and size != OPERATIONS[name].triton[0]
 
 
 def case(name: str, backend: str, *rest, size: tuple | None = None):
     """A case of a test: (name, backend, *rest), and the size where there is one."""
-    marks = [] if backend == "torch" else [needs_triton]
+    marks = [] if backend in ON_CPU else [needs_triton]
     if DEVICE.type == "cpu" and takes_seconds(name, backend, size or OPERATIONS[name].small):
         marks.append(pytest.mark.slow)
     words = [name, backend, *map(str, rest), *([] if size is None else [text_of(size)])]
@@ -63,7 +67,10 @@ def case(name: str, backend: str, *rest, size: tuple | None = None):
     return pytest.param(*values, marks=marks, id="-".join(words))
 
 
-every_operation = pytest.mark.parametrize("name", OPERATIONS)
+on_a_cpu = pytest.mark.parametrize(
+    ("name", "backend"),
+    [case(name, backend) for name, operation in OPERATIONS.items() for backend in ON_CPU if backend in operation.forms],
+)
 
 
 # ------------------------------------------------------------------------------------- output and every gradient
@@ -74,9 +81,9 @@ every_operation = pytest.mark.parametrize("name", OPERATIONS)
     [
         case(name, backend, dtype, size=size)
         for name, operation in OPERATIONS.items()
-        for backend in ("torch", *operation.backends)
-        for dtype in (("float64", "float32", "bfloat16") if backend == "torch" else ("float32",))
-        for size in (operation.torch if backend == "torch" else operation.triton)
+        for backend in operation.forms
+        for dtype in TYPES.get(backend, ("float32",))
+        for size in operation.sizes(backend)
     ],
 )
 def test_output_and_every_gradient_equal_the_reference(name, backend, dtype, size):
@@ -93,7 +100,7 @@ def test_public_names_take_the_form_that_fits(name, backend):
     [
         case(name, backend, layout)
         for name, operation in OPERATIONS.items()
-        for backend in ("torch", *operation.backends)
+        for backend in operation.forms
         for layout in LAYOUTS
         if layout != "usual"
     ],
@@ -108,9 +115,9 @@ def test_any_layout_in_memory_is_accepted(name, backend, layout):
     [
         case(name, backend, size=size)
         for name, operation in OPERATIONS.items()
-        for backend, sizes in (("torch", operation.tiny), ("triton", operation.tiny[:2]))
+        for backend, sizes in (("torch", operation.tiny), ("cpu", operation.tiny), ("triton", operation.tiny[:2]))
         for size in sizes
-        if backend == "torch" or not operation.is_scan
+        if backend in operation.forms
     ],
 )
 @pytest.mark.slow
@@ -169,25 +176,25 @@ def small(name: str, backend: str, dtype=torch.float64):
     """An operation at its small size: as a function of its tensors, its reference, and the tensors."""
     operation = OPERATIONS[name]
     inputs, others = operation.inputs(*operation.small)
-    device = "cpu" if backend == "torch" else DEVICE
+    device = "cpu" if backend in ON_CPU else DEVICE
     inputs = {key: x.to(device, dtype) for key, x in inputs.items()}
     run, reference = operation.run, operation.reference
     return lambda *x: run(*x, *others, backend=backend), lambda *x: reference(*x, *others), inputs
 
 
-@every_operation
-def test_any_incoming_gradient_is_accepted(name):
+@on_a_cpu
+def test_any_incoming_gradient_is_accepted(name, backend):
     """Expanded (of a sum), transposed, and of the last row, column, direction or feature alone."""
-    run, reference, inputs = small(name, "torch")
+    run, reference, inputs = small(name, backend)
     reads = [lambda out: out.sum(), lambda out: out.mT.contiguous().exp().sum()]
     reads += [lambda out, dim=dim: out.select(dim, -1).sum() for dim in range(reference(*inputs.values()).dim())]
     for read in reads:
         assert_close(results(run, inputs, read), results(reference, inputs, read), 1e-12)
 
 
-@every_operation
-def test_a_gradient_may_be_asked_for_alone(name):
-    run, reference, inputs = small(name, "torch")
+@on_a_cpu
+def test_a_gradient_may_be_asked_for_alone(name, backend):
+    run, reference, inputs = small(name, backend)
     for wanted in inputs:
         found = []
         for function in (run, reference):
@@ -207,10 +214,10 @@ def test_a_gradient_of_a_convolution_may_be_asked_for_alone_in_triton(wanted):
     assert_close({wanted: got}, {wanted: expected}, 2e-6)
 
 
-@every_operation
-def test_backward_may_run_twice_and_output_be_written_to(name):
+@on_a_cpu
+def test_backward_may_run_twice_and_output_be_written_to(name, backend):
     """Nothing that the backward pass reads is changed by it, or is part of the output (or else torch says so)."""
-    run, _, inputs = small(name, "torch")
+    run, _, inputs = small(name, backend)
     given = [x.requires_grad_() for x in inputs.values()]
     out = run(*given)
     first = torch.autograd.grad(out.sum(), given, retain_graph=True)
@@ -299,13 +306,27 @@ def test_weights_that_fill_a_program_are_not_carried(monkeypatch):
 
 def test_backends_are_named():
     u = torch.zeros(1, 4)
-    with pytest.raises(ValueError, match=r"backend='cuda'.* triton or torch"):
+    with pytest.raises(ValueError, match=r"backend='cuda'.* triton, torch or cpu"):
         kernels.gate(u, backend="cuda")
     assert kernels.backend_for(u) == "torch"
     with kernels.use("triton"):
         assert kernels.backend_for(u) == "triton"
         assert kernels.backend_for(u, "torch") == "torch"
     assert kernels.backend_for(u) == "torch"
+    with kernels.use("cpu"):  # where an operation has such a kernel
+        assert kernels.backend_for(u) == "torch" and kernels.backend_for(u, compiled=False) == "cpu"
+    for x, expected in ((u, "cpu"), (u.double(), "torch"), (u.bfloat16(), "torch")):
+        assert kernels.backend_for(x, compiled=True) == expected
+    with pytest.raises(ValueError, match=r"backend='cpu': expected triton or torch with torch.bfloat16 on cpu"):
+        kernels.backend_for(u.bfloat16(), "cpu", compiled=True)
+
+
+@pytest.mark.parametrize("name", [name for name, operation in OPERATIONS.items() if operation.cpu])
+@pytest.mark.parametrize("f, dtype, form", [(16, "float32", "cpu"), (17, "float32", "torch"), (16, "float64", "torch")])
+def test_the_cpus_kernel_computes_few_features_in_float32(name, f, dtype, form):
+    inputs = [x.to(FLOATS[dtype]) for x in OPERATIONS[name].inputs(2, 5, 6, 7, f)[0].values()]
+    found = {backend: OPERATIONS[name].run(*inputs, backend=backend) for backend in (None, *ON_CPU)}
+    assert torch.equal(found[None], found[form]) and not torch.equal(found["torch"], found["cpu"])
 
 
 # --------------------------------------------------------------------------------------------- as torch's operations
@@ -318,6 +339,7 @@ REGISTERED = {
     "gate": (gate_op, [(2, 3, 4)], ()),
     "diagonal_lstm": (diagonal_lstm_op, [(1, 2, 3, 2), (2, 4, 2), (2, 4), (2, 4, 2)], ()),
     "row_lstm": (row_lstm_op, [(1, 2, 3, 2), (4, 2), (4,), (4, 1, 3), (4, 1)], ()),
+    "lstm_cpu": (lstm_cpu_op, [(1, 2, 3, 2), (1, 4, 2), (1, 4), (1, 4, 3), (1, 4, 1)], (False,)),
 }
 
 

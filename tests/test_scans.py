@@ -6,6 +6,7 @@ Legend: b batch · h w rows, columns · k f features in, out · n taps of the Ro
 """
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -25,11 +26,12 @@ def every_size(name):
     return pytest.mark.parametrize("size", OPERATIONS[name].torch, ids=text_of)
 
 
+@pytest.mark.parametrize("backend", ["torch", "cpu"])
 @pytest.mark.parametrize("scan, more", [(diagonal_lstm, ()), (row_lstm, (3,))], ids=["diagonal", "row"])
-def test_images_of_a_batch_do_not_mix(scan, more):
-    u, *weights = arguments(scan.__name__, 3, 4, 5, 2, 3, *more)
-    alone = torch.cat([scan(u[k : k + 1], *weights) for k in range(3)])
-    torch.testing.assert_close(scan(u, *weights), alone, rtol=1e-13, atol=1e-13)
+def test_images_of_a_batch_do_not_mix(scan, more, backend):
+    u, *weights = arguments(scan.__name__, 5, 4, 5, 2, 3, *more)
+    alone = torch.cat([scan(u[k : k + 1], *weights, backend=backend) for k in range(5)])
+    torch.testing.assert_close(scan(u, *weights, backend=backend), alone, rtol=1e-13, atol=1e-13)
 
 
 # ------------------------------------------------------------------------------------------------- Diagonal BiLSTM
@@ -173,3 +175,28 @@ def test_a_tap_on_the_left_neighbour_equals_features_beside_u(size, all_features
     beside = torch.cat([u, pad(u[:, :, :-1, :m], (0, 0, 1, 0))], dim=-1)
     out = row_lstm(beside, torch.cat([input_weight, left], dim=1), bias, state_weight)
     torch.testing.assert_close(out, got["out"], rtol=1e-12, atol=1e-12)
+
+
+# --------------------------------------------------------------------------------------------- the kernel for CPUs
+
+
+@pytest.mark.parametrize("name", ["row_lstm", "diagonal_lstm"])
+def test_the_kernel_for_cpus_gives_the_same_bits_by_any_threads(name, monkeypatch):
+    """And by vectors of any CPU."""
+    run, (inputs, _) = OPERATIONS[name].run, OPERATIONS[name].inputs(9, 3, 4, 2, 16)
+    inputs = {key: x.float() for key, x in inputs.items()}
+    compute = partial(run, backend="cpu")
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    expected = results(compute, inputs)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    monkeypatch.setenv("PIXELRNN_CPU", "generic")
+    found = results(compute, inputs)
+    assert all(torch.equal(x, found[key]) for key, x in expected.items())
+
+
+@pytest.mark.parametrize("name", ["row_lstm", "diagonal_lstm"])
+def test_the_kernel_for_cpus_hides_no_nan(name):
+    u, *weights = (x.float() for x in OPERATIONS[name].inputs(5, 2, 2, 2, 3)[0].values())
+    u[4, 0, 0, 0] = math.nan
+    is_nan = OPERATIONS[name].run(u, *weights, backend="cpu").isnan()
+    assert is_nan.any() and torch.equal(is_nan, OPERATIONS[name].reference(u, *weights).isnan())
