@@ -30,7 +30,6 @@ from models.sampling.rules import Rule
 from models.sampling.triton_row import TritonRow
 
 METHODS = ("cached", "naive")
-BACKENDS = (*kernels.BACKENDS, "cpu")  # of rows
 
 
 def backend_of_rows(model: AutoregressiveModel, rule: Rule, backend: str | None = None) -> str:
@@ -44,7 +43,7 @@ def backend_of_rows(model: AutoregressiveModel, rule: Rule, backend: str | None 
     """
     asked, dtype, kind = backend or kernels.in_use(), model.stem.weight.dtype, model.device.type
     if asked:
-        check_one_of("backend", asked, BACKENDS)
+        check_one_of("backend", asked, kernels.BACKENDS)
     if asked is None and kind == "cpu":
         return "cpu" if dtype == torch.float32 else "torch"
     if asked == "cpu":
