@@ -189,7 +189,10 @@ def tanh_by_expm1(code: Code, x: Value) -> Value:
 
 
 def gates_of_lstm(code: Code, o: Value, forget: Value, into: Value, g: Value) -> list[Value]:
-    """σ(o), σ(forget), σ(into), tanh(g), by one division: it takes a CPU longer than ten products."""
+    """σ(o), σ(forget), σ(into), tanh(g), by one division: it takes a CPU longer than ten products.
+
+    They are off by some ulp more, which a training does not mind.
+    """
     parts = [as_fraction(code, x, is_tanh) for x, is_tanh in ((o, False), (forget, False), (into, False), (g, True))]
     (a, of_a), (b, of_b), (c, of_c), (d, of_d) = parts
     of_ab, of_cd = of_a * of_b, of_c * of_d
