@@ -204,11 +204,11 @@ def main(cfg) -> None:
         if cfg[key] is not None:
             check(key, cfg[key], int, 1, most)
     check("seed", cfg.seed, int, 0)
+    if cfg.info and cfg.file is None:
+        raise unexpected("info", cfg.info, f"FILE{SUFFIX} beside it")
     if (cfg.images is None) == (cfg.file is None):
         raise unexpected("images", cfg.images, f"images=… to compress, or FILE{SUFFIX}, one of the two")
     if cfg.info:
-        if cfg.file is None:
-            raise unexpected("info", cfg.info, f"FILE{SUFFIX} beside it")
         return info(cfg)
     if cfg.out is None:
         raise unexpected("out", cfg.out, f"FILE{SUFFIX}" if cfg.file is None else "FILE.npy, or a folder for PNGs")

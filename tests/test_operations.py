@@ -37,6 +37,7 @@ from tests.operations import (
 
 pytestmark = pytest.mark.usefixtures("no_hazards")
 needs_triton = pytest.mark.skipif(triton is None, reason="Triton is for Linux")
+where_there_is_no_gpu = pytest.mark.skipif(DEVICE.type == "cuda", reason="the CPU's kernel is proven without a GPU")
 in_the_interpreter = pytest.mark.skipif(DEVICE.type == "cuda", reason="a float64 product is the interpreter's affair")
 FLOATS = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16}
 TYPES = {"torch": ("float64", "float32", "bfloat16"), "cpu": ("float64", "float32")}  # of others, float32
@@ -59,7 +60,7 @@ def takes_seconds(name: str, backend: str, size: tuple) -> bool:
 
 def case(name: str, backend: str, *rest, size: tuple | None = None):
     """A case of a test: (name, backend, *rest), and the size where there is one."""
-    marks = [] if backend in ON_CPU else [needs_triton]
+    marks = {"torch": [], "cpu": [where_there_is_no_gpu]}.get(backend, [needs_triton])
     if DEVICE.type == "cpu" and takes_seconds(name, backend, size or OPERATIONS[name].small):
         marks.append(pytest.mark.slow)
     words = [name, backend, *map(str, rest), *([] if size is None else [text_of(size)])]
@@ -313,6 +314,11 @@ def test_backends_are_named():
         assert kernels.backend_for(u) == "triton"
         assert kernels.backend_for(u, "torch") == "torch"
     assert kernels.backend_for(u) == "torch"
+
+
+@where_there_is_no_gpu
+def test_the_cpus_kernel_is_asked_where_there_is_one():
+    u = torch.zeros(1, 4)
     with kernels.use("cpu"):  # where an operation has such a kernel
         assert kernels.backend_for(u) == "torch" and kernels.backend_for(u, compiled=False) == "cpu"
     for x, expected in ((u, "cpu"), (u.double(), "torch"), (u.bfloat16(), "torch")):
@@ -321,6 +327,7 @@ def test_backends_are_named():
         kernels.backend_for(u.bfloat16(), "cpu", compiled=True)
 
 
+@where_there_is_no_gpu
 @pytest.mark.parametrize("name", [name for name, operation in OPERATIONS.items() if operation.cpu])
 @pytest.mark.parametrize("f, dtype, form", [(16, "float32", "cpu"), (17, "float32", "torch"), (16, "float64", "torch")])
 def test_the_cpus_kernel_computes_few_features_in_float32(name, f, dtype, form):
@@ -363,7 +370,7 @@ def test_operation_is_registered_as_torch_wants_it(name):
 @in_the_interpreter
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("name", ["PixelCNN", "GatedPixelCNN", "RowLSTM", "DiagBiLSTM"])
-def test_a_model_is_the_same_in_both_forms(name, channels):
+def test_a_model_is_the_same_in_all_forms(name, channels):
     """Nats and the gradient of every parameter, with masks between the groups of colours."""
     torch.manual_seed(0)
     sizes = {"channels": channels, "levels": 3, "height": 2, "width": 3, "hidden": 5, "layers": 2}
@@ -376,7 +383,8 @@ def test_a_model_is_the_same_in_both_forms(name, channels):
             gradients = torch.autograd.grad(nats.sum(), model.parameters())
         names = (name for name, _ in model.named_parameters())
         found.append({"nats": nats.detach(), **dict(zip(names, gradients, strict=True))})
-    assert_close(*found, 1e-10)
+    for other in found[1:]:
+        assert_close(found[0], other, 1e-10)
 
 
 # ------------------------------------------------------------------------------------------------------- on a GPU
