@@ -110,9 +110,9 @@ def repack(code: Code, o: Fields, field: str, to: Value, count: Value, per: Valu
     """Bring `count` vectors of each column, with `live` numbers each, to `to`, `per` columns to a vector, or back."""
     live = o.tile.live
     with code.loop(o.columns) as c:
-        place, first = o.place(field, c), c % per * live
+        place, first, row = o.place(field, c), c % per * live, c / per * count
         with code.loop(count) as i, code.loop(live) as lane:
-            single, packed = (place, i, lane), (to, c / per * count + i, first + lane)
+            single, packed = (place, i, lane), (to, row + i, first + lane)
             a, b = (packed, single) if back else (single, packed)
             code.store_number(code.load_as_number(code.address(*a[:2]), a[2], code.float), code.address(*b[:2]), b[2])
 
