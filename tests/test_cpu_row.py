@@ -1,6 +1,6 @@
 """What compiled rows on a CPU promise: the network's conditionals, and the same bits for any batch, threads and CPU.
 
-`python -m tests.test_cpu_row` prints `DIGESTS` anew.
+`python -m tests.test_cpu_row` prints `DIGESTS`.
 
 Legend: b batch · n images · c channel (colour) · h w rows, columns · v levels.
 """
@@ -16,6 +16,7 @@ import models
 from kernels import native
 from models.logistic_mixture import LogisticMixtureHead
 from models.sampling import PixelLoop, noise, sample
+from models.sampling.cpu_upsample import upsampled
 from models.sampling.rules import Draw, Given, Keep, Record, Rule
 from tests.cases import ARCHITECTURES, CASES, MIXTURE, build, config, every_case, every_net, given, images, sizes
 
@@ -81,7 +82,9 @@ def test_conditionals_are_those_of_the_forward_pass(case, called):
 
 # Models of which every bit is promised.
 PROMISED = {
-    f"{name}{switches}": CASES[f"{name}{switches}"] for name in ARCHITECTURES for switches in ("", "-mixture-given")
+    f"{name}{switches}": CASES[f"{name}{switches}"]
+    for name in (*ARCHITECTURES, "multi_scale")
+    for switches in ("", "-mixture-given")
 }
 every_promised = pytest.mark.parametrize("name", PROMISED)
 
@@ -108,7 +111,7 @@ def draw(model, numbers: list[int]) -> Drawn:
         cond = of_maps.to(model.stem.weight.dtype)
     for k, net in enumerate(model.nets):
         with torch.no_grad():
-            stage = model.stage(k, out and out.x, label, cond)
+            stage = model.stage(k, out and out.x, label, cond, upsampled)
         rule = Draw(noise(0, numbers, net.shape, k))
         rule = rule if stage.known is None else Keep(stage.x, stage.known, rule)
         out = drawn(net, rule, len(numbers), stage.condition)
@@ -135,6 +138,8 @@ DIGESTS = {
     "row_lstm-mixture-given": ("9c9f3cc54c6fc33d", "c321b94620bffae6", "6e8c55cdde3f73d5"),
     "diag_bilstm": ("0eaac07f27b45df8", "1df0c1ea1bca5be3", "f5805f038d0ab1f4"),
     "diag_bilstm-mixture-given": ("80a5311ab596af2d", "828c5bf6dbac79ef", "b0d0c59fb57438dc"),
+    "multi_scale": ("b95be30cb533f5f3", "fc7dcca05c88e7e5", "8143e0154d5aa563"),
+    "multi_scale-mixture-given": ("d4e3908dd336d3d1", "3d00340df933b7e3", "a29c01eee954c8c9"),
 }
 
 
