@@ -34,6 +34,7 @@ EXTRAS = {
     "log": ("tensorboard", "wandb", "trackio"),
     "parquet": ("pyarrow",),
     "hub": ("huggingface_hub",),
+    "compress": ("constriction", "pillow-jxl-plugin"),
     "sweep": ("hydra-optuna-sweeper", "hydra-joblib-launcher", "hydra-submitit-launcher"),
 }
 VARIABLES = ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "TRITON_INTERPRET", "TRITON_CACHE_DIR", "PIXELRNN_CPU")
