@@ -74,7 +74,7 @@ class Given:
 
 @contextmanager
 def progress(name: str, images: int, rows: int) -> Iterator[Callable[[int], None]]:
-    """Show how many rows of images are done, of so many an image, and images/s."""
+    """Show progress in rows, of which each image has so many, and images/s."""
     start = time.perf_counter()
     with Bar(f"{name} rows", images * rows) as bar:
 
@@ -125,7 +125,7 @@ def write(cfg) -> None:
 
 
 def bits_of(size: int, x: Tensor) -> float:
-    """Bits a sub-pixel of so many bytes."""
+    """Bytes for images x (n c h w) → bits a sub-pixel."""
     return 8 * size / x.numel()
 
 

@@ -1,6 +1,6 @@
 """What the first images of a process cost: a table of `bench.sampling`.
 
-Each time is of a process of its own, which draws what `python sample.py` draws by default from the model that `python
+Each time is that of a new process, which draws what `python sample.py` draws by default from the model that `python
 train.py` trains by default. One begins with an empty folder of compiled code, one with what that one left, one draws by
 torch. They take turns.
 """

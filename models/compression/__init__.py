@@ -128,10 +128,10 @@ def decompressed(
         x = decoded(coder, block, given, tell)
         if checksum(x, coder.levels) == block.checksum:
             parts[k] = x.to(kind)
-        elif skip_damaged:
-            damage.append(f"block {block.number} of {head.blocks}: its images have another checksum")
         else:
-            raise ValueError(f"block {block.number} of {head.blocks}: its images have another checksum")
+            damage.append(f"block {block.number} of {head.blocks}: its images have another checksum")
+            if not skip_damaged:
+                raise ValueError(damage[-1])
         yield
 
     native.share(code, len(good))

@@ -9,7 +9,6 @@ of a tile are next to each other.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from threading import Lock
 
@@ -22,6 +21,7 @@ from kernels.draw_row_cpu import NOWHERE, Arena, Batch, Operation, Parameters, P
 from kernels.draw_row_cpu_kernel import STAGE
 from models.base import AutoregressiveModel
 from models.in_row import GATES, Network, Weights
+from models.sampling.heads import in_levels
 from models.sampling.rules import Rule, visit
 
 
@@ -385,10 +385,3 @@ class HeadInRow:
         places = {"x": self.logits, "start": self.room, "k": self.chosen.at, "weight": self.scale}
         out = [Operation(how, self.stem.slot(c), **places, more=c)]
         return [*out, self.mixture("mixture_put", c)] if self.mixtures and c + 1 < self.colours else out
-
-
-def in_levels(head, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-    """A mixture's last product with means in levels from the middle, and log(1 / scale) in place of scales."""
-    factor = weight.new_tensor([1, head.highest, -1, 1]).repeat_interleave(torch.tensor(head.sizes))
-    offset = weight.new_tensor([0, 0, -math.log(head.highest), 0]).repeat_interleave(torch.tensor(head.sizes))
-    return weight * factor[:, None], bias * factor + offset

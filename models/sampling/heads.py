@@ -75,6 +75,14 @@ class CachedSoftmax(CachedHead):
         pass
 
 
+def in_levels(head: LogisticMixtureHead, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    """A mixture's last product (… p k), (… p), with means in levels from the middle, and log(1 / scale) for scales."""
+    sizes, total = torch.tensor(head.sizes, device=bias.device), sum(head.sizes)
+    factor = bias.new_tensor([1, head.highest, -1, 1]).repeat_interleave(sizes, output_size=total)
+    offset = bias.new_tensor([0, 0, -math.log(head.highest), 0]).repeat_interleave(sizes, output_size=total)
+    return weight * factor[:, None], bias * factor + offset
+
+
 class CachedLogisticMixture(CachedHead):
     """The head at one pixel: `step(u)` once, then for each colour in order `logits(c)` (b v) and `put(c, values)`.
 
@@ -89,10 +97,7 @@ class CachedLogisticMixture(CachedHead):
     def __init__(self, head: LogisticMixtureHead, first: Weights, last: Weights, buffers: Buffers):
         m, channels, sizes = head.mixtures, head.channels, head.sizes
         weight, bias = (x[0].to(buffers.state) for x in last.of_group(0))
-        repeats = torch.tensor(sizes, device=bias.device)
-        factor = bias.new_tensor([1, head.highest, -1, 1]).repeat_interleave(repeats, output_size=sum(sizes))
-        offset = bias.new_tensor([0, 0, -math.log(head.highest), 0]).repeat_interleave(repeats, output_size=sum(sizes))
-        super().__init__(first, [(weight * factor[:, None], bias * factor + offset)], buffers)
+        super().__init__(first, [in_levels(head, weight, bias)], buffers)
 
         new, colours = partial(buffers.new, dtype=buffers.state), (channels, m)
         self.weights, means, self.sharpness, self.slopes = self.out.split(sizes, 1)
