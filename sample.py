@@ -1,8 +1,14 @@
 """Draw images from a trained model: `python sample.py [checkpoint=…] [n=64] [out=samples.png]`."""
 
+import sys
+
+from kernels.draw_row_cpu import compile_ahead
+
+if __name__ == "__main__":  # beside all that is imported below
+    compile_ahead(sys.argv[1:])
+
 import time
 from pathlib import Path
-from threading import Thread
 from typing import NamedTuple
 
 import numpy as np
@@ -30,7 +36,6 @@ from cli.runs import dataset_of
 from data.arrays import open_integers
 from data.given import read_images
 from data.splits import SPLITS
-from kernels.draw_row_cpu import compiled
 from models.base import ImageModel
 from models.checkpoint import find, read, rebuild
 from models.sampling import batches, check_arguments
@@ -158,14 +163,6 @@ def save_picture(out: Path, request: Request, x: Tensor, levels: int) -> None:
     save_grid(out, x, levels, request.columns)
 
 
-def prepare(argv: list[str]) -> list[str]:
-    """Have a CPU's rows compiled while the rest begins, the first time: most draws need them."""
-    others = {argument.partition("=")[0] for argument in argv} & {"backend", "method", "device"}
-    if not others and not torch.cuda.is_available():
-        Thread(target=compiled, args=(PICTURED,), daemon=True).start()
-    return argv
-
-
 def main(cfg) -> None:
     out = Path(cfg.out)
     check_places(cfg, out)
@@ -195,4 +192,4 @@ def main(cfg) -> None:
 
 
 if __name__ == "__main__":
-    command.run("sample", main, prepare)
+    command.run("sample", main)

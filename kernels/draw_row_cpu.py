@@ -21,6 +21,7 @@ The kernel knows nothing of architectures, so one compiled function serves all m
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from threading import Thread
 from typing import NamedTuple
 
 import numpy as np
@@ -102,6 +103,13 @@ def compiled(b: int, double: bool = False, mixture: bool = False) -> Callable:
     """The function `run` for b images side by side."""
     writer = write_with_mixtures if mixture else write
     return native.library(writer, {"run": 8}, native.lanes(b, double), double)["run"]
+
+
+def compile_ahead(argv: Sequence[str]) -> None:
+    """Compile in a thread what most draws need, unless arguments KEY=VALUE may say that rows are computed otherwise."""
+    others = {argument.partition("=")[0] for argument in argv} & {"backend", "method", "device"}
+    if not others and not torch.cuda.is_available():
+        Thread(target=compiled, args=(1 << 20,), daemon=True).start()
 
 
 def write_run(code: Code, names: Iterable[str]) -> None:

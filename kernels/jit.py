@@ -1,10 +1,14 @@
-"""Triton, or a stand-in so that the kernels' files can be imported without it: Triton is for Linux only.
+"""Triton, or a stand-in so that the kernels' files can be imported without it.
+
+Triton is for Linux only, and takes as long to import as many small draws: it is left out where nothing would run in it.
 
 `jit` makes a kernel and `launch` runs one: all launches pass here, so the rules for every launch are in one place.
 """
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 from types import SimpleNamespace
@@ -12,7 +16,13 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor
 
+from checks import unexpected
+
+# Where there is a GPU, in Triton's interpreter, and in a program that imported Triton before, to compile for a GPU.
+of_use = torch.cuda.device_count() > 0 or "TRITON_INTERPRET" in os.environ or "triton" in sys.modules
 try:
+    if not of_use:
+        raise ImportError
     import triton
     import triton.language as tl
 except ImportError:
@@ -60,7 +70,10 @@ def launch(kernel, grid: tuple[int, ...], *arguments, **named) -> None:
 
     Raises:
         TypeError: an argument is missing, or is none of the kernel's.
+        ValueError: Triton is not installed, or there was no GPU when it should have been imported.
     """
+    if triton is None:
+        raise unexpected("backend", "triton", "torch, where Triton is not installed or there is no GPU")
     given = [*kernel.arg_names[: len(arguments)], *(name for name in named if name not in OPTIONS)]
     given += ["too many"] * (len(arguments) - len(kernel.arg_names))
     if len(given) != len(kernel.arg_names) or set(given) != set(kernel.arg_names):

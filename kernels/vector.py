@@ -12,6 +12,7 @@ and a product and a sum become one rounding only where `fma` says so. So results
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -123,6 +124,7 @@ class Code:
         self.float = ir.DoubleType() if double else ir.FloatType()
         self.vector = self.unit = ir.VectorType(self.float, lanes)
         self.bits = ir.VectorType(I64 if double else ir.IntType(32), lanes)
+        self.constants = {}  # of vectors, each written down once
         self.at: ir.IRBuilder
 
     # ------------------------------------------------------------------------------------------------ functions
@@ -169,7 +171,7 @@ class Code:
 
     def number(self, x: float) -> Value:
         """A vector of one number."""
-        return Value(self, ir.Constant(self.vector, [x] * self.lanes))
+        return Value(self, self.everywhere(self.vector, x))
 
     def integer(self, x: int) -> Value:
         return Value(self, ir.Constant(I64, x))
@@ -177,7 +179,14 @@ class Code:
     def like(self, x: float, other: Value) -> Value:
         """A constant of the type of another value."""
         kind = other.ir.type
-        return Value(self, ir.Constant(kind, [x] * self.lanes if isinstance(kind, ir.VectorType) else x))
+        return Value(self, self.everywhere(kind, x) if isinstance(kind, ir.VectorType) else ir.Constant(kind, x))
+
+    def everywhere(self, kind: ir.VectorType, x: float) -> ir.Constant:
+        """A constant in all places of a vector."""
+        key = str(kind), x, math.copysign(1, x)
+        if key not in self.constants:
+            self.constants[key] = ir.Constant(kind, [x] * kind.count)
+        return self.constants[key]
 
     def fma(self, a: Value, b: Value, c: Value) -> Value:
         """a · b + c, rounded once."""
@@ -209,7 +218,7 @@ class Code:
     def shifted(self, bits: Value, by: int) -> Value:
         """Integers times 2^by; for by < 0 divided, without the sign."""
         how = self.at.shl if by > 0 else self.at.lshr
-        return Value(self, how(bits.ir, ir.Constant(self.bits, [abs(by)] * self.lanes)))
+        return Value(self, how(bits.ir, self.everywhere(self.bits, abs(by))))
 
     def to_number(self, bits: Value) -> Value:
         """Integers as numbers."""
@@ -339,7 +348,7 @@ class Code:
     def same(self, one: ir.Value) -> Value:
         """A number in all places of a vector."""
         first = self.at.insert_element(ir.Constant(self.vector, ir.Undefined), one, ir.Constant(ir.IntType(32), 0))
-        places = ir.Constant(ir.VectorType(ir.IntType(32), self.lanes), [0] * self.lanes)
+        places = self.everywhere(ir.VectorType(ir.IntType(32), self.lanes), 0)
         return Value(self, self.at.shuffle_vector(first, ir.Constant(self.vector, ir.Undefined), places))
 
     def store_number(self, x: Value, pointer: Value, index: Value) -> None:

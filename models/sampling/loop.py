@@ -55,7 +55,7 @@ def backend_of_rows(model: AutoregressiveModel, rule: Rule, backend: str | None 
         return "torch"
     if backend == "triton" and not (triton and (kind == "cuda" or triton.knobs.runtime.interpret)):
         needed = "Triton's kernels are for cuda, or its interpreter (TRITON_INTERPRET=1)"
-        needed = needed if triton else "Triton is not installed"
+        needed = "Triton is not installed" if kind == "cuda" else needed
         others = "torch or cpu" if kind == "cpu" else "torch"
         raise unexpected("backend", backend, f"{others} on {kind}: {needed}")
     if backend == "triton" and kind != "cuda" and dtype == torch.bfloat16:
