@@ -124,7 +124,8 @@ class MultiScale(ImageModel):
 
     def from_smaller(self, k: int, smaller: Tensor, upsample: Run = as_written) -> Tensor:
         """The maps that `nets[k]` is conditioned on, made of smaller images (b c h/2 w/2): (b d h w)."""
-        return upsample(self.upsample[k - 1], self.scale(smaller))
+        x = self.scale(smaller).clone(memory_format=torch.contiguous_format)  # other layouts are rounded differently
+        return upsample(self.upsample[k - 1], x)
 
     def known(self, x: Tensor) -> Tensor:
         """Which sub-pixels of images x (b c h w) the smaller images show: (b c h w), true or false."""
