@@ -7,18 +7,14 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
-import torch
 from torch import Tensor
 
-from checks import check, check_one_of, nearest, one_of, unexpected
+from checks import check, check_one_of, unexpected
 from cli import command
+from cli.images import images_of
 from cli.other_codecs import formats, sizes
 from cli.output import PngFolder, check_writable, digest
 from cli.progress import Bar
-from cli.runs import dataset_of
-from data.arrays import open_integers
-from data.given import read_images
-from data.splits import SPLITS
 from files import write_atomically
 from models.base import ImageModel, bits_per_dim
 from models.checkpoint import find, read, rebuild
@@ -37,39 +33,6 @@ def prepare(argv: list[str]) -> list[str]:
             argument = f"file='{quoted}'"
         out.append("info=true" if argument == "info" else argument)
     return out
-
-
-def images_of(cfg, model: ImageModel, checkpoint: dict, path: Path) -> tuple[Tensor, Tensor | None]:
-    """The images to compress (n c h w), and their labels (n,) if the model is conditioned on them."""
-    if cfg.images in SPLITS:
-        split = dataset_of(checkpoint, cfg.root, path).split(cfg.images).first(cfg.n)
-        x, labels = split.batch(slice(None), torch.Generator().manual_seed(cfg.seed))
-    elif Path(str(cfg.images)).exists():
-        x, labels = read_images(Path(cfg.images), model.shape, model.levels, cfg.n), None
-    else:
-        expected = f"{one_of(SPLITS)}, a .npy file, a picture or a folder of pictures"
-        raise unexpected("images", cfg.images, expected + nearest(str(cfg.images), SPLITS))
-    if cfg.labels is not None:
-        labels = torch.from_numpy(np.array(open_integers(Path(cfg.labels), "labels"), dtype=np.int64))[: len(x)]
-    if not model.classes:
-        return model.check(x), None
-    if labels is None:
-        raise unexpected("labels", cfg.labels, f"a .npy file of labels (n,), as {cfg.images} has none")
-    model.check_condition(len(x), labels)
-    return model.check(x), labels
-
-
-class Given:
-    """Images and labels that are there, as `models.likelihood` wants them."""
-
-    def __init__(self, x: Tensor, labels: Tensor | None):
-        self.x, self.labels = x, labels
-
-    def __len__(self) -> int:
-        return len(self.x)
-
-    def batch(self, some: slice, generator: torch.Generator) -> tuple[Tensor, Tensor | None]:
-        return self.x[some], None if self.labels is None else self.labels[some]
 
 
 @contextmanager
@@ -97,18 +60,19 @@ def write(cfg) -> None:
     path = find(cfg.checkpoint)
     checkpoint = read(path)
     model = rebuild(checkpoint, path)
-    x, labels = images_of(cfg, model, checkpoint, path)
+    given = images_of(cfg, "images", model, checkpoint, path)
+    x = given.x
     print(f"{path} · {type(model).__name__} · {cfg.images}, {len(x):,} images")
 
     start = time.perf_counter()
     with progress("compress", len(x), rows_in(model)) as tell:
         options = {"images_of_block": cfg.images_of_block, "model_inside": cfg.weights == "inside"}
-        content = compress(model, x, labels, **options, tell=tell)
+        content = compress(model, x, given.labels, **options, tell=tell)
     seconds = time.perf_counter() - start
     write_atomically(out, lambda file: file.write(content))
 
     with Bar("log_prob", len(x)) as bar:
-        nats = nats_of(model, Given(x, labels), tell=bar.count)["nats"].mean().item()
+        nats = nats_of(model, given, tell=bar.count)["nats"].mean().item()
     head, _ = read_head(content)
     inside = 0 if head.model is None else len(head.model)
     print(

@@ -86,7 +86,7 @@ def completion_of(cfg, model: ImageModel, checkpoint: dict, path: Path) -> Reque
         x, label = split.batch(slice(0, n), torch.Generator().manual_seed(cfg.seed))
         x, label = model.check(x.long()), label if model.classes else None
     elif Path(cfg.complete).exists():
-        x = read_images(Path(cfg.complete), model.shape, model.levels, n)
+        x = read_images(Path(cfg.complete), model.shape, model.levels, n, rounded=True)
     else:
         expected = f"{one_of(SPLITS)}, a .npy file, a picture or a folder of pictures"
         raise unexpected("complete", cfg.complete, expected + nearest(cfg.complete, SPLITS))

@@ -6,22 +6,22 @@ PNG, WebP and JPEG XL code each image by itself, and all of them side by side in
 file's head weighs less and the codec learns from more. LZMA codes the bytes of all images, one after another.
 """
 
-import io
 import lzma
 import math
 from collections.abc import Callable, Iterator
 
 import numpy as np
 from einops import rearrange
-from PIL import Image
 from torch import Tensor
+
+from models.scores import PNG, picture_bytes
 
 SIDE = 64  # images of a picture's row, and rows
 
 
 def formats() -> dict[str, dict]:
     """Name → what Pillow is told. JPEG XL is there where pillow-jxl-plugin is."""
-    out = {"PNG": {"format": "PNG", "optimize": True}}
+    out = {"PNG": PNG}
     out["WebP"] = {"format": "WEBP", "lossless": True, "quality": 100, "method": 6}
     try:
         import pillow_jxl  # noqa: F401, it registers the format
@@ -44,8 +44,8 @@ def sizes(x: Tensor, levels: int, tell: Callable[[int], None] = lambda images: N
         for name, options in formats().items():
             out |= {f"{name}, each image": 0, f"{name}, side by side": 0}
             for some in np.split(raw, range(SIDE**2, len(raw), SIDE**2)):
-                out[f"{name}, each image"] += sum(size_of(image, levels, options) for image in some)
-                out[f"{name}, side by side"] += sum(size_of(picture, levels, options) for picture in sheets(some))
+                out[f"{name}, each image"] += sum(picture_bytes(image, levels, options) for image in some)
+                out[f"{name}, side by side"] += sum(picture_bytes(picture, levels, options) for picture in sheets(some))
                 tell(len(some))
     out["LZMA"] = len(lzma.compress(packed.tobytes(), preset=9 | lzma.PRESET_EXTREME))
     return out
@@ -58,14 +58,3 @@ def sheets(images: np.ndarray) -> Iterator[np.ndarray]:
         rows = len(images) // columns
         whole, images = images[: rows * columns], images[rows * columns :]
         yield rearrange(whole, "(row column) c h w -> c (row h) (column w)", column=columns)
-
-
-def size_of(image: np.ndarray, levels: int, options: dict) -> int:
-    """Bytes of an image (c h w) uint8; a PNG of two levels has one bit a pixel."""
-    picture = Image.fromarray(image[0] if len(image) == 1 else np.moveaxis(image, 0, 2))
-    if levels == 2:
-        picture = picture.point(lambda value: 255 * value)
-        picture = picture.convert("1") if options["format"] == "PNG" and len(image) == 1 else picture
-    file = io.BytesIO()
-    picture.save(file, **options)
-    return len(file.getvalue())

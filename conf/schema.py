@@ -69,6 +69,11 @@ class Evaluate:
     checkpoint: str | None = None
     split: str = MISSING
     root: str | None = None
+    images: str | None = None
+    labels: str | None = None
+    scores: str | None = None
+    maps: str | None = None
+    against: str | None = None
     classify: bool = MISSING
     out: str | None = None
     batch_size: int = MISSING

@@ -1,4 +1,4 @@
-"""Images for a trained model to complete: from a .npy file, a picture, or a folder of pictures."""
+"""Images for a trained model to complete, compress or score: from a .npy file, a picture, or a folder of pictures."""
 
 from pathlib import Path
 
@@ -10,18 +10,21 @@ from data.arrays import open_integers
 from data.pictures import SUFFIXES, read_picture
 
 
-def read_images(path: Path, shape: tuple[int, int, int], levels: int, n: int | None = None) -> torch.Tensor:
+def read_images(
+    path: Path, shape: tuple[int, int, int], levels: int, n: int | None = None, rounded: bool = False
+) -> torch.Tensor:
     """Read images of `shape` (c h w): (n c h w) int64, the first n of them (None: all).
 
     Args:
         path: a .npy file of integers, (n c h w), (n h w c) or (n h w); or a picture, or a folder of pictures, which are
             cropped and resized to the shape, for a model of 256 levels and one or three colours.
+        rounded: take pictures for a model of fewer levels too: each value becomes the nearest level.
 
     Raises:
         FileNotFoundError: nothing is there.
         ValueError: the images are not as expected; it says what was found.
     """
-    x = read_array(path, shape)[:n] if path.suffix.lower() == ".npy" else read_pictures(path, shape, levels, n)
+    x = read_array(path, shape)[:n] if path.suffix.lower() == ".npy" else read_pictures(path, shape, levels, n, rounded)
     if not len(x):
         raise ValueError(f"{path}: expected images, found none")
     low, high = int(x.min()), int(x.max())
@@ -42,10 +45,12 @@ def read_array(path: Path, shape: tuple[int, int, int]) -> np.ndarray:
     raise ValueError(f"{path}: expected shape (n, {c}, {h}, {w}) or (n, {h}, {w}, {c}), found {x.shape}")
 
 
-def read_pictures(path: Path, shape: tuple[int, int, int], levels: int, n: int | None) -> np.ndarray:
-    """Read a picture, or the first n of a folder in the order of their names: (n c h w) uint8."""
-    if levels != 256 or shape[0] not in (1, 3):
-        raise ValueError(f"{path}: expected a .npy file, as pictures have 256 levels and are grey or RGB")
+def files_of(path: Path, n: int | None = None) -> list[Path]:
+    """List a picture, or the first n of a folder in the order of their names.
+
+    Raises:
+        FileNotFoundError: nothing is there.
+    """
     if path.is_dir():
         files = sorted(file for file in path.iterdir() if file.suffix.lower() in SUFFIXES)[:n]
     elif path.is_file():
@@ -54,11 +59,19 @@ def read_pictures(path: Path, shape: tuple[int, int, int], levels: int, n: int |
         raise FileNotFoundError(f"{path}: expected a file or a folder, found none")
     if not files:
         raise FileNotFoundError(f"{path}: expected pictures ({' '.join(SUFFIXES)}), found none")
+    return files
+
+
+def read_pictures(path: Path, shape: tuple[int, int, int], levels: int, n: int | None, rounded: bool) -> np.ndarray:
+    """Read a picture, or the first n of a folder in the order of their names: (n c h w) uint8."""
     c, h, w = shape
+    if levels > 256 or (levels < 256 and not rounded) or c not in (1, 3):
+        raise ValueError(f"{path}: expected a .npy file, as pictures have 256 levels and are grey or RGB")
     pictures = []
-    for file in files:
+    for file in files_of(path, n):
         try:
             pictures.append(read_picture(file, h, w, c))
         except Exception as error:  # decoders meet damage with errors of nearly every type
             raise ValueError(f"{file}: expected a picture, found none that can be read ({reason_of(error)})") from None
-    return np.stack(pictures)
+    x = np.stack(pictures)
+    return x if levels == 256 else np.rint(x * ((levels - 1) / 255)).astype(np.uint8)

@@ -1,7 +1,7 @@
 """PixelRNN as a library, from any folder: `import pixelrnn`, after `pip install -e .` in the checkout.
 
-The names are those of `models`, its `base`, `sampling`, `checkpoint` and `compression`, which are packages of the
-checkout: they can be imported too, once this module is.
+The names are those of `models`, its `base`, `sampling`, `checkpoint`, `compression` and `scores`, which are packages
+of the checkout: they can be imported too, once this module is.
 """
 
 import sys
@@ -16,6 +16,7 @@ from models.base import ImageModel
 from models.checkpoint import find, load
 from models.compression import compress, decompress
 from models.sampling import batches, sample
+from models.scores import scores
 
 __all__ = [
     "DiagBiLSTM",
@@ -32,5 +33,6 @@ __all__ = [
     "find",
     "load",
     "sample",
+    "scores",
     "use",
 ]

@@ -99,6 +99,10 @@ class ImageModel(nn.Module):
         """Images (b c h w), not checked → nats of each (b,): the loss of training."""
         raise NotImplementedError
 
+    def nats_at(self, x: Tensor, label: Tensor | None = None, cond: Tensor | None = None) -> Tensor:
+        """Images (b c h w), not checked → nats of each pixel (b h w), its colours together; they add up to all."""
+        raise NotImplementedError
+
     def log_prob(self, x: Tensor, label: Tensor | None = None, cond: Tensor | None = None) -> Tensor:
         """The log-likelihood of images: x (b c h w) integers in [0, levels) → (b,) nats.
 
@@ -279,7 +283,6 @@ class AutoregressiveModel(ImageModel):
         return self.head(self.body(self.stem(self.scale(x.permute(0, 2, 3, 1))), condition))
 
     def nats_at(self, x: Tensor, label: Tensor | None = None, cond: Tensor | None = None) -> Tensor:
-        """Images (b c h w), not checked → nats of each pixel (b h w), its colours together."""
         return self.head.nats(self.outputs(x, self.condition(label, cond)), x)
 
     def forward(self, x: Tensor, label: Tensor | None = None, cond: Tensor | None = None) -> Tensor:

@@ -134,25 +134,32 @@ class MultiScale(ImageModel):
         return out
 
     def nats_of(self, k: int, sizes: list[Tensor], label: Tensor | None) -> Tensor:
-        """Nats (b,) of the images of size k, given those of size k − 1."""
+        """Nats of each pixel (b h w) of the images of size k, given those of size k − 1."""
         net, x = self.nets[k], sizes[k]
         if k == 0:
-            return net(x, label)
+            return net.nats_at(x, label)
         nats = net.nats_at(x, label, self.from_smaller(k, sizes[k - 1]))
-        if self.copy_known:
-            nats = nats.masked_fill(self.known(x)[:, 0], 0.0)
-        return nats.sum((1, 2))
+        return nats.masked_fill(self.known(x)[:, 0], 0.0) if self.copy_known else nats
+
+    def nats_at(self, x: Tensor, label: Tensor | None = None, cond: Tensor | None = None) -> Tensor:
+        """Images (b c h w), not checked → nats of each pixel (b h w), a smaller image's where it shows the pixel."""
+        sizes = self.sizes(x)
+        out = self.nats_of(0, sizes, label)
+        for k in range(1, len(sizes)):
+            smaller, out = out, self.nats_of(k, sizes, label).clone()
+            out[:, ::2, ::2] += smaller
+        return out
 
     def forward(self, x: Tensor, label: Tensor | None = None, cond: Tensor | None = None) -> Tensor:
         """Images (b c h w), not checked → nats of each (b,); in training with train="base", of the smallest image."""
         sizes = self.sizes(x)
         used = 1 if self.training and self.only_base else len(sizes)
-        return torch.stack([self.nats_of(k, sizes, label) for k in range(used)]).sum(0)
+        return torch.stack([self.nats_of(k, sizes, label).sum((1, 2)) for k in range(used)]).sum(0)
 
     def parts(self, x: Tensor, label: Tensor | None = None) -> dict[str, Tensor]:
         sizes = self.sizes(x)
         names = [f"{'conditional' if k else 'base'}_{net.height}x{net.width}" for k, net in enumerate(self.nets)]
-        return {name: self.nats_of(k, sizes, label) for k, name in enumerate(names)}
+        return {name: self.nats_of(k, sizes, label).sum((1, 2)) for k, name in enumerate(names)}
 
     def conditionals(self, x: Tensor, label: Tensor | None = None, cond: Tensor | None = None) -> Tensor:
         """log p(value | everything drawn before it) of every sub-pixel: x (b c h w) → (b c h w v).

@@ -194,7 +194,6 @@ def in_sampling() -> Iterator[Mistake]:
         "complete=cut.npy": "cut.npy",
         "complete=floats.npy": "floats.npy",
         "complete=flat.npy": "flat.npy | (n, 1, 8, 8)",
-        "complete=pictures": "pictures",
         "complete=folder.png": "folder.png",
         "complete=test completions=1000000000": "completions=1000000000",
         "complete=test n=0": "n=0",
@@ -245,6 +244,15 @@ def in_evaluation() -> Iterator[Mistake]:
     yield from values("evaluate", "out", ("[a]",))
     for value in ("folder.png", "a.txt", "nowhere/a.json"):
         yield "evaluate", [f"out={value}"], [value.partition("/")[0]]
+        yield "evaluate", [f"scores={value}"], [value.partition("/")[0]]
+    for value in ("text.csv", "nowhere/maps"):
+        yield "evaluate", [f"maps={value}"], [value.partition("/")[0], "expected a folder"]
+    for key in ("images", "against"):
+        yield from values("evaluate", key, ("tset", "[a]"))
+        for value in ("flat.npy", "floats.npy", "empty.pt"):
+            yield "evaluate", [f"{key}={value}"], [value]
+    yield "evaluate", ["scores=a.csv", "split=dev"], ["split='dev'"]
+    yield "evaluate", ["images=test", "labels=nothing.npy"], ["nothing.npy"]
     yield from values("evaluate", "device", ("tpu", "[cpu]"))
     for argument in ("+foo=1", "n=3", "--split=test", "sed=3"):
         yield "evaluate", [argument], [argument.lstrip("+-").partition("=")[0]]

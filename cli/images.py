@@ -1,0 +1,65 @@
+"""Images that a command is given: a split of the data that a model was trained on, a file, or a folder of pictures.
+
+Legend: n images · c channel (colour) · h w rows, columns.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from checks import nearest, one_of, unexpected
+from cli.runs import dataset_of
+from data.arrays import open_integers
+from data.given import files_of, read_images
+from data.splits import SPLITS
+from models.base import ImageModel
+
+
+@dataclass
+class Images:
+    """Images and their labels, which `models.likelihood` measures as it does a split, and a name of each."""
+
+    x: Tensor  # (n c h w)
+    labels: Tensor | None  # (n,); None: there are none, or the model needs none
+    names: list[str]  # of a picture its file's name, else the image's number
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def batch(self, some: slice, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor | None]:
+        return self.x[some], None if self.labels is None else self.labels[some]
+
+
+def images_of(cfg, key: str, model: ImageModel, checkpoint: dict, path: Path, rounded: bool = False) -> Images:
+    """Take the images in that `cfg[key]` names, and their labels if the model is conditioned on them.
+
+    Args:
+        cfg: a config with root and seed, perhaps n, and a file of labels.
+        checkpoint, path: the model's, which says what its splits are of.
+        rounded: as in `read_images`.
+
+    Raises:
+        ValueError, OSError: there are no such images, or they are not the model's.
+    """
+    given, n, file, names = str(cfg[key]), cfg.get("n"), cfg.labels if key == "images" else None, None
+    if given in SPLITS:
+        split = dataset_of(checkpoint, cfg.root, path).split(given).first(n)
+        x, of_images = split.batch(slice(None), torch.Generator().manual_seed(cfg.seed))
+    elif Path(given).exists():
+        x, of_images = read_images(Path(given), model.shape, model.levels, n, rounded), None
+        names = None if given.lower().endswith(".npy") else [file.name for file in files_of(Path(given), n)]
+    else:
+        expected = f"{one_of(SPLITS)}, a .npy file, a picture or a folder of pictures"
+        raise unexpected(key, cfg[key], expected + nearest(given, SPLITS))
+    if file is not None:
+        of_images = torch.from_numpy(np.array(open_integers(Path(file), "labels"), dtype=np.int64))[: len(x)]
+    if not model.classes:
+        of_images = None
+    elif of_images is None:
+        raise unexpected("labels", file, f"a .npy file of labels (n,), as {given} has none")
+    else:
+        model.check_condition(len(x), of_images)
+    return Images(model.check(x), of_images, names or [str(k) for k in range(len(x))])
