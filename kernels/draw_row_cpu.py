@@ -21,6 +21,7 @@ The kernel knows nothing of architectures, so one compiled function serves all m
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from threading import Thread
 from typing import NamedTuple
 
@@ -107,9 +108,14 @@ def compiled(b: int, double: bool = False, mixture: bool = False) -> Callable:
 
 def compile_ahead(argv: Sequence[str]) -> None:
     """Compile in a thread what most draws need, unless arguments KEY=VALUE may say that rows are computed otherwise."""
+
+    def compile_now() -> None:
+        with suppress(Exception):  # whoever draws meets it again, and says it
+            compiled(1 << 20)
+
     others = {argument.partition("=")[0] for argument in argv} & {"backend", "method", "device"}
     if not others and not torch.cuda.is_available():
-        Thread(target=compiled, args=(1 << 20,), daemon=True).start()
+        Thread(target=compile_now).start()  # no daemon: a process that ends while LLVM compiles might crash
 
 
 def write_run(code: Code, names: Iterable[str]) -> None:
