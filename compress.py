@@ -37,7 +37,7 @@ def prepare(argv: list[str]) -> list[str]:
 
 @contextmanager
 def progress(name: str, images: int, rows: int) -> Iterator[Callable[[int], None]]:
-    """Show progress in rows, of which each image has so many, and images/s."""
+    """Show how far it is: rows that are done, where each image has `rows`, and images/s."""
     start = time.perf_counter()
     with Bar(f"{name} rows", images * rows) as bar:
 

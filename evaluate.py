@@ -54,7 +54,7 @@ def likelihood(cfg, model: ImageModel, checkpoint: dict, path: Path) -> dict:
 
 
 def score(cfg, model: ImageModel, checkpoint: dict, path: Path) -> dict:
-    """Score single images, write what was asked for of them, and return the numbers of all together."""
+    """Score single images, write what was asked for, and return the numbers of the whole set."""
     check_one_of("split", cfg.split, SPLITS)
 
     def scored(key: str) -> tuple[Images, Scores]:
@@ -80,9 +80,9 @@ def score(cfg, model: ImageModel, checkpoint: dict, path: Path) -> dict:
         others = scored("against")[1]
         numbers |= {"against": cfg.against, **scoring.compare((name, cfg.against), found, others, table)}
         print(f"AUROC of {name} against {cfg.against} (0.5: it does not tell them apart)")
-        for score, value in numbers.items():
-            if score.startswith("auroc_"):
-                print(f"  by {score.removeprefix('auroc_').replace('_', ' ')}: {value:.4f}")
+        for key, value in numbers.items():
+            if key.startswith("auroc_"):
+                print(f"  by {key.removeprefix('auroc_').replace('_', ' ')}: {value:.4f}")
     return numbers
 
 
@@ -92,7 +92,9 @@ def main(cfg) -> None:
     out = None if cfg.out is None else Path(cfg.out)
     if out is not None:
         check_writable(out, ".json")
-    scoring.check_places(cfg.scores, cfg.maps)
+    scoring.check_places(cfg.scores, cfg.maps, [cfg.images, cfg.against])
+    if cfg.labels is not None and cfg.images is None:
+        raise unexpected("labels", cfg.labels, "images= with it")
     singly = [key for key in ("images", "scores", "maps", "against") if cfg[key] is not None]
     if singly and cfg.classify:
         raise unexpected("classify", cfg.classify, f"false with {singly[0]}=")

@@ -4,8 +4,9 @@ import sys
 
 from kernels.draw_row_cpu import compile_ahead
 
-if __name__ == "__main__":  # beside all that is imported below
-    compile_ahead(sys.argv[1:])
+# Beside all that is imported below, unless it says that rows may be computed otherwise.
+if __name__ == "__main__" and not {"backend", "method", "device"} & {key.partition("=")[0] for key in sys.argv}:
+    compile_ahead()
 
 import time
 from pathlib import Path

@@ -24,8 +24,8 @@ BINS = 40
 SIDE = 224  # pixels of a heat map's longer side, about
 
 
-def check_places(scores: str | None, maps: str | None) -> None:
-    """Raise ValueError or OSError unless the table and the heat maps can be written there."""
+def check_places(scores: str | None, maps: str | None, images: list[str | None]) -> None:
+    """Raise ValueError or OSError unless the table and the heat maps can be written there, and not over the images."""
     if scores is not None:
         check_writable(Path(scores), ".csv")
     if maps is not None:
@@ -34,6 +34,8 @@ def check_places(scores: str | None, maps: str | None) -> None:
             raise ValueError(f"{folder}: expected a folder for heat maps, found a file's name")
         if not folder.parent.is_dir():
             raise FileNotFoundError(f"{folder.parent}: expected a folder for {folder.name}, found none")
+        if folder.resolve() in [Path(given).resolve() for given in images if given is not None]:
+            raise ValueError(f"maps={maps}: expected another folder than that of the images, which would be lost")
 
 
 def ranks(found: Scores) -> list[int]:
@@ -66,11 +68,13 @@ def write_maps(folder: Path, given: Images, found: Scores, levels: int) -> float
     """Write for each image a picture of it beside its heat map, all on one scale; return the bits of its end."""
     folder.mkdir(exist_ok=True)
     most = max(torch.quantile(found.bits.flatten()[: 1 << 24], 0.999).item(), 1e-9)
+    stems = [Path(name).stem for name in given.names]
+    names = stems if len(set(stems)) == len(stems) else given.names  # a.png and a.jpg are two
     shown, scale = bytes_of(given.x, levels).expand(-1, 3, -1, -1), max(1, SIDE // max(found.shape[1:]))
-    for name, image, of_image in zip(given.names, shown, heat(found.bits, most), strict=True):
+    for name, image, of_image in zip(names, shown, heat(found.bits, most), strict=True):
         both = torch.stack([image, of_image]).repeat_interleave(scale, 2).repeat_interleave(scale, 3)
         pixels = rearrange(both, "two c h w -> h (two w) c").numpy()
-        path = folder / f"{Path(name).stem}.png"
+        path = folder / f"{name}.png"
         write_atomically(path, lambda file, pixels=pixels: picture(pixels).save(file, format="PNG"))
     return most
 

@@ -106,15 +106,14 @@ def compiled(b: int, double: bool = False, mixture: bool = False) -> Callable:
     return native.library(writer, {"run": 8}, native.lanes(b, double), double)["run"]
 
 
-def compile_ahead(argv: Sequence[str]) -> None:
-    """Compile in a thread what most draws need, unless arguments KEY=VALUE may say that rows are computed otherwise."""
+def compile_ahead() -> None:
+    """Compile in a thread what most draws on a CPU need; where there is a GPU, do nothing."""
 
     def compile_now() -> None:
         with suppress(Exception):  # whoever draws meets it again, and says it
             compiled(1 << 20)
 
-    others = {argument.partition("=")[0] for argument in argv} & {"backend", "method", "device"}
-    if not others and not torch.cuda.is_available():
+    if not torch.cuda.is_available():
         Thread(target=compile_now).start()  # no daemon: a process that ends while LLVM compiles might crash
 
 

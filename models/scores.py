@@ -53,7 +53,7 @@ def scores(
     """Score images x (n c h w) of integers in [0, levels), each by itself, in eval mode.
 
     Args:
-        label, cond: what the images are conditioned on, as in `model.log_prob`.
+        label, cond: of the images, as in `model.log_prob`.
         batch_size: images at a time; it changes nothing but the last digits.
         tell: called after each batch with the number of images in it.
     """
@@ -94,6 +94,6 @@ def auroc(normal: Tensor, unusual: Tensor) -> float:
     """The probability that one of the scores `unusual` (m,) is larger than one of `normal` (n,); ties count half."""
     values, ranks = np.unique(torch.cat([normal, unusual]).numpy(), return_inverse=True)
     counts = np.bincount(ranks, minlength=len(values))
-    below = np.cumsum(counts) - (counts - 1) / 2 - 1  # how many stand before it, of equal ones half the others
+    below = np.cumsum(counts) - (counts - 1) / 2 - 1  # its place in the order; equal ones share a place
     of_unusual = below[ranks[len(normal) :]].sum() - len(unusual) * (len(unusual) - 1) / 2
     return float(of_unusual / (len(normal) * len(unusual)))

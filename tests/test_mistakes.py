@@ -253,6 +253,8 @@ def in_evaluation() -> Iterator[Mistake]:
             yield "evaluate", [f"{key}={value}"], [value]
     yield "evaluate", ["scores=a.csv", "split=dev"], ["split='dev'"]
     yield "evaluate", ["images=test", "labels=nothing.npy"], ["nothing.npy"]
+    yield "evaluate", ["labels=flat.npy"], ["labels=", "images="]
+    yield "evaluate", ["images=pictures", "maps=pictures"], ["maps=pictures", "another folder"]
     yield from values("evaluate", "device", ("tpu", "[cpu]"))
     for argument in ("+foo=1", "n=3", "--split=test", "sed=3"):
         yield "evaluate", [argument], [argument.lstrip("+-").partition("=")[0]]
