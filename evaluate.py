@@ -2,20 +2,27 @@
 
 from pathlib import Path
 
+import torch
 from hydra.core.hydra_config import HydraConfig
 
 from checks import check, check_one_of, unexpected
 from cli import command, scoring
+from cli.details import NEIGHBOURS, check_folder, save_nearest, write_details
 from cli.images import Images, images_of
 from cli.machine import choose_device, environment
-from cli.output import check_writable, write_json
+from cli.output import check_writable, labels_in_rows, write_json
 from cli.progress import Bar
 from cli.runs import check_classes, dataset_of
 from data.splits import SPLITS
 from models.base import ImageModel
 from models.checkpoint import find, read, rebuild
+from models.details import details, nearest
 from models.likelihood import classify, nats_of, summarise
+from models.sampling import sample
 from models.scores import Scores, scores
+
+SAMPLES, PICTURED = 64, 10  # that are compared with the training images, and of them in a picture
+COMPARED = 256  # images of the split that are compared, too
 
 
 def in_words(summary: dict[str, float]) -> str:
@@ -86,6 +93,35 @@ def score(cfg, model: ImageModel, checkpoint: dict, path: Path) -> dict:
     return numbers
 
 
+def detail(cfg, model: ImageModel, checkpoint: dict, path: Path) -> dict:
+    """Say where the bits are and whether the probabilities come true, draw both, and return the numbers."""
+    given = images_of(cfg, "split" if cfg.images is None else "images", model, checkpoint, path, rounded=True)
+    with Bar("details", len(given)) as bar:
+        found = details(model, given, cfg.batch_size, cfg.seed, bar.count)
+    said = write_details(Path(cfg.details), found)
+    of_colours = said["bits_by_colour"].items()
+    print("bits a sub-pixel: " + ", ".join(f"{bits:.4f} {name}" for name, bits in of_colours))
+    print(f"calibration: {100 * said['calibration_error']:.2f} % of the probability is in a wrong place")
+    return said
+
+
+def near(cfg, model: ImageModel, checkpoint: dict, path: Path) -> dict:
+    """Lay samples beside the training images nearest to them, and compare with how near a split's images are."""
+    dataset = dataset_of(checkpoint, cfg.root, path)
+    generator = torch.Generator().manual_seed(cfg.seed)
+    train, held_out = (dataset.split(name).batch(slice(None), generator)[0] for name in ("train", cfg.split))
+    label, _ = labels_in_rows(model.classes, SAMPLES)
+    x = sample(model, SAMPLES, seed=cfg.seed, label=label)
+    held_out = held_out[torch.randperm(len(held_out), generator=generator)[:COMPARED]]
+    with Bar("nearest", len(train)) as bar:
+        distances, places = nearest(torch.cat([x.cpu().long(), held_out.long()]), train, NEIGHBOURS, bar.count)
+    save_nearest(Path(cfg.nearest), x[:PICTURED].cpu(), train, places[:PICTURED], model.levels)
+    of_samples, of_split = distances[:SAMPLES, 0].median().item(), distances[SAMPLES:, 0].median().item()
+    print(f"{cfg.nearest}: a sample in each row, then the {NEIGHBOURS} training images nearest to it")
+    print(f"distance to the nearest (root mean square, values): samples {of_samples:.3f}, {cfg.split} {of_split:.3f}")
+    return {"nearest_to_samples": of_samples, f"nearest_to_{cfg.split}": of_split}
+
+
 def main(cfg) -> None:
     check("batch_size", cfg.batch_size, int, 1)
     check("seed", cfg.seed, int, 0)
@@ -93,6 +129,10 @@ def main(cfg) -> None:
     if out is not None:
         check_writable(out, ".json")
     scoring.check_places(cfg.scores, cfg.maps, [cfg.images, cfg.against])
+    if cfg.details is not None:
+        check_folder(Path(cfg.details))
+    if cfg.nearest is not None:
+        check_writable(Path(cfg.nearest), ".png")
     if cfg.labels is not None and cfg.images is None:
         raise unexpected("labels", cfg.labels, "images= with it")
     singly = [key for key in ("images", "scores", "maps", "against") if cfg[key] is not None]
@@ -104,6 +144,8 @@ def main(cfg) -> None:
     if cfg.classify and not model.classes:
         raise unexpected("classify", cfg.classify, f"false, as {path} was trained without classes")
     numbers = (score if singly else likelihood)(cfg, model, checkpoint, path)
+    for key, more in (("details", detail), ("nearest", near)):
+        numbers |= more(cfg, model, checkpoint, path) if cfg[key] is not None else {}
     if out is not None:
         line = " ".join(["python evaluate.py", *HydraConfig.get().overrides.task])
         write_json(out, {"checkpoint": str(path), **numbers, "command": line, **environment(model.device)})

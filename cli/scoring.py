@@ -12,6 +12,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+from cli.details import check_folder
 from cli.images import Images
 from cli.output import bytes_of, check_writable, picture
 from cli.plot import curves
@@ -29,12 +30,8 @@ def check_places(scores: str | None, maps: str | None, images: list[str | None])
     if scores is not None:
         check_writable(Path(scores), ".csv")
     if maps is not None:
-        folder = Path(maps)
-        if folder.suffix or folder.is_file():
-            raise ValueError(f"{folder}: expected a folder for heat maps, found a file's name")
-        if not folder.parent.is_dir():
-            raise FileNotFoundError(f"{folder.parent}: expected a folder for {folder.name}, found none")
-        if folder.resolve() in [Path(given).resolve() for given in images if given is not None]:
+        check_folder(Path(maps))
+        if Path(maps).resolve() in [Path(given).resolve() for given in images if given is not None]:
             raise ValueError(f"maps={maps}: expected another folder than that of the images, which would be lost")
 
 

@@ -74,6 +74,8 @@ class Evaluate:
     scores: str | None = None
     maps: str | None = None
     against: str | None = None
+    details: str | None = None
+    nearest: str | None = None
     classify: bool = MISSING
     out: str | None = None
     batch_size: int = MISSING

@@ -34,7 +34,7 @@ from kernels import choose_cpu_kernel as choosing
 from kernels import draw_row_cpu_kernel as kernel
 from kernels import native
 from kernels.draw_row import Choice
-from kernels.draw_row_cpu_kernel import ADDRESSES, BATCH, BLOCK, FIELDS, STAGE, Fields, Tile
+from kernels.draw_row_cpu_kernel import ADDRESSES, BATCH, FIELDS, STAGE, Fields, Tile, blocks
 from kernels.jit import cdiv
 from kernels.vector import I64, Code, Value
 
@@ -68,6 +68,7 @@ class Operation(NamedTuple):
     weight: int = 0  # where it stands among the parameters
     bias: int = -1
     more: int = 0
+    blocks: int = 0  # of a product: those of many outputs; what is left is cut in blocks of few
 
 
 class Stage(NamedTuple):
@@ -100,10 +101,10 @@ def write_with_mixtures(code: Code) -> None:
     write_run(code, OPERATIONS)
 
 
-def compiled(b: int, double: bool = False, mixture: bool = False) -> Callable:
-    """The function `run` for b images side by side."""
+def compiled(lanes: int, double: bool = False, mixture: bool = False) -> Callable:
+    """The function `run` for tiles of so many images."""
     writer = write_with_mixtures if mixture else write
-    return native.library(writer, {"run": 8}, native.lanes(b, double), double)["run"]
+    return native.library(writer, {"run": 8}, lanes, double)["run"]
 
 
 def compile_ahead() -> None:
@@ -111,7 +112,7 @@ def compile_ahead() -> None:
 
     def compile_now() -> None:
         with suppress(Exception):  # whoever draws meets it again, and says it
-            compiled(1 << 20)
+            compiled(native.lanes_of_tile(1 << 20, False))
 
     if not torch.cuda.is_available():
         Thread(target=compile_now).start()  # no daemon: a process that ends while LLVM compiles might crash
@@ -144,38 +145,47 @@ def write_run(code: Code, names: Iterable[str]) -> None:
 def encode(operation: Operation) -> list[int]:
     """The integers of an operation in memory."""
     o = operation
-    fields = [list(OPERATIONS).index(o.kind), *o.out, o.n, *o.x, o.k, *o.start, o.weight, o.bias, o.more]
+    fields = [list(OPERATIONS).index(o.kind), *o.out, o.n, o.blocks, *o.x, o.k, *o.start, o.weight, o.bias, o.more]
     assert len(fields) == len(FIELDS)
     return fields
 
 
 class Parameters:
-    """The parameters of a network in one stretch of memory, of the type of its weights."""
+    """The parameters of a network in one stretch of memory, of the type of its weights, for tiles of so many lanes."""
 
-    def __init__(self, like: Tensor):
-        self.like, self.parts, self.size = like, [], 0
+    def __init__(self, like: Tensor, lanes: int):
+        self.like, self.lanes, self.parts, self.size = like, lanes, [], 0
+        self.many, self.few = blocks(*native.registers(lanes, like.dtype == torch.float64))
 
     def add(self, x: Tensor) -> int:
         """Take numbers in; return where they stand."""
         at, x = self.size, x.detach().to(self.like).flatten()
-        self.parts.append(F.pad(x, (0, -len(x) % BLOCK)))
+        self.parts.append(F.pad(x, (0, -len(x) % 16)))
         self.size += len(self.parts[-1])
         return at
 
     def products(self, weight: Tensor, bias: Tensor | None = None) -> list[dict[str, int]]:
         """Take a product in all layers in: weights (layers n k), biases (layers n).
 
+        Weights are laid out in blocks of outputs (k block): as many of `many` as leave the fewest places of the last
+        block of `few` empty.
+
         Returns:
             For each layer what says in an `Operation` where they stand.
         """
         layers, n, k = weight.shape
-        room = cdiv(n, BLOCK) * BLOCK
-        at = self.add(F.pad(weight.detach(), (0, 0, 0, room - n)).unflatten(1, (-1, BLOCK)).mT)
+        whole = n // self.many if self.many > self.few else 0
+        count = min(range(whole, -1, -1), key=lambda count: -(n - count * self.many) % self.few)
+        room = count * self.many + cdiv(n - count * self.many, self.few) * self.few
+        both = F.pad(weight.detach(), (0, 0, 0, room - n)).split([count * self.many, room - count * self.many], dim=1)
+        parts = [x.unflatten(1, (-1, size)).mT.flatten(1) for x, size in zip(both, (self.many, self.few), strict=True)]
+        at = self.add(torch.cat(parts, 1))
         at_bias = -1 if bias is None else self.add(F.pad(bias.detach(), (0, room - n)))
-        where = [
-            (at + layer * room * k, at_bias if bias is None else at_bias + layer * room) for layer in range(layers)
-        ]
-        return [{"n": n, "k": k, "weight": weight, "bias": bias} for weight, bias in where]
+        out = []
+        for layer in range(layers):
+            of_bias = -1 if bias is None else at_bias + layer * room
+            out.append({"n": n, "blocks": count, "k": k, "weight": at + layer * room * k, "bias": of_bias})
+        return out
 
     def together(self) -> Tensor:
         return torch.cat(self.parts)
@@ -248,11 +258,11 @@ class Tiles:
         self.b, self.parameters = b, parameters.together()
         double = self.parameters.dtype == torch.float64
         assert (double or self.parameters.dtype == torch.float32) and self.parameters.device.type == "cpu"
-        self.lanes = native.lanes(b, double)
+        self.lanes = parameters.lanes
         self.count, self.room = cdiv(b, self.lanes), arena.size
-        self.size = arena.size + arena.packed + BLOCK  # a block may read beyond the end
+        self.size = arena.size + arena.packed + parameters.few  # a block may read beyond the end
         self.arena = self.parameters.new_zeros(self.count, self.size, self.lanes)
-        self.function, self.kept = compiled(b, double, mixture), []
+        self.function, self.kept = compiled(self.lanes, double, mixture), []
 
     def program(self, stages: Sequence[Stage]) -> Tensor:
         """Lay stages out in memory, as integers."""

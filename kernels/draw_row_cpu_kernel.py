@@ -22,14 +22,23 @@ from llvmlite import ir
 from kernels.vector import Code, Value
 from kernels.vector_math import sigmoid, tanh
 
-BLOCK = 8  # outputs that a product sums side by side: enough to keep two units of four cycles busy
-
 # The integers of an operation in memory, those of a stage, and those of what a batch is drawn with: addresses, 0 for
 # none, how values are drawn, and sizes.
-FIELDS = ("kind", "out", "out_step", "n", "x", "x_step", "k", "start", "start_step", "weight", "bias", "more")
+FIELDS = ("kind", "out", "out_step", "n", "blocks", "x", "x_step", "k", "start", "start_step", "weight", "bias", "more")
 STAGE = ("operations", "count", "first", "times", "step", "columns")
 ADDRESSES = ("uniforms", "given", "known", "log_prob", "conditionals", "temperature", "values", "condition")
 BATCH = (*ADDRESSES, "how", "height", "width", "colours", "levels", "room", "d", "condition_image", "condition_row")
+
+
+def blocks(registers: int, many: bool) -> tuple[int, int]:
+    """How many outputs a product sums side by side, and how many of those that are left: arguments as of `Code`.
+
+    As many as there are registers for, so that each input is loaded seldom and no sum waits for itself: two units do an
+    addition each cycle, and it takes four.
+    """
+    if many:
+        return 8, 8  # of three columns, perhaps, see `for_columns`
+    return {1: (12, 4), 2: (6, 4)}.get(registers, (4, 4))
 
 
 class Tile(NamedTuple):
@@ -78,7 +87,7 @@ class Fields:
 
 
 def product(code: Code, o: Fields) -> None:
-    """out[:n] ← start + bias + weight · x[:k], ReLU of it where `more` is 1; weights (n/8 k 8) and biases (n).
+    """out[:n] ← start + bias + weight · x[:k], ReLU of it where `more` is 1; weights as `Parameters.products` lays them.
 
     Where a tile has few images, several columns of all of them are packed in the lanes of one vector.
     """
@@ -122,7 +131,7 @@ def for_columns(code: Code, o: Fields, columns: Value, place: Callable[[str, Val
 
     `place(field, c)` is where an operand of the c-th column stands.
     """
-    together = 3 if code.wide else 1
+    together = 3 if code.many else 1
     blocks = columns / together
     with code.loop(blocks) as c:
         products(code, o, [c * together + j for j in range(together)], place)
@@ -132,46 +141,56 @@ def for_columns(code: Code, o: Fields, columns: Value, place: Callable[[str, Val
 
 
 def products(code: Code, o: Fields, columns: list[Value], place: Callable[[str, Value], Value]) -> None:
-    """The products of some columns, `BLOCK` outputs side by side."""
-    out, x, start = ([place(field, c) for c in columns] for field in ("out", "x", "start"))
-    n, k, has_start, has_bias = o["n"], o["k"], o["start"] >= 0, o["bias"] >= 0
-    weight = code.variable(code.address(o.tile.parameters, o["weight"], code.float))
-    bias = code.address(o.tile.parameters, o["bias"], code.float)
-    least = code.where(o["more"].equals(1), code.number(0), code.number(-math.inf))
-    sums, rest = [[code.variable(code.number(0)) for _ in range(BLOCK)] for _ in columns], code.room(BLOCK)
-    with code.loop((n + (BLOCK - 1)) / BLOCK) as b:
-        first = b * BLOCK
-        for totals in sums:
-            for total in totals:
-                total.set(code.number(0))
-        with code.when(has_start):
-            for at, totals in zip(start, sums, strict=True):
+    """The products of some columns: first `blocks` blocks of many outputs, then the rest in blocks of few."""
+    many, few = blocks(code.registers, code.many)
+    weight = code.address(o.tile.parameters, o["weight"], code.float)
+    places = {field: [place(field, c) for c in columns] for field in ("x", "start", "out")}
+    if many > few:
+        with code.loop(o["blocks"]) as b:
+            sums = block(code, o, places, b * many, code.address(weight, b * many * o["k"], code.float), many)
+            for at, totals in zip(places["out"], sums, strict=True):
                 for r, total in enumerate(totals):
-                    total.set(code.load(at, first + r))
-        with code.when(has_bias):
-            for r in range(BLOCK):
-                one = code.load_one(bias, first + r)
-                for totals in sums:
-                    totals[r].set(totals[r].get() + one)
-        with code.loop(k) as i:
-            row, seen = weight.get(), [code.load(at, i) for at in x]
-            for r in range(BLOCK):
-                one = code.load_one(row, r)
-                for totals, of_column in zip(sums, seen, strict=True):
-                    totals[r].set(code.fma(one, of_column, totals[r].get()))
-            weight.set(code.address(row, BLOCK, code.float))
-        for at, totals in zip(out, sums, strict=True):
-            for total in totals:
-                total.set(code.larger(total.get(), least))
-            with code.choice(first + BLOCK <= n) as (then, otherwise):
+                    code.store(total, at, b * many + r)
+    done, rest = o["blocks"] * many, code.room(few)
+    with code.loop((o["n"] - done + (few - 1)) / few) as b:
+        first = done + b * few
+        sums = block(code, o, places, first, code.address(weight, first * o["k"], code.float), few)
+        for at, totals in zip(places["out"], sums, strict=True):
+            with code.choice(first + few <= o["n"]) as (then, otherwise):
                 with then:
                     for r, total in enumerate(totals):
-                        code.store(total.get(), at, first + r)
+                        code.store(total, at, first + r)
                 with otherwise:
                     for r, total in enumerate(totals):
-                        code.store(total.get(), rest, r)
-                    with code.loop(n - first) as r:
+                        code.store(total, rest, r)
+                    with code.loop(o["n"] - first) as r:
                         code.store(code.load(rest, r), at, first + r)
+
+
+def block(code: Code, o: Fields, places: dict, first: Value, weight: Value, count: int) -> list[list[Value]]:
+    """The sums of outputs `first`, … for each column, side by side; weights (k count)."""
+    bias = code.address(o.tile.parameters, o["bias"] + first, code.float)
+    sums = [[code.variable(code.number(0)) for _ in range(count)] for _ in places["x"]]
+    for totals in sums:
+        for total in totals:
+            total.set(code.number(0))
+    with code.when(o["start"] >= 0):
+        for at, totals in zip(places["start"], sums, strict=True):
+            for r, total in enumerate(totals):
+                total.set(code.load(at, first + r))
+    with code.when(o["bias"] >= 0):
+        for r in range(count):
+            one = code.load_one(bias, r)
+            for totals in sums:
+                totals[r].set(totals[r].get() + one)
+    with code.loop(o["k"]) as i:
+        row, seen = code.address(weight, i * count, code.float), [code.load(at, i) for at in places["x"]]
+        for r in range(count):
+            one = code.load_one(row, r)
+            for totals, of_column in zip(sums, seen, strict=True):
+                totals[r].set(code.fma(one, of_column, totals[r].get()))
+    least = code.where(o["more"].equals(1), code.number(0), code.number(-math.inf))
+    return [[code.larger(total.get(), least) for total in totals] for totals in sums]
 
 
 def relu(code: Code, o: Fields) -> None:

@@ -165,7 +165,7 @@ def products(code: Code, s: Scan, d_gates: list[Value], first: Value) -> list[li
 
 def write(code: Code) -> None:
     """Write `forward` and `backward`, functions of a scan in memory, the first image, how many, and the direction."""
-    together = 4 if code.wide else 2
+    together = 4 if code.many else 2
     for body, names in ((forward, FORWARD), (backward, BACKWARD)):
 
         def of_images(count: int, body=body, names=names) -> Callable:

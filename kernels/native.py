@@ -58,16 +58,30 @@ def found(named: str | None) -> tuple[str, str]:
     return llvm.get_host_cpu_name(), features.flatten()
 
 
-def has_wide_vectors() -> bool:
-    """Whether the CPU has vectors of 64 bytes, else at most of 32."""
-    name, features = cpu()
-    return "+avx512f" in features.split(",") or name == "x86-64-v4"
+def register() -> int:
+    """Bytes of the CPU's widest vectors: 64, 32 or 16."""
+    (name, features), needed = cpu(), {64: ("avx512f", "x86-64-v4"), 32: ("avx2", "haswell")}
+    return next((size for size, (has, of) in needed.items() if f"+{has}" in features.split(",") or name == of), 16)
 
 
 def lanes(b: int, double: bool) -> int:
-    """How many images a tile has, of b: as many as a vector, or half as many where that is enough."""
-    whole = (64 if has_wide_vectors() else 32) // (8 if double else 4)
-    return whole // 2 if b <= whole // 2 and has_wide_vectors() else whole
+    """How many numbers a vector has, of b that are computed side by side."""
+    whole = max(register(), 32) // (8 if double else 4)
+    return whole // 2 if b <= whole // 2 and register() == 64 else whole
+
+
+def lanes_of_tile(b: int, double: bool) -> int:
+    """How many images a tile has, of b.
+
+    Where a CPU has few registers, a tile of many images is two of them wide: each weight is loaded less often.
+    """
+    whole = lanes(b, double)
+    return 2 * whole if register() == 32 and b > 2 * whole else whole
+
+
+def registers(lanes: int, double: bool) -> tuple[int, bool]:
+    """How many registers a vector takes, and whether the CPU has many of them."""
+    return max(1, lanes * (8 if double else 4) // register()), register() == 64
 
 
 def machine():
@@ -139,7 +153,7 @@ def loaded(
     target = machine()
 
     def make() -> bytes:
-        code = Code(lanes, double, has_wide_vectors())
+        code = Code(lanes, double, *registers(lanes, double))
         write(code)
         return compiled(str(code.module), target)
 

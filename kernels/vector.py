@@ -114,13 +114,15 @@ class Code:
     Args:
         lanes: numbers of a vector: images of a tile.
         double: whether numbers are float64, else float32.
-        wide: whether a vector is one register, of 32.
+        registers: that a vector takes.
+        many: whether the CPU has 32 of them, else 16.
 
     Several functions make a module; `function` begins one.
     """
 
-    def __init__(self, lanes: int, double: bool = False, wide: bool = False):
-        self.module, self.lanes, self.double, self.wide = ir.Module("kernels"), lanes, double, wide
+    def __init__(self, lanes: int, double: bool = False, registers: int = 1, many: bool = False):
+        self.module, self.lanes, self.double = ir.Module("kernels"), lanes, double
+        self.registers, self.many = registers, many
         self.float = ir.DoubleType() if double else ir.FloatType()
         self.vector = self.unit = ir.VectorType(self.float, lanes)
         self.bits = ir.VectorType(I64 if double else ir.IntType(32), lanes)
@@ -272,6 +274,7 @@ class Code:
 
     def each_vector(self, count: Value, body: Callable[[Code, Value], object], together: int = 4) -> None:
         """Write body(code, k) for all vectors k < count: so many together in one wide vector, and then the rest."""
+        together = max(1, together // self.registers)
         wide = self.wider(together)
         with self.loop(count / together) as k:
             body(wide, k * together)

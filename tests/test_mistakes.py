@@ -247,6 +247,9 @@ def in_evaluation() -> Iterator[Mistake]:
         yield "evaluate", [f"scores={value}"], [value.partition("/")[0]]
     for value in ("text.csv", "nowhere/maps"):
         yield "evaluate", [f"maps={value}"], [value.partition("/")[0], "expected a folder"]
+        yield "evaluate", [f"details={value}"], [value.partition("/")[0], "expected a folder"]
+    for value in ("folder.png", "a.txt", "nowhere/a.png"):
+        yield "evaluate", [f"nearest={value}"], [value.partition("/")[0]]
     for key in ("images", "against"):
         yield from values("evaluate", key, ("tset", "[a]"))
         for value in ("flat.npy", "floats.npy", "empty.pt"):

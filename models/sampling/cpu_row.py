@@ -35,7 +35,9 @@ class CpuRow:
 
     def __init__(self, model: AutoregressiveModel, b: int, condition: Tensor | None):
         network, columns = model.in_row(), model.width + model.body.extra_columns
-        arena, parameters = Arena(packed_of(network, columns)), Parameters(model.stem.weight)
+        weight = model.stem.weight
+        parameters = Parameters(weight, native.lanes_of_tile(b, weight.dtype == torch.float64))
+        arena = Arena(packed_of(network, columns))
         self.model, self.b, self.condition, self.groups = model, b, condition, network.groups
         given = ConditionInRow(arena, condition, columns)
         layers = LayersInRow(network, columns, given, arena, parameters)

@@ -60,11 +60,11 @@ class Convolution:
 
     def __init__(self, weight: Tensor, bias: Tensor, size: int, b: int, h: int, w: int, threads: int):
         (self.d, inputs), self.size, self.columns = weight.shape, size, w + 3 - size
-        arena, parameters = Arena(0), Parameters(weight)
-        x, out = arena.take(inputs // size, w + 2), arena.take(self.d, self.columns)
-        (of,) = parameters.products(weight[None], bias[None])
         rows = b * (h + 3 - size)
         lanes = native.lanes(threads * rows, weight.dtype == torch.float64)
+        arena, parameters = Arena(0), Parameters(weight, lanes)
+        x, out = arena.take(inputs // size, w + 2), arena.take(self.d, self.columns)
+        (of,) = parameters.products(weight[None], bias[None])
         self.count = cdiv(rows, lanes)  # a thread's tiles
         self.tiles = Tiles(threads * self.count * lanes, arena, parameters)
         product = Operation("product", out, x=x, **of, more=1)

@@ -1,0 +1,62 @@
+"""What `python evaluate.py` draws of a model: bits by colour and row, calibration, and what its samples are near to.
+
+Legend: n images · c channel (colour) · h w rows, columns.
+"""
+
+import math
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from cli.output import save_grid, write_json
+from cli.plot import curves
+from files import write_atomically
+from models.details import Details
+
+COLOURS = ("red", "green", "blue")
+NEIGHBOURS = 5  # training images beside each sample
+
+
+def check_folder(path: Path) -> None:
+    """Raise ValueError or OSError unless it is, or can become, a folder."""
+    if path.suffix or path.is_file():
+        raise ValueError(f"{path}: expected a folder's name, found a file's")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"{path.parent}: expected a folder for {path.name}, found none")
+
+
+def colours_of(c: int) -> list[str]:
+    """What the colours of an image are called."""
+    return [*COLOURS] if c == 3 else ["grey"] if c == 1 else [f"colour {k}" for k in range(c)]
+
+
+def write_details(folder: Path, found: Details) -> dict:
+    """Write by_row.svg, calibration.svg and the numbers in details.json; return the bits by colour and the error."""
+    folder.mkdir(exist_ok=True)
+    bits = found.nats / math.log(2)
+    names = colours_of(len(bits))
+    rows = {name: of_colour.mean(1).tolist() for name, of_colour in zip(names, bits, strict=True)}
+    by_colour = dict(zip(names, bits.mean((1, 2)).tolist(), strict=True))
+    used = found.count > 0
+    points = list(zip(found.expected[used].tolist(), found.observed[used].tolist(), strict=True))
+    pictures = {
+        "by_row": curves({name: [*enumerate(values)] for name, values in rows.items()}, "row", "bits a sub-pixel"),
+        "calibration": curves(
+            {"a calibrated model": [(0.0, 0.0), (1.0, 1.0)], "this one": points},
+            "probability by the model",
+            "how often it happened",
+        ),
+    }
+    for name, text in pictures.items():
+        write_atomically(folder / f"{name}.svg", lambda file, text=text: file.write(text.encode()))
+    said = {"bits_by_colour": by_colour, "calibration_error": found.calibration_error}
+    calibration = {name: getattr(found, name)[used].tolist() for name in ("expected", "observed", "count")}
+    write_json(folder / "details.json", {**said, "bits_by_row": rows, "calibration": calibration})
+    return said
+
+
+def save_nearest(path: Path, x: Tensor, others: Tensor, places: Tensor, levels: int) -> None:
+    """Write a picture with a row for each sample x (n c h w): itself, then those of `others` at `places` (n k)."""
+    rows = torch.cat([x[:, None].long(), others[places].long()], dim=1)
+    save_grid(path, rows.flatten(0, 1), levels, columns=rows.shape[1])
