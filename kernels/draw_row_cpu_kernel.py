@@ -87,7 +87,7 @@ class Fields:
 
 
 def product(code: Code, o: Fields) -> None:
-    """out[:n] ← start + bias + weight · x[:k], ReLU of it where `more` is 1; weights as `Parameters.products` lays them.
+    """out[:n] ← start + bias + weight · x[:k], ReLU of it where `more` is 1; weights as of `Parameters.products`.
 
     Where a tile has few images, several columns of all of them are packed in the lanes of one vector.
     """
