@@ -15,9 +15,10 @@ from cli.images import images_of
 from cli.other_codecs import formats, sizes
 from cli.output import PngFolder, check_writable, digest
 from cli.progress import Bar
+from cli.runs import find_model
 from files import write_atomically
 from models.base import ImageModel, bits_per_dim
-from models.checkpoint import find, read, rebuild
+from models.checkpoint import read, rebuild
 from models.compression import compress, decompressed, opened, read_head
 from models.likelihood import nats_of
 
@@ -57,7 +58,7 @@ def write(cfg) -> None:
     """Compress images into a file."""
     out = Path(cfg.out)
     check_writable(out, SUFFIX)
-    path = find(cfg.checkpoint)
+    path = find_model(cfg.checkpoint)
     checkpoint = read(path)
     model = rebuild(checkpoint, path)
     given = images_of(cfg, "images", model, checkpoint, path)
@@ -142,7 +143,7 @@ def restore(cfg) -> None:
         with in_file(cfg):
             if not cfg.skip_damaged:
                 read_head(content)  # whose error is nearer than that of a checkpoint
-        path = find(cfg.checkpoint)
+        path = find_model(cfg.checkpoint)
         model = rebuild(read(path), path)
     start = time.perf_counter()
     with in_file(cfg):

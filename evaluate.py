@@ -12,10 +12,10 @@ from cli.images import Images, images_of
 from cli.machine import choose_device, environment
 from cli.output import check_writable, labels_in_rows, write_json
 from cli.progress import Bar
-from cli.runs import check_classes, dataset_of
+from cli.runs import check_classes, dataset_of, find_model
 from data.splits import SPLITS
 from models.base import ImageModel
-from models.checkpoint import find, read, rebuild
+from models.checkpoint import read, rebuild
 from models.details import details, nearest
 from models.likelihood import classify, nats_of, summarise
 from models.sampling import sample
@@ -138,7 +138,7 @@ def main(cfg) -> None:
     singly = [key for key in ("images", "scores", "maps", "against") if cfg[key] is not None]
     if singly and cfg.classify:
         raise unexpected("classify", cfg.classify, f"false with {singly[0]}=")
-    path = find(cfg.checkpoint)
+    path = find_model(cfg.checkpoint)
     checkpoint = read(path, choose_device(cfg.device))
     model = rebuild(checkpoint, path)
     if cfg.classify and not model.classes:

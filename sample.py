@@ -33,12 +33,12 @@ from cli.output import (
     upper_rows,
 )
 from cli.progress import Bar
-from cli.runs import dataset_of
+from cli.runs import dataset_of, find_model
 from data.arrays import open_integers
 from data.given import read_images
 from data.splits import SPLITS
 from models.base import ImageModel
-from models.checkpoint import find, read, rebuild
+from models.checkpoint import read, rebuild
 from models.sampling import batches, check_arguments
 
 MOST = 1 << 20  # images that memory is asked to hold
@@ -167,7 +167,7 @@ def save_picture(out: Path, request: Request, x: Tensor, levels: int) -> None:
 def main(cfg) -> None:
     out = Path(cfg.out)
     check_places(cfg, out)
-    path, device = find(cfg.checkpoint), choose_device(cfg.device)
+    path, device = find_model(cfg.checkpoint), choose_device(cfg.device)
     checkpoint = read(path, device)
     model = rebuild(checkpoint, path)
     print(f"{path} · {type(model).__name__}, {model.channels}×{model.height}×{model.width}, {model.levels} levels")

@@ -32,6 +32,7 @@ import torch
 
 from bench.first import first
 from bench.measure import Clock, Results, build, ceilings, describe, interleave, parse, parser, spread, table, whole
+from bench.peak import multiply_adds
 from bench.plain import live_multiply_adds
 from bench.row_products import draw_rule, products_of_a_row
 from kernels.jit import has_triton
@@ -209,7 +210,8 @@ def throughput(
     """A row for each of the backends, which take turns: the time of a batch where one follows another.
 
     Noise is there already; images are fetched. `floor_seconds` is what the arithmetic of live weights takes at the rate
-    of a large product by torch, `share` its part of the time; `weights_seconds` is what reading all weights at each
+    of a large product by torch, `share` its part of the time, on a CPU `share_of_peak` that of its multiply-add units
+    at their best; `weights_seconds` is what reading all weights at each
     pixel takes at the rate of a copy, were there no caches. `ratio`, where torch is among the backends, is of the time
     to torch's.
     """
@@ -240,6 +242,8 @@ def throughput(
         row |= {"backend": backend, "bf16": bf16, "ms": spread(times[backend])}
         row |= {"images_per_second": b / ms * 1e3, "gflop": gflop, "weight_gigabytes": read}
         row |= {"floor_seconds": floor, "share": floor / ms * 1e3, "weights_seconds": read / c["gigabytes_per_second"]}
+        if "multiply_add_gflops" in c:
+            row["share_of_peak"] = gflop / ms * 1e3 / c["multiply_add_gflops"]
         row |= {"memory_mb": (torch.cuda.max_memory_allocated() if cuda else kept[backend]) / 1e6}
         of_torch = medians.get("torch") if len(backends) > 1 else None
         rows.append(row | ({"ratio": ms / of_torch, "ratio_to": "torch"} if of_torch else {}))
@@ -348,10 +352,12 @@ def throughput_part(args: argparse.Namespace, results: Results) -> Cases:
         variants |= {(("triton",), False): (least, most), (("torch",), False): (least, most)}
     for bf16, dtype in dtypes.items():
         about = {"part": "ceilings", "bf16": bf16, "product": size}
-        yield (
-            about,
-            lambda about=about, dtype=dtype: [about | ceilings(args.device, dtype, size, megabytes, args.repeats)],
-        )
+
+        def measured(about=about, dtype=dtype) -> list[dict]:
+            peak = {} if cuda else {"multiply_add_gflops": multiply_adds(args.repeats)}
+            return [about | ceilings(args.device, dtype, size, megabytes, args.repeats) | peak]
+
+        yield about, measured
     reached = {row["bf16"]: row for row in results.rows if row["part"] == "ceilings"}
     noises = Noise(args)
     if names:
@@ -376,7 +382,8 @@ OF_GROWTH = "model", "shape", "backend", "seconds", "images_per_second", "ms_per
 OF_PRODUCTS = "model", "shape", "hidden", "ms", "products_ms", "share", "calls_ms", "share_of_calls", "gflop", "gflops"
 OF_THROUGHPUT = (
     *("model", "shape", "backend", "bf16", "ms", "images_per_second", "ratio", "floor_seconds", "share", "memory_mb"),
-    *("weights_seconds", "gflop", "weight_gigabytes", "gflops", "gigabytes_per_second"),
+    *("share_of_peak", "weights_seconds", "gflop", "weight_gigabytes"),
+    *("gflops", "gigabytes_per_second", "multiply_add_gflops"),
 )
 OF_FIRST = "model", "shape", "backend", "code", "ms", "draw_ms", "code_ms", "import_ms", "ratio"
 BATCHES = "One batch after another; share: of the time, what the floor is; ratio: time over that of torch's rows"

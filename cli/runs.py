@@ -19,9 +19,32 @@ from cli.command import CONF, Stopped
 from conf.schema import Train
 from files import write_atomically
 from models.base import ImageModel
-from models.checkpoint import check_contents, read
+from models.checkpoint import check_contents, find, read
 
+PRETRAINED = CONF.parent / "pretrained"
+FIRST = "digits-diag_bilstm.safetensors"  # of the pretrained ones, where nobody trained anything yet
 LOCK = ".lock"  # in the folder of a run, held by the process that trains it
+
+
+def find_model(name: str | None) -> Path:
+    """Find what `checkpoint` means: a file, the best in a run's folder, pretrained/NAME, or null the newest run.
+
+    Where nothing was trained yet, null is a pretrained model, and it is said.
+
+    Raises:
+        FileNotFoundError: as `models.checkpoint.find`.
+    """
+    if name is not None and not Path(name).exists():
+        of_project = PRETRAINED / Path(name).name if Path(name).parent.name == PRETRAINED.name else Path(name)
+        ends = [Path(f"{path}.safetensors") for path in (name, of_project)]
+        return next((path for path in (*ends, of_project) if path.is_file()), Path(name))
+    try:
+        return find(name)
+    except FileNotFoundError:
+        if name is not None or not (PRETRAINED / FIRST).is_file():
+            raise
+        print("runs/: no trained model yet (`python train.py` makes one), so here is a pretrained one")
+        return PRETRAINED / FIRST
 
 
 def key_of(override: str) -> str:

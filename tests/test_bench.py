@@ -72,6 +72,7 @@ def test_sampling_writes_what_it_measured(tmp_path, capsys):
     for row in parts.pop("throughput"):
         assert row["floor_seconds"] == pytest.approx(row["gflop"] / ceiling["gflops"]) and row["memory_mb"] > 0
         assert row["share"] == pytest.approx(row["floor_seconds"] / row["ms"]["median"] * 1e3)
+        assert row["share_of_peak"] * ceiling["multiply_add_gflops"] == pytest.approx(row["share"] * ceiling["gflops"])
         assert row["images_per_second"] == pytest.approx(row["shape"][0] / row["ms"]["median"] * 1e3)
     compiled, loaded, by_torch = parts.pop("first")
     assert (compiled["code"], loaded["code"], by_torch["backend"]) == ("compiled", "from the disk", "torch")

@@ -2,7 +2,6 @@
 
 import gzip
 import hashlib
-import importlib.util
 import inspect
 import struct
 import tarfile
@@ -12,13 +11,12 @@ import numpy as np
 import pytest
 import torch
 from omegaconf import OmegaConf
-from PIL import Image
 
 import data
 from data import amat, cifar, download, idx
+from tests.stored import cifar10_test, stored_sets
 
 REPO = Path(__file__).resolve().parent.parent
-STORED = REPO.parent / "shared" / "data" / "unpack.py"
 
 
 @pytest.fixture(autouse=True)
@@ -386,18 +384,8 @@ def test_damaged_cifar_archive_is_named(cifar_root, damage):
 # ------------------------------------------------------------------------------------------------ real images
 
 
-@pytest.fixture(scope="module")
-def stored():
-    """The script that lays out the stored real data sets."""
-    if not STORED.is_file():
-        pytest.skip("the stored data sets (../shared/data beside the repository) are not there")
-    spec = importlib.util.spec_from_file_location("unpack", STORED)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_real_binary_mnist_has_its_published_files_and_known_entropy(stored, tmp_path):
+def test_real_binary_mnist_has_its_published_files_and_known_entropy(tmp_path):
+    stored = stored_sets()
     folder = tmp_path / "binary_mnist"
     folder.mkdir()
     stored.binary_mnist(folder)
@@ -410,12 +398,12 @@ def test_real_binary_mnist_has_its_published_files_and_known_entropy(stored, tmp
     assert nats == pytest.approx(205.8, abs=0.1), "the best factorised Bernoulli model"
 
 
-def test_real_cifar10_test_images_have_the_known_entropy(stored, tmp_path, monkeypatch):
+def test_real_cifar10_test_images_have_the_known_entropy(tmp_path, monkeypatch):
+    stored = stored_sets()
     monkeypatch.setattr(cifar, "COUNT", 1000)  # the first thousand test images stand in for each file
     folder = tmp_path / "cifar10" / cifar.FOLDER
     folder.mkdir(parents=True)
-    mosaic = np.asarray(Image.open(stored.check("cifar10/test_00.webp")).convert("RGB"))
-    images = mosaic.reshape(-1, 32, 40, 32, 3).transpose(0, 2, 4, 1, 3).reshape(-1, 3072)[:1000]
+    images = cifar10_test(stored).reshape(-1, 3072)
     labels = np.load(stored.check("cifar10/test_labels.npy")).astype(np.uint8)[:1000]
     for name in (*cifar.TRAIN, cifar.TEST):
         (folder / name).write_bytes(np.concatenate([labels[:, None], images], 1).tobytes())

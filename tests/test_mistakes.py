@@ -383,11 +383,6 @@ def test_a_wrong_benchmark_ends_in_its_usage(name):
     assert "Traceback" not in done.stderr
 
 
-def test_nothing_trained_yet(call):
-    refused(call("sample"), ["python train.py"])
-    refused(call("evaluate"), ["python train.py"])
-
-
 def test_a_data_file_that_is_cut(call, tmp_path):
     (tmp_path / "mnist").mkdir()
     for name in ("train-images-idx3", "train-labels-idx1", "t10k-images-idx3", "t10k-labels-idx1"):

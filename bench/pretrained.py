@@ -1,0 +1,153 @@
+"""Measure the models in pretrained/ and write their cards: `python -m bench.pretrained [NAME …]`.
+
+For each: its likelihood on the whole test split, to bench/results/pretrained/NAME.json; a picture of samples and a card
+beside the weights; and the list of all, pretrained/README.md. How it was trained stays in the JSON as it is; of a model
+that has just been trained, `--training runs/…/summary.json` puts it there.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+import data
+from cli.machine import environment
+from cli.output import labels_in_rows, save_grid
+from files import write_atomically
+from models.checkpoint import read, rebuild
+from models.likelihood import nats_of, summarise
+from models.sampling import sample
+
+ROOT = Path(__file__).resolve().parent.parent
+FOLDER, RESULTS = ROOT / "pretrained", ROOT / "bench/results/pretrained"
+FIRST = 64  # images of the test split whose likelihood is kept too, so that it is repeated soon
+DATA = {  # what it is, and its licence
+    "digits": "handwritten digits of 8×8 pixels, [in the project](../data/DIGITS.md), CC BY 4.0",
+    "mnist": "MNIST (LeCun, Cortes, Burges), CC BY-SA 3.0",
+    "fashion_mnist": "Fashion-MNIST (Xiao, Rasul, Vollgraf 2017, [1708.07747](https://arxiv.org/abs/1708.07747)), MIT",
+    "binary_mnist": "the fixed binarization of MNIST (Larochelle and Murray 2011), as MNIST CC BY-SA 3.0",
+    "cifar10": "CIFAR-10 (Krizhevsky 2009), for research; its authors name no licence",
+}
+KEPT = ("command", "device", "cores", "train_seconds", "images_per_second", "best_step", "date")
+HEADER = """# Trained models
+
+Each is one file that every command takes, by a short name in any folder, and from Python (`pixelrnn.load`):
+
+```
+python sample.py checkpoint=pretrained/binary_mnist-diag_bilstm
+python evaluate.py checkpoint=pretrained/digits-diag_bilstm     repeats its number
+```
+
+The config of its training is inside. The numbers are those of the whole test split, ± the standard error over its
+images; each card says how the model was trained. `python -m bench.pretrained` measures them again and writes these
+pages.
+
+| file | model | test split |
+|---|---|---|
+"""
+
+
+def measure(name: str, training: dict | None) -> dict:
+    """Measure a model, draw samples of it, and return what is known of it."""
+    path, known = FOLDER / f"{name}.safetensors", RESULTS / f"{name}.json"
+    checkpoint = read(path)
+    model, config = rebuild(checkpoint, path).eval(), checkpoint["config"]
+    split = data.build({**config["dataset"], "root": None}).test
+    nats = nats_of(model, split)["nats"]
+    labels = {"labels": split.labels[:FIRST].tolist()} if model.classes else {}
+    label, columns = labels_in_rows(model.classes, None)
+    n = 64 if label is None else len(label)
+    save_grid(FOLDER / f"{name}.png", sample(model, n, seed=0, label=label), model.levels, columns)
+    training = training or json.loads(known.read_text())["training"]
+    return {
+        "test": {"images": len(nats), **summarise(nats, model.shape)},
+        "first": {"images": len(nats[:FIRST]), "nats": nats[:FIRST].mean().item()} | labels,
+        "model": type(model).__name__,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "config": config,
+        "training": {key: training[key] for key in KEPT if key in training},
+        "command": f"python -m bench.pretrained {name}",
+        **environment(torch.device("cpu")),
+    }
+
+
+def in_words(of: dict) -> str:
+    """The size of a model."""
+    config = of["config"]["model"]
+    text = f"{of['model']}, {config['layers']} layers, h = {config['hidden']}"
+    if config.get("head") == "logistic_mixture":
+        text += f", logistic mixture of {config['mixtures']}"
+    return text + f", given one of {config['classes']} classes" * bool(config.get("classes"))
+
+
+def likelihood(of: dict) -> str:
+    """What it has on the test split: bits/dim, and for binary images nats."""
+    test = of["test"]
+    bits = f"{test['bits_per_dim']:.4f} ± {test['bits_per_dim_standard_error']:.4f} bits/dim"
+    nats = f"{test['nats']:.2f} ± {test['nats_standard_error']:.2f} nats"
+    return f"{nats}, {bits}" if of["config"]["dataset"]["name"] == "binary_mnist" else f"{bits}, {nats}"
+
+
+def card(name: str, of: dict) -> str:
+    """The text of a model's card."""
+    training, config = of["training"], of["config"]
+    size = (FOLDER / f"{name}.safetensors").stat().st_size
+    trained = f"{training['device']}, {training['cores']} cores"
+    if "train_seconds" in training:
+        trained += f", {training['train_seconds'] / 60:.0f} minutes ({training['images_per_second']:.0f} images/s)"
+    return f"""# {name}
+
+![samples]({name}.png)
+
+| | |
+|---|---|
+| model | {in_words(of)}; {of["parameters"]:,} parameters, {size / 1e3:,.0f} kB |
+| test split, {of["test"]["images"]:,} images | {likelihood(of)} |
+| data | {DATA[config["dataset"]["name"]]} |
+| trained for | {training["best_step"]:,} steps of {config["batch_size"]} images |
+| trained on | {trained}, {training["date"][:10]} |
+
+The samples are the first ones of seed 0, not chosen. The model was trained by
+
+```
+{training["command"]}
+```
+
+`python evaluate.py checkpoint=pretrained/{name}` repeats the likelihood
+([json](../bench/results/pretrained/{name}.json)). The weights, averaged over the last steps, are under the project's
+licence, MIT.
+"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    options = argparse.ArgumentParser(prog="python -m bench.pretrained", description=__doc__.split("\n")[0])
+    options.add_argument("names", nargs="*", metavar="NAME", help="of a file in pretrained/ (all)")
+    options.add_argument("--training", type=Path, metavar="FILE", help="summary.json of the run that trained NAME")
+    args = options.parse_args(argv)
+    every = sorted(path.stem for path in FOLDER.glob("*.safetensors"))
+    for name in args.names:
+        if name not in every:
+            options.error(f"{name}: expected one of {', '.join(every)}")
+    if args.training and len(args.names) != 1:
+        options.error(f"--training: expected one NAME, found {len(args.names)}")
+    training = json.loads(args.training.read_text()) if args.training else None
+    for name in args.names or every:
+        of = measure(name, training)
+        texts = {RESULTS / f"{name}.json": json.dumps(of, indent=2, ensure_ascii=False) + "\n"}
+        texts[FOLDER / f"{name}.md"] = card(name, of)
+        RESULTS.mkdir(exist_ok=True)
+        for path, text in texts.items():
+            write_atomically(path, lambda file, text=text: file.write(text.encode()))
+        print(f"{name}: {likelihood(of)}", flush=True)
+    rows = []
+    for name in every:
+        of = json.loads((RESULTS / f"{name}.json").read_text())
+        rows.append(f"| [`{name}`]({name}.md) | {in_words(of)} | {likelihood(of)} |\n")
+    write_atomically(FOLDER / "README.md", lambda file: file.write((HEADER + "".join(rows)).encode()))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
