@@ -30,6 +30,8 @@ DATA = {  # what it is, and its licence
     "binary_mnist": "the fixed binarization of MNIST (Larochelle and Murray 2011), as MNIST CC BY-SA 3.0",
     "cifar10": "CIFAR-10 (Krizhevsky 2009), for research; its authors name no licence",
 }
+WRITTEN = {"PixelCNN": "PixelCNN", "GatedPixelCNN": "Gated PixelCNN", "RowLSTM": "Row LSTM"}
+WRITTEN |= {"DiagBiLSTM": "Diagonal BiLSTM", "MultiScale": "Multi-Scale"}
 KEPT = ("command", "device", "cores", "train_seconds", "images_per_second", "best_step", "date")
 HEADER = """# Trained models
 
@@ -75,8 +77,8 @@ def measure(name: str, training: dict | None) -> dict:
 
 def in_words(of: dict) -> str:
     """The size of a model."""
-    config = of["config"]["model"]
-    text = f"{of['model']}, {config['layers']} layers, h = {config['hidden']}"
+    config, layers = of["config"]["model"], of["config"]["model"]["layers"]
+    text = f"{WRITTEN[of['model']]}, {layers} layer{'s' * (layers > 1)}, h = {config['hidden']}"
     if config.get("head") == "logistic_mixture":
         text += f", logistic mixture of {config['mixtures']}"
     return text + f", given one of {config['classes']} classes" * bool(config.get("classes"))
@@ -135,15 +137,16 @@ def main(argv: list[str] | None = None) -> int:
     training = json.loads(args.training.read_text()) if args.training else None
     for name in args.names or every:
         of = measure(name, training)
-        texts = {RESULTS / f"{name}.json": json.dumps(of, indent=2, ensure_ascii=False) + "\n"}
-        texts[FOLDER / f"{name}.md"] = card(name, of)
+        text = json.dumps(of, indent=2, ensure_ascii=False) + "\n"
         RESULTS.mkdir(exist_ok=True)
-        for path, text in texts.items():
-            write_atomically(path, lambda file, text=text: file.write(text.encode()))
+        write_atomically(RESULTS / f"{name}.json", lambda file, text=text: file.write(text.encode()))
         print(f"{name}: {likelihood(of)}", flush=True)
     rows = []
     for name in every:
+        if not (RESULTS / f"{name}.json").exists():
+            continue  # its turn comes
         of = json.loads((RESULTS / f"{name}.json").read_text())
+        write_atomically(FOLDER / f"{name}.md", lambda file, text=card(name, of): file.write(text.encode()))
         rows.append(f"| [`{name}`]({name}.md) | {in_words(of)} | {likelihood(of)} |\n")
     write_atomically(FOLDER / "README.md", lambda file: file.write((HEADER + "".join(rows)).encode()))
     return 0
