@@ -146,7 +146,8 @@ def main(argv: list[str] | None = None) -> int:
         if not (RESULTS / f"{name}.json").exists():
             continue  # its turn comes
         of = json.loads((RESULTS / f"{name}.json").read_text())
-        write_atomically(FOLDER / f"{name}.md", lambda file, text=card(name, of): file.write(text.encode()))
+        text = card(name, of)
+        write_atomically(FOLDER / f"{name}.md", lambda file, text=text: file.write(text.encode()))
         rows.append(f"| [`{name}`]({name}.md) | {in_words(of)} | {likelihood(of)} |\n")
     write_atomically(FOLDER / "README.md", lambda file: file.write((HEADER + "".join(rows)).encode()))
     return 0

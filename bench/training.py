@@ -3,9 +3,9 @@
 A step is forward, backward, and RMSprop's step with zero_grad, on random images that are on the device already: binary
 ones of 28×28, and on a GPU the papers' sizes (`ON_A_GPU`), with products in bfloat16 as train.py has them. Each model
 is timed in turn with a baseline, the same function of the same weights as it is usually written (`bench.plain`), and
-with a matrix product of 1024³ (on a GPU 8192³), whose rate says what the machine can do just then. On a GPU both are
-timed as one CUDA graph, as train.py runs the models here, and operation by operation; `kernels` says what takes the
-model's time there.
+with a matrix product of 1024³ (on a GPU 8192³), whose rate says what the machine can do just then; on a CPU a model
+with an LSTM also with itself, with torch's scans in place of compiled ones. On a GPU all are timed as one CUDA graph,
+as train.py runs the models here, and operation by operation; `kernels` says what takes the model's time there.
 
 Arithmetic is counted once, for both: the multiply-adds that no mask makes zero. A step counts as three forwards, as
 backward needs a product for the inputs' gradient and one for the weights'; a multiply-add is two operations.
@@ -13,6 +13,7 @@ backward needs a product for the inputs' gradient and one for the weights'; a mu
 Legend: b batch · c channel · h w rows, columns.
 """
 
+import copy
 import math
 import sys
 from functools import partial
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 
 from bench.measure import Clock, Results, build, describe, interleave, parse, parser, spread, table, whole
 from bench.plain import baseline, live_multiply_adds
+from kernels.backend import use
 from models.optimizers import build_optimizer
 from models.training_step import TrainingStep
 
@@ -38,17 +40,18 @@ ON_A_GPU = [  # model, side, colours, levels, h, layers, features of the head, b
 RMSPROP = {"lr": 1e-3, "alpha": 0.95, "eps": 1e-8, "momentum": 0.9}
 
 
-def step_of(model: nn.Module, x: Tensor):
-    """A training step of a model on images x, as a function of a clock, with three laps."""
+def step_of(model: nn.Module, x: Tensor, backend: str | None = None):
+    """A training step of a model on images x, as a function of a clock, with three laps; operations by `backend`."""
     optimizer, sub_pixels = torch.optim.RMSprop(model.parameters(), **RMSPROP, foreach=True), math.prod(x.shape[1:])
     half = torch.autocast("cuda", torch.bfloat16, enabled=x.is_cuda)
     model.train()
 
     def step(clock: Clock) -> None:
-        with half:
+        with half, use(backend):
             loss = model(x).mean() / sub_pixels
         clock.lap("forward")
-        loss.backward()
+        with use(backend):
+            loss.backward()
         clock.lap("backward")
         optimizer.step()
         optimizer.zero_grad()
@@ -80,7 +83,10 @@ def kernels_of(step, device: torch.device) -> list[dict] | str:
 
 
 def compare(name: str, model: nn.Module, b: int, n: int, args) -> list[dict]:
-    """Three rows: the model, its baseline, and the product of two n×n matrices, timed between them."""
+    """Rows of the model, its baseline, and the product of two n×n matrices, timed between them.
+
+    On a CPU of a model with an LSTM also one of itself with torch's scans in place of compiled ones.
+    """
     plain, (c, h, w) = baseline(model), model.shape
     x = torch.randint(0, model.levels, (b, c, h, w), generator=torch.Generator().manual_seed(0))
     x = x.to(args.device)
@@ -94,7 +100,9 @@ def compare(name: str, model: nn.Module, b: int, n: int, args) -> list[dict]:
 
     cuda, models = args.device.type == "cuda", {"ours": model, "baseline": plain}
     things = {(thing, True): captured_step_of(net, x) for thing, net in models.items()} if cuda else {}
-    things |= {(thing, False): step_of(net, x) for thing, net in models.items()}
+    if not cuda and name in ("row_lstm", "diag_bilstm"):
+        models["torch"] = copy.deepcopy(model)
+    things |= {(thing, False): step_of(net, x, "torch" if thing == "torch" else None) for thing, net in models.items()}
     first = next(iter(things))
     things["matmul"] = whole(matmul)
     errors: dict[str, str] = {}
