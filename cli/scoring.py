@@ -3,9 +3,12 @@
 Legend: n images · c channel (colour) · h w rows, columns.
 """
 
+from __future__ import annotations
+
 import csv
 import io
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -13,11 +16,13 @@ from einops import rearrange
 from torch import Tensor
 
 from cli.details import check_folder
-from cli.images import Images
 from cli.output import bytes_of, check_writable, picture
 from cli.plot import curves
 from files import write_atomically
 from models.scores import Scores, auroc
+
+if TYPE_CHECKING:
+    from cli.images import Images
 
 COLUMNS = ("image", "rank", "nats", "bits_per_dim", "png_bits", "corrected_bits_per_dim")
 HEAT = ((0, 0, 4), (87, 16, 110), (188, 55, 84), (249, 142, 9), (252, 255, 164))  # from no bits to the most
