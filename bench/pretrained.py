@@ -2,7 +2,7 @@
 
 For each: its likelihood on the whole test split, to bench/results/pretrained/NAME.json; a picture of samples and a card
 beside the weights; and the list of all, pretrained/README.md. How it was trained stays in the JSON as it is; of a model
-that has just been trained, `--training runs/…/summary.json` puts it there.
+that has just been trained, `--training runs/…` puts it there, with its curve.
 """
 
 import argparse
@@ -15,6 +15,8 @@ import torch
 import data
 from cli.machine import environment
 from cli.output import labels_in_rows, save_grid
+from cli.plot import curves
+from cli.report import curve, metrics_of, read_json
 from files import write_atomically
 from models.checkpoint import read, rebuild
 from models.likelihood import nats_of, summarise
@@ -51,6 +53,14 @@ pages.
 """
 
 
+def training_of(folder: Path) -> dict:
+    """What a run's folder says of a training: some of summary.json, and bits/dim of the validation split by step."""
+    summary, metrics = read_json(folder / "summary.json"), metrics_of(folder)
+    if summary is None:
+        raise SystemExit(f"{folder}: expected the folder of a run that has ended, found no summary.json")
+    return {key: summary[key] for key in KEPT if key in summary} | {"validation": curve(metrics, "val_bits_per_dim")}
+
+
 def measure(name: str, training: dict | None) -> dict:
     """Measure a model, draw samples of it, and return what is known of it."""
     path, known = FOLDER / f"{name}.safetensors", RESULTS / f"{name}.json"
@@ -69,7 +79,7 @@ def measure(name: str, training: dict | None) -> dict:
         "model": type(model).__name__,
         "parameters": sum(p.numel() for p in model.parameters()),
         "config": config,
-        "training": {key: training[key] for key in KEPT if key in training},
+        "training": training,
         "command": f"python -m bench.pretrained {name}",
         **environment(torch.device("cpu")),
     }
@@ -117,6 +127,8 @@ The samples are the first ones of seed 0, not chosen. The model was trained by
 {training["command"]}
 ```
 
+![bits/dim of the validation split](../bench/results/pretrained/{name}.svg)
+
 `python evaluate.py checkpoint=pretrained/{name}` repeats the likelihood
 ([json](../bench/results/pretrained/{name}.json)). The weights, averaged over the last steps, are under the project's
 licence, MIT.
@@ -126,7 +138,7 @@ licence, MIT.
 def main(argv: list[str] | None = None) -> int:
     options = argparse.ArgumentParser(prog="python -m bench.pretrained", description=__doc__.split("\n")[0])
     options.add_argument("names", nargs="*", metavar="NAME", help="of a file in pretrained/ (all)")
-    options.add_argument("--training", type=Path, metavar="FILE", help="summary.json of the run that trained NAME")
+    options.add_argument("--training", type=Path, metavar="RUN", help="folder of the run that trained NAME")
     args = options.parse_args(argv)
     every = sorted(path.stem for path in FOLDER.glob("*.safetensors"))
     for name in args.names:
@@ -134,12 +146,14 @@ def main(argv: list[str] | None = None) -> int:
             options.error(f"{name}: expected one of {', '.join(every)}")
     if args.training and len(args.names) != 1:
         options.error(f"--training: expected one NAME, found {len(args.names)}")
-    training = json.loads(args.training.read_text()) if args.training else None
+    training = training_of(args.training) if args.training else None
     for name in args.names or every:
         of = measure(name, training)
         text = json.dumps(of, indent=2, ensure_ascii=False) + "\n"
         RESULTS.mkdir(exist_ok=True)
         write_atomically(RESULTS / f"{name}.json", lambda file, text=text: file.write(text.encode()))
+        text = curves({name: of["training"]["validation"]}, "step", "bits/dim, validation")
+        write_atomically(RESULTS / f"{name}.svg", lambda file, text=text: file.write(text.encode()))
         print(f"{name}: {likelihood(of)}", flush=True)
     rows = []
     for name in every:

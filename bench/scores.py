@@ -51,7 +51,8 @@ def compare(name: str, args) -> Iterator[dict]:
 
 def draw_surprise(path: Path) -> dict:
     """Draw digits and what a model finds surprising in them; say how the bits in and around the square grow."""
-    model, x = load(PRETRAINED / "binary_mnist-diag_bilstm.safetensors"), images_of("binary_mnist", DIGITS)
+    model, x = load(PRETRAINED / "binary_mnist-diag_bilstm.safetensors"), images_of("binary_mnist", 10_000)
+    x = x[:: len(x) // DIGITS]  # they are sorted
     damaged, i, j = x.clone(), 17, 5
     damaged[:, :, i : i + SQUARE, j : j + SQUARE] = 1 - damaged[:, :, i : i + SQUARE, j : j + SQUARE]
     whole, other = scores(model, x).bits, scores(model, damaged).bits
