@@ -61,7 +61,7 @@ def likelihood(cfg, model: ImageModel, checkpoint: dict, path: Path) -> dict:
 
 
 def score(cfg, model: ImageModel, checkpoint: dict, path: Path) -> dict:
-    """Score single images, write what was asked for, and return the numbers of the whole set."""
+    """Score single images, write the table and the maps, and return the numbers of the whole set."""
     check_one_of("split", cfg.split, SPLITS)
 
     def scored(key: str) -> tuple[Images, Scores]:

@@ -53,6 +53,11 @@ def write_atomically(path: str | os.PathLike, write: Callable[[BinaryIO], object
         raise
 
 
+def write_text(path: str | os.PathLike, text: str) -> None:
+    """Write a text file as `write_atomically` does: whole or not at all."""
+    write_atomically(path, lambda file: file.write(text.encode()))
+
+
 def reserve(file: BinaryIO, size: int) -> None:
     """Append `size` zeros that the disk has room for, so that memory mapped to them can be written without fail."""
     file.flush()

@@ -51,7 +51,7 @@ import torch  # noqa: E402
 
 from bench.measure import LOST  # noqa: E402
 from cli.machine import environment  # noqa: E402
-from files import write_atomically  # noqa: E402
+from files import write_text  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 PARTS = {
@@ -172,7 +172,7 @@ class Run:
 
     def save(self) -> None:
         text = json.dumps({**self.about, "rows": self.rows}, indent=2, ensure_ascii=False) + "\n"
-        write_atomically(self.path, lambda file: file.write(text.encode()))
+        write_text(self.path, text)
 
     def say(self, text: str) -> None:
         """Print a line, and write it to the log."""

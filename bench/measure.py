@@ -22,7 +22,7 @@ import torch
 
 import models
 from cli.machine import environment, keep_freed_memory
-from files import write_atomically
+from files import write_text
 
 LOST = 3  # exit status: the GPU no longer answers this process; another one goes on with --resume
 
@@ -251,7 +251,7 @@ class Results:
     def save(self, **more) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         text = json.dumps({**self.about, **more, "rows": self.rows}, indent=2, ensure_ascii=False) + "\n"
-        write_atomically(self.path, lambda file: file.write(text.encode()))
+        write_text(self.path, text)
 
     def add(self, row: dict) -> None:
         """Write a row, then print it."""

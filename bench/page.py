@@ -6,7 +6,7 @@ from pathlib import Path
 
 from bench.pretrained import RESULTS as TRAINED
 from bench.pretrained import WRITTEN, in_words, likelihood
-from files import write_atomically
+from files import write_text
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS, PAGE = ROOT / "bench/results", ROOT / "docs/results.md"
@@ -128,7 +128,7 @@ Under a model of one set, the test split of the other (`python -m bench.scores`,
 
 
 def main() -> int:
-    write_atomically(PAGE, lambda file: file.write(page().encode()))
+    write_text(PAGE, page())
     print(PAGE)
     return 0
 

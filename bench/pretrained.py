@@ -17,7 +17,7 @@ from cli.machine import environment
 from cli.output import labels_in_rows, save_grid
 from cli.plot import curves
 from cli.report import curve, metrics_of, read_json
-from files import write_atomically
+from files import write_text
 from models.checkpoint import read, rebuild
 from models.likelihood import nats_of, summarise
 from models.sampling import sample
@@ -62,7 +62,7 @@ def training_of(folder: Path) -> dict:
 
 
 def measure(name: str, training: dict | None) -> dict:
-    """Measure a model, draw samples of it, and return what is known of it."""
+    """Measure a model and draw its samples; return its numbers, its config and how it was trained."""
     path, known = FOLDER / f"{name}.safetensors", RESULTS / f"{name}.json"
     checkpoint = read(path)
     model, config = rebuild(checkpoint, path).eval(), checkpoint["config"]
@@ -149,21 +149,19 @@ def main(argv: list[str] | None = None) -> int:
     training = training_of(args.training) if args.training else None
     for name in args.names or every:
         of = measure(name, training)
-        text = json.dumps(of, indent=2, ensure_ascii=False) + "\n"
         RESULTS.mkdir(exist_ok=True)
-        write_atomically(RESULTS / f"{name}.json", lambda file, text=text: file.write(text.encode()))
+        write_text(RESULTS / f"{name}.json", json.dumps(of, indent=2, ensure_ascii=False) + "\n")
         text = curves({name: of["training"]["validation"]}, "step", "bits/dim, validation")
-        write_atomically(RESULTS / f"{name}.svg", lambda file, text=text: file.write(text.encode()))
+        write_text(RESULTS / f"{name}.svg", text)
         print(f"{name}: {likelihood(of)}", flush=True)
     rows = []
     for name in every:
         if not (RESULTS / f"{name}.json").exists():
             continue  # its turn comes
         of = json.loads((RESULTS / f"{name}.json").read_text())
-        text = card(name, of)
-        write_atomically(FOLDER / f"{name}.md", lambda file, text=text: file.write(text.encode()))
+        write_text(FOLDER / f"{name}.md", card(name, of))
         rows.append(f"| [`{name}`]({name}.md) | {in_words(of)} | {likelihood(of)} |\n")
-    write_atomically(FOLDER / "README.md", lambda file: file.write((HEADER + "".join(rows)).encode()))
+    write_text(FOLDER / "README.md", HEADER + "".join(rows))
     return 0
 
 

@@ -16,14 +16,15 @@ from torch import Tensor
 
 import data
 from bench.measure import Results, parse, parser, table
+from bench.pretrained import FOLDER
 from cli.output import bytes_of, picture
 from cli.scoring import heat, histogram
-from files import write_atomically
+from files import write_atomically, write_text
 from models.checkpoint import load
 from models.scores import auroc, scores
 
 ROOT = Path(__file__).resolve().parent.parent
-PRETRAINED, SURPRISE = ROOT / "pretrained", ROOT / "docs/surprise.png"
+SURPRISE = ROOT / "docs/surprise.png"
 SETS = {"mnist": "mnist-diag_bilstm", "fashion_mnist": "fashion_mnist-diag_bilstm"}  # and the models of them
 COLUMNS = ("model", "unusual", "images", "bits_per_dim", "unusual_bits_per_dim", "auroc_bits", "auroc_corrected")
 DIGITS, SQUARE, SCALE = 8, 6, 4
@@ -35,13 +36,13 @@ def images_of(name: str, n: int) -> Tensor:
 
 def compare(name: str, args) -> Iterator[dict]:
     """A row for the other set under the model of one."""
-    model, (other,) = load(PRETRAINED / f"{SETS[name]}.safetensors"), (of for of in SETS if of != name)
+    model, (other,) = load(FOLDER / f"{SETS[name]}.safetensors"), (of for of in SETS if of != name)
     own, others = (scores(model, images_of(of, args.images)) for of in (name, other))
     values = {"bits_per_dim": (own.bits_per_dim, others.bits_per_dim), "corrected": (own.corrected, others.corrected)}
     for what, of_both in values.items():
         text = histogram(dict(zip((name, other), of_both, strict=True)), what.replace("_", " "))
         path = Path(args.out) / f"{args.name}-{name}-{what}.svg"
-        write_atomically(path, lambda file, text=text: file.write(text.encode()))
+        write_text(path, text)
     row = {"model": SETS[name], "unusual": other, "images": len(own.nats)}
     for of, found in (("", own), ("unusual_", others)):
         row |= {f"{of}bits_per_dim": found.bits_per_dim.mean().item()}
@@ -51,7 +52,7 @@ def compare(name: str, args) -> Iterator[dict]:
 
 def draw_surprise(path: Path) -> dict:
     """Draw digits and what a model finds surprising in them; say how the bits in and around the square grow."""
-    model, x = load(PRETRAINED / "binary_mnist-diag_bilstm.safetensors"), images_of("binary_mnist", 10_000)
+    model, x = load(FOLDER / "binary_mnist-diag_bilstm.safetensors"), images_of("binary_mnist", 10_000)
     x = x[:: len(x) // DIGITS]  # they are sorted
     damaged, i, j = x.clone(), 17, 5
     damaged[:, :, i : i + SQUARE, j : j + SQUARE] = 1 - damaged[:, :, i : i + SQUARE, j : j + SQUARE]

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from cli.output import save_grid, write_json
 from cli.plot import curves
-from files import write_atomically
+from files import write_text
 from models.details import Details
 
 COLOURS = ("red", "green", "blue")
@@ -27,7 +27,7 @@ def check_folder(path: Path) -> None:
 
 
 def colours_of(c: int) -> list[str]:
-    """What the colours of an image are called."""
+    """Name the c colours of an image."""
     return [*COLOURS] if c == 3 else ["grey"] if c == 1 else [f"colour {k}" for k in range(c)]
 
 
@@ -49,7 +49,7 @@ def write_details(folder: Path, found: Details) -> dict:
         ),
     }
     for name, text in pictures.items():
-        write_atomically(folder / f"{name}.svg", lambda file, text=text: file.write(text.encode()))
+        write_text(folder / f"{name}.svg", text)
     said = {"bits_by_colour": by_colour, "calibration_error": found.calibration_error}
     calibration = {name: getattr(found, name)[used].tolist() for name in ("expected", "observed", "count")}
     write_json(folder / "details.json", {**said, "bits_by_row": rows, "calibration": calibration})

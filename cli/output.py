@@ -26,7 +26,7 @@ from PIL import Image
 from torch import Tensor
 
 from cli.machine import is_first, rank_and_world
-from files import naming, reserve, write_atomically
+from files import naming, reserve, write_atomically, write_text
 
 # ---------------------------------------------------------------------------------------------------------------- files
 
@@ -50,7 +50,7 @@ def check_writable(path: Path, suffix: str) -> None:
 def write_json(path: Path, values: dict) -> None:
     """Write values as a JSON file, whole or not at all."""
     text = json.dumps(values, indent=2) + "\n"
-    write_atomically(path, lambda file: file.write(text.encode()))
+    write_text(path, text)
 
 
 def digest(path: Path) -> str:

@@ -14,7 +14,7 @@ from html import escape
 from pathlib import Path
 
 from cli.plot import Points, curves
-from files import write_atomically
+from files import write_text
 
 PICTURES = {  # folders of step_NUMBER.png, and what a reader must know of them
     "samples": "",
@@ -187,9 +187,9 @@ model.log_prob(x)  # nats of each image of x (b c h w)
 def write_report(folder: Path) -> None:
     """Write report.html of a run, and once it has ended model_card.md."""
     run = Run(folder)
-    write_atomically(folder / "report.html", lambda file: file.write(html(run).encode()))
+    write_text(folder / "report.html", html(run))
     if run.summary:
-        write_atomically(folder / "model_card.md", lambda file: file.write(model_card(run).encode()))
+        write_text(folder / "model_card.md", model_card(run))
 
 
 def main(argv: list[str] | None = None) -> int:

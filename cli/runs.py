@@ -17,7 +17,7 @@ import data
 from checks import one_of, reason_of, unexpected
 from cli.command import CONF, Stopped
 from conf.schema import Train
-from files import write_atomically
+from files import write_text
 from models.base import ImageModel
 from models.checkpoint import check_contents, find, read
 
@@ -288,7 +288,7 @@ def write_config(folder: Path, cfg: DictConfig, overrides: list[str]) -> None:
     """Write a run's config and arguments into its folder's .hydra/, as Hydra itself would."""
     (folder / ".hydra").mkdir(exist_ok=True)
     for name, text in (("config", OmegaConf.to_yaml(cfg)), ("overrides", OmegaConf.to_yaml(overrides))):
-        write_atomically(folder / f".hydra/{name}.yaml", lambda file, text=text: file.write(text.encode()))
+        write_text(folder / f".hydra/{name}.yaml", text)
 
 
 def count_classes(model: DictConfig, dataset: data.Dataset) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor
 from cli.details import check_folder
 from cli.output import bytes_of, check_writable, picture
 from cli.plot import curves
-from files import write_atomically
+from files import write_atomically, write_text
 from models.scores import Scores, auroc
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ def write_table(path: Path, given: Images, found: Scores) -> None:
     lines.writerows(
         zip(given.names, ranks(found), found.nats.tolist(), found.bits_per_dim.tolist(), png, corrected, strict=True)
     )
-    write_atomically(path, lambda file: file.write(text.getvalue().encode()))
+    write_text(path, text.getvalue())
 
 
 def heat(bits: Tensor, most: float) -> Tensor:
@@ -107,5 +107,5 @@ def compare(names: tuple[str, str], found: Scores, others: Scores, scores: Path 
         if scores is not None:
             text = histogram(dict(zip(names, (of_images, of_others), strict=True)), name.replace("_", " "))
             path = scores.with_name(f"{scores.stem}-{name}.svg")
-            write_atomically(path, lambda file, text=text: file.write(text.encode()))
+            write_text(path, text)
     return out

@@ -68,7 +68,7 @@ class Operation(NamedTuple):
     weight: int = 0  # where it stands among the parameters
     bias: int = -1
     more: int = 0
-    blocks: int = 0  # of a product: those of many outputs; what is left is cut in blocks of few
+    blocks: int = 0  # of a product: how many are of many outputs; the other blocks are of few
 
 
 class Stage(NamedTuple):
@@ -84,6 +84,7 @@ class Stage(NamedTuple):
     together: bool = False
 
 
+ALIGNED = 16  # parameters begin at multiples of it
 OF_MIXTURES = ("mixture_begin", "mixture_logits", "mixture_put")
 OPERATIONS = {
     **{name: getattr(kernel, name) for name in ("product", "relu", "add", "copy", "zero", "condition", "gate", "lstm")},
@@ -102,7 +103,7 @@ def write_with_mixtures(code: Code) -> None:
 
 
 def compiled(lanes: int, double: bool = False, mixture: bool = False) -> Callable:
-    """The function `run` for tiles of so many images."""
+    """Load the function `run` for tiles of `lanes` images, or compile it."""
     writer = write_with_mixtures if mixture else write
     return native.library(writer, {"run": 8}, lanes, double)["run"]
 
@@ -151,7 +152,7 @@ def encode(operation: Operation) -> list[int]:
 
 
 class Parameters:
-    """The parameters of a network in one stretch of memory, of the type of its weights, for tiles of so many lanes."""
+    """All parameters of a network side by side in memory, laid out for tiles of `lanes` images."""
 
     def __init__(self, like: Tensor, lanes: int):
         self.like, self.lanes, self.parts, self.size = like, lanes, [], 0
@@ -160,7 +161,7 @@ class Parameters:
     def add(self, x: Tensor) -> int:
         """Take numbers in; return where they stand."""
         at, x = self.size, x.detach().to(self.like).flatten()
-        self.parts.append(F.pad(x, (0, -len(x) % 16)))
+        self.parts.append(F.pad(x, (0, -len(x) % ALIGNED)))
         self.size += len(self.parts[-1])
         return at
 

@@ -171,9 +171,6 @@ def block(code: Code, o: Fields, places: dict, first: Value, weight: Value, coun
     """The sums of outputs `first`, … for each column, side by side; weights (k count)."""
     bias = code.address(o.tile.parameters, o["bias"] + first, code.float)
     sums = [[code.variable(code.number(0)) for _ in range(count)] for _ in places["x"]]
-    for totals in sums:
-        for total in totals:
-            total.set(code.number(0))
     with code.when(o["start"] >= 0):
         for at, totals in zip(places["start"], sums, strict=True):
             for r, total in enumerate(totals):

@@ -1,4 +1,4 @@
-"""Triton, or a stand-in that lets the kernels' files be imported without it.
+"""Triton; where it is not imported, a stand-in, so that the files of the kernels still are.
 
 Triton is for Linux only, and takes as long to import as many small draws: it is left out where nothing would run in it.
 

@@ -58,7 +58,7 @@ def found(named: str | None) -> tuple[str, str]:
     return llvm.get_host_cpu_name(), features.flatten()
 
 
-def register() -> int:
+def vector_bytes() -> int:
     """Bytes of the CPU's widest vectors: 64, 32 or 16."""
     (name, features), needed = cpu(), {64: ("avx512f", "x86-64-v4"), 32: ("avx2", "haswell")}
     return next((size for size, (has, of) in needed.items() if f"+{has}" in features.split(",") or name == of), 16)
@@ -66,8 +66,8 @@ def register() -> int:
 
 def lanes(b: int, double: bool) -> int:
     """How many numbers a vector has, of b that are computed side by side."""
-    whole = max(register(), 32) // (8 if double else 4)
-    return whole // 2 if b <= whole // 2 and register() == 64 else whole
+    whole = max(vector_bytes(), 32) // (8 if double else 4)
+    return whole // 2 if b <= whole // 2 and vector_bytes() == 64 else whole
 
 
 def lanes_of_tile(b: int, double: bool) -> int:
@@ -76,12 +76,12 @@ def lanes_of_tile(b: int, double: bool) -> int:
     Where a CPU has few registers, a tile of many images is two of them wide: each weight is loaded less often.
     """
     whole = lanes(b, double)
-    return 2 * whole if register() == 32 and b > 2 * whole else whole
+    return 2 * whole if vector_bytes() == 32 and b > 2 * whole else whole
 
 
 def registers(lanes: int, double: bool) -> tuple[int, bool]:
     """How many registers a vector takes, and whether the CPU has many of them."""
-    return max(1, lanes * (8 if double else 4) // register()), register() == 64
+    return max(1, lanes * (8 if double else 4) // vector_bytes()), vector_bytes() == 64
 
 
 def machine():

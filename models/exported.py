@@ -25,7 +25,7 @@ from torch import Tensor
 
 import models
 from checks import one_of, reason_of
-from files import write_atomically
+from files import write_atomically, write_text
 from models.untrusted import check_header, check_values
 
 FORMAT = "pixelrnn-1"
@@ -92,7 +92,7 @@ def save_pretrained(model: "models.base.ImageModel", folder: Path, run: dict[str
     folder.mkdir(parents=True, exist_ok=True)
     write(folder / NAME, model.config, model.state_dict(), run)
     text = json.dumps(model.config, indent=1) + "\n"  # what model hubs show, and count downloads by
-    write_atomically(folder / "config.json", lambda file: file.write(text.encode()))
+    write_text(folder / "config.json", text)
 
 
 def hub() -> ModuleType:

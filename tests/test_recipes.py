@@ -20,7 +20,7 @@ SHRUNK = [
 
 
 def small_images(levels: int, channels: int) -> tuple[np.ndarray, np.ndarray]:
-    """Digits of 8×8 pixels in two levels, or each in a colour of its own in 256, and their labels."""
+    """The shipped digits in black and white, or in 256 levels with a random colour for each; and their labels."""
     split = data.build({"name": "digits", "root": None}).train
     x, labels = split.batch(slice(None))
     if levels == 2:
