@@ -60,7 +60,7 @@ def scan(name: str, tensors: list[Tensor], n: int, diagonal: bool, lanes: int) -
     native.share(call, cdiv(b, IMAGES) * d)
 
 
-@torch.library.custom_op("pixelrnn::lstm_cpu", mutates_args=())
+@torch.library.custom_op("pixelrnn::lstm_cpu", mutates_args=(), device_types="cpu")
 def lstm_cpu_op(
     u: Tensor, input_weight: Tensor, bias: Tensor, state_weight: Tensor, left_weight: Tensor, diagonal: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -94,7 +94,7 @@ def _(u, input_weight, bias, state_weight, left_weight, diagonal):
     return tuple(u.new_empty(b, h, w, d, size) for size in sizes)
 
 
-@torch.library.custom_op("pixelrnn::lstm_cpu_backward", mutates_args=())
+@torch.library.custom_op("pixelrnn::lstm_cpu_backward", mutates_args=(), device_types="cpu")
 def lstm_cpu_backward_op(
     d_hidden_states: Tensor,
     u: Tensor,

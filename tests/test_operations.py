@@ -356,10 +356,19 @@ REGISTERED = {
 @pytest.mark.parametrize("name", REGISTERED)
 def test_operation_is_registered_as_torch_wants_it(name):
     operation, shapes, rest = REGISTERED[name]
-    inputs = [x.float().to(DEVICE).requires_grad_() for x in numbers(*shapes)]
-    rest = [x.to(DEVICE) if isinstance(x, torch.Tensor) else x for x in rest]
+    device = "cpu" if name == "lstm_cpu" else DEVICE
+    inputs = [x.float().to(device).requires_grad_() for x in numbers(*shapes)]
+    rest = [x.to(device) if isinstance(x, torch.Tensor) else x for x in rest]
     torch.use_deterministic_algorithms(False)  # opcheck compares what is left unwritten in tensors of no use
     opcheck(operation, (*inputs, *rest))
+
+
+def test_the_cpus_scan_refuses_what_is_not_on_the_cpu():
+    """It reads memory by address, and there is none of these tensors that it could read."""
+    operation, shapes, rest = REGISTERED["lstm_cpu"]
+    inputs = [x.float().to_sparse() for x in numbers(*shapes)]
+    with pytest.raises(NotImplementedError, match="pixelrnn::lstm_cpu"):
+        operation(*inputs, *rest)
 
 
 # ------------------------------------------------------------------------------------------------------ whole models
