@@ -17,10 +17,6 @@ from kernels.jit import cdiv
 from kernels.lstm_scan_cpu_kernel import OUTPUTS, write
 
 IMAGES = 4  # of a call
-# Features up to which it computes float32 on a CPU by default: a whole training step of the Row LSTM is 1.4 to 1.7
-# times as quick as by torch there, of the Diagonal BiLSTM 1.8 to 2 times. With 32 features it is 1.3 and 1.5, and less
-# with more, as it is products that take the time.
-FEW = 16
 
 
 def lanes_of(f: int, dtype: torch.dtype) -> tuple[int, int]:
