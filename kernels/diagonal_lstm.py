@@ -29,8 +29,8 @@ from kernels.lstm import double_g, local_gradients
 from kernels.lstm_scan import lstm_scan
 from kernels.lstm_scan_cpu import lstm_cpu
 
-# Features up to which a compiled function computes float32 on a CPU by default: a whole training step is 1.8 to 2 times
-# as quick as by torch with 16 on one CPU, 1.6 on another; with 32, 1.5, and 1.1 to 1.3. With more, products take the time.
+# Features up to which a compiled function computes float32 on a CPU by default: a whole training step is 1.6 to 2 times
+# as quick as by torch with 16, on two CPUs, and 1.1 to 1.5 with 32. With more, products take the time.
 FEW = 32
 
 

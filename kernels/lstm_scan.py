@@ -2,9 +2,9 @@
 
 Legend: b batch · h w rows, columns · d direction · f hidden features · n taps.
 
-`kernels.lstm_scan_kernel` has the kernels, the mathematics and the four forms. The form "shared" has passed its tests on
-a GPU, in half of the time, but has not trained a model yet, so it has to be asked for by name. If one of its programs
-gives up waiting, `scan` raises an error.
+`kernels.lstm_scan_kernel` has the kernels, the mathematics and the four forms. The form "shared" has passed its tests
+on a GPU, in half of the time, but has not trained a model yet, so it has to be asked for by name. If one of its
+programs gives up waiting, `scan` raises an error.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ class Form(NamedTuple):
 def form_of(f: int, taps: int, extent: int, itemsize: int, backward: bool, name: str = "auto") -> Form:
     """Choose the form for f features, `taps` taps, `extent` positions, and numbers of `itemsize` bytes.
 
-    The blocks are the quickest by `python -m bench.model` of those that leave no register on the stack
-    (`python -m bench.compile`), and by `python -m bench.sweep` on an H200. Where f is no multiple of 16, each number is loaded from an address of its own, and only smaller blocks fit
-    in registers.
+    The blocks are the quickest, by `python -m bench.model` and by `python -m bench.sweep` on an H200, of those that
+    leave no register on the stack (`python -m bench.compile`). Where f is no multiple of 16, each number is loaded from
+    an address of its own, and only smaller blocks fit in registers.
 
     Raises:
         ValueError: there is no form `name`, or it is not for this size.
