@@ -38,21 +38,23 @@ class Paper(NamedTuple):
     hidden: int
     residual: bool
     head_features: int
-    batch_size: int
 
 
 PAPER = {  # 1601.06759, section 5
-    "mnist_diag_bilstm_1x32": Paper("binary_mnist", "DiagBiLSTM", 1, 32, True, 32, 16),
-    "mnist_diag_bilstm_7x16": Paper("binary_mnist", "DiagBiLSTM", 7, 16, True, 32, 16),
-    "cifar10_pixel_cnn": Paper("cifar10", "PixelCNN", 15, 128, True, 1024, 16),
-    "cifar10_row_lstm": Paper("cifar10", "RowLSTM", 12, 128, True, 1024, 16),
-    "cifar10_diag_bilstm": Paper("cifar10", "DiagBiLSTM", 12, 128, True, 1024, 16),
-    "imagenet32_row_lstm": Paper("imagenet32", "RowLSTM", 12, 384, True, 1024, 64),
-    "imagenet64_row_lstm": Paper("imagenet64", "RowLSTM", 4, 512, False, 1024, 32),
-    "imagenet64_multi_scale": Paper("imagenet64", "MultiScale", 4, 512, False, 1024, 32),
+    "mnist_diag_bilstm_1x32": Paper("binary_mnist", "DiagBiLSTM", 1, 32, True, 32),
+    "mnist_diag_bilstm_7x16": Paper("binary_mnist", "DiagBiLSTM", 7, 16, True, 32),
+    "cifar10_pixel_cnn": Paper("cifar10", "PixelCNN", 15, 128, True, 1024),
+    "cifar10_row_lstm": Paper("cifar10", "RowLSTM", 12, 128, True, 1024),
+    "cifar10_diag_bilstm": Paper("cifar10", "DiagBiLSTM", 12, 128, True, 1024),
+    "imagenet32_row_lstm": Paper("imagenet32", "RowLSTM", 12, 384, True, 1024),
+    "imagenet64_row_lstm": Paper("imagenet64", "RowLSTM", 4, 512, False, 1024),
+    "imagenet64_multi_scale": Paper("imagenet64", "MultiScale", 4, 512, False, 1024),
 }
 
 OURS = {  # sizes that no paper gives: what the model has beside the defaults of conf/model/
+    "mnist_gated_pixel_cnn": {"layers": 10, "hidden": 32, "head_features": 32},
+    "mnist_pixel_cnn": {"layers": 12, "hidden": 32, "head_features": 32},
+    "mnist_row_lstm": {"layers": 7, "hidden": 16, "head_features": 32},
     "cifar10_gated_pixel_cnn": {"layers": 15, "hidden": 128, "head_features": 1024},
     "cifar10_gated_pixel_cnn_classes": {"layers": 15, "hidden": 128, "head_features": 1024, "classes": 10},
     "cifar10_pixel_cnn_logistic_mixture": {
@@ -109,16 +111,23 @@ def test_has_the_papers_sizes(name):
     cfg = composed(f"experiment={name}")
     sizes = (cfg.model[key] for key in ("layers", "hidden", "residual", "head_features"))
     target = cfg.model._target_.removeprefix("models.")
-    assert Paper(cfg.dataset.name, target, *sizes, cfg.batch_size) == PAPER[name]
-    assert (cfg.optimizer.name, cfg.model.skip, cfg.model.head) == ("rmsprop", False, "softmax")
+    assert Paper(cfg.dataset.name, target, *sizes) == PAPER[name]
+    assert (cfg.model.skip, cfg.model.head) == (False, "softmax")
     assert f"{cfg.model.layers} layers, h = {cfg.model.hidden}" in ROWS[name][1].replace("1 layer,", "1 layers,")
 
 
 @pytest.mark.parametrize("name", OURS)
 def test_differs_from_the_models_defaults_as_told(name):
-    cfg, kind = composed(f"experiment={name}"), "gated_pixel_cnn" if "gated" in name else "pixel_cnn"
-    assert cfg.model == {**composed("dataset=cifar10", f"model={kind}").model, **OURS[name]}
-    assert (cfg.optimizer.name, cfg.batch_size) == ("rmsprop", 16)
+    kinds = ("gated_pixel_cnn", "pixel_cnn", "row_lstm")
+    cfg, kind = composed(f"experiment={name}"), next(kind for kind in kinds if kind in name)
+    assert cfg.model == {**composed(f"dataset={cfg.dataset.name}", f"model={kind}").model, **OURS[name]}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_learns_at_the_rate_of_its_size_or_by_the_papers_optimizer(name):
+    cfg, theirs = composed(f"experiment={name}"), composed(f"experiment={name}", "optimizer=rmsprop").optimizer
+    assert (cfg.optimizer.name, cfg.optimizer.lr) == ("adamw", 1e-3 if cfg.model.hidden >= 128 else 3e-3)
+    assert (theirs.name, theirs.lr, theirs.momentum) == ("rmsprop", 3e-4, 0.9)
 
 
 def test_every_experiment_is_expected():
