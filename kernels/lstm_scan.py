@@ -2,9 +2,8 @@
 
 Legend: b batch · h w rows, columns · d direction · f hidden features · n taps.
 
-`kernels.lstm_scan_kernel` has the kernels, the mathematics and the four forms. The form "shared" has passed its tests
-on a GPU, in half of the time, but has not trained a model yet, so it has to be asked for by name. If one of its
-programs gives up waiting, `scan` raises an error.
+`kernels.lstm_scan_kernel` has the kernels, the mathematics and the four forms. If a program of the form "shared" gives
+up waiting for another one, `scan` raises an error.
 """
 
 from __future__ import annotations
@@ -20,6 +19,7 @@ from kernels.jit import cdiv, launch, multiprocessors, next_power_of_2, tl, trit
 from kernels.lstm_scan_kernel import lstm_scan_bwd_kernel, lstm_scan_fwd_kernel
 
 FORMS = ("carried", "streamed", "launches", "shared")
+MANY = 128  # features from which "shared" is the usual form: on an H200 it took half of the time of "streamed"
 PATIENCE = 10**6  # looks at another program's count: a second or so
 
 
@@ -106,16 +106,21 @@ def constants(form: Form, f: int, taps: int, directions: int, diagonal: bool, st
     }
 
 
+def grid_of(form: Form, shape: tuple, f: int, diagonal: bool) -> tuple[int, int, int]:
+    """The programs of a launch: images and directions, positions, features."""
+    b, h, w, d = shape
+    parts = 1 if form.name in ("carried", "streamed") else cdiv(f, form.block_n)
+    return cdiv(b, form.images) * d, cdiv(h if diagonal else w, form.positions), parts
+
+
 def scan(kernel, tensors: list[Tensor], shape: tuple, f: int, taps: int, diagonal: bool, form: Form, state) -> None:
     """Run a kernel over all steps: in one launch, or a launch a step, backwards for the backward kernel."""
     b, h, w, d = shape
-    extent, steps = (h, h + w - 1) if diagonal else (w, h)
-    options = constants(form, f, taps, d, diagonal, state)
-    grid = (cdiv(b, form.images) * d, cdiv(extent, form.positions), 1)
+    steps = h + w - 1 if diagonal else h
+    options, grid = constants(form, f, taps, d, diagonal, state), grid_of(form, shape, f, diagonal)
     if form.name in ("carried", "streamed"):
         launch(kernel, grid, *tensors, None, b, h, w, f, 0, steps, **options)
         return
-    grid = (*grid[:2], cdiv(f, form.block_n))
     if form.name == "shared":
         if (programs := prod(grid)) > (processors := multiprocessors(tensors[0].device)):
             raise unexpected("form", "shared", f"another form: {programs} programs for {processors} multiprocessors")
@@ -128,13 +133,23 @@ def scan(kernel, tensors: list[Tensor], shape: tuple, f: int, taps: int, diagona
         launch(kernel, grid, *tensors, None, b, h, w, f, step, step + 1, **options)
 
 
+def may_share(f: int, itemsize: int) -> bool:
+    """Whether "shared" is for such features, and programs run beside each other, as the interpreter's do not."""
+    return f >= MANY and f % 16 == 0 and itemsize == 2 and not triton.knobs.runtime.interpret
+
+
 def sizes_of(pre: Tensor, state_weight: Tensor, diagonal: bool, form: str, fast: bool, backward: bool):
     """Find the shape (b h w d), f, the number of taps, the form and the type of states."""
     if fast and pre.dtype != torch.bfloat16:
         raise unexpected("fast", fast, f"False for {pre.dtype}: it is for torch.bfloat16")
     b, h, w, d, gates = pre.shape
     f, taps = gates // 4, state_weight.shape[2] // (gates // 4)
-    cut = form_of(f, taps, h if diagonal else w, pre.element_size(), backward, form)
+    of = f, taps, h if diagonal else w, pre.element_size(), backward
+    cut = form_of(*of, form)
+    if form == "auto" and cut.name == "streamed" and may_share(f, pre.element_size()):
+        shared = form_of(*of, "shared")
+        if prod(grid_of(shared, (b, h, w, d), f, diagonal)) <= multiprocessors(pre.device):
+            cut = shared
     cut = cut._replace(fast=True) if fast else cut
     return (b, h, w, d), f, taps, cut, torch.float64 if pre.dtype == torch.float64 else torch.float32
 

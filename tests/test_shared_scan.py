@@ -5,13 +5,13 @@ from unittest import mock
 import pytest
 import torch
 
-pytest.importorskip("triton", reason="Triton is for Linux")
+triton = pytest.importorskip("triton", reason="Triton is for Linux")
 if torch.cuda.is_available():
     pytest.skip("these run in Triton's interpreter", allow_module_level=True)
 
 import kernels.lstm_scan
 import kernels.lstm_scan_kernel
-from kernels.lstm_scan import form_of, lstm_scan
+from kernels.lstm_scan import lstm_scan, sizes_of
 from tests.interleaved import interleaved
 from tests.operations import numbers
 from tests.races import watched
@@ -84,7 +84,26 @@ def test_more_programs_than_run_at_once_are_refused(monkeypatch):
         both_ways(*SIZES["diagonal"], "shared")
 
 
-def test_it_is_chosen_by_name_alone():
-    for f in (16, 64, 128, 512):
-        assert form_of(f, 2, 32, 2, False).name != "shared"
-        assert form_of(f, 2, 32, 2, False, "shared").name == "shared"
+@pytest.mark.parametrize(
+    ("b", "f", "dtype", "processors", "chosen"),
+    [
+        (16, 128, torch.bfloat16, 132, "shared"),  # 16 images, 2 directions, 4 parts of the features: 128 programs
+        (16, 128, torch.bfloat16, 127, "streamed"),
+        (17, 128, torch.bfloat16, 132, "streamed"),
+        (16, 112, torch.bfloat16, 132, "streamed"),
+        (8, 136, torch.bfloat16, 132, "streamed"),  # no multiple of 16
+        (8, 256, torch.bfloat16, 132, "shared"),
+        (16, 128, torch.float32, 132, "streamed"),
+        (1, 512, torch.bfloat16, 132, "launches"),
+    ],
+)
+def test_it_is_chosen_for_many_features_where_all_programs_run_at_once(b, f, dtype, processors, chosen, monkeypatch):
+    monkeypatch.setattr(kernels.lstm_scan, "multiprocessors", lambda device: processors)
+    pre, weight = torch.empty(b, 32, 33, 2, 4 * f, dtype=dtype, device="meta"), torch.empty(2, 4 * f, 2 * f)
+
+    def names() -> list[str]:
+        return [sizes_of(pre, weight, True, "auto", False, backward)[3].name for backward in (False, True)]
+
+    assert "shared" not in names()  # in the interpreter
+    monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
+    assert names() == [chosen, chosen]
