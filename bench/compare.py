@@ -99,6 +99,12 @@ def mean_curve(group: list[Run]) -> Points:
     return [(step, float(np.mean([curve[step] for curve in found]))) for step in steps]
 
 
+def of_open(runs: list[Run]) -> str:
+    """Say how many runs have not ended, and how far they are."""
+    said, points = f"{len(runs)} not ended" if runs else "", mean_curve(runs)
+    return f"{said}; val {points[-1][1]:.4f} at step {points[-1][0]:,}" if points else said
+
+
 def rows_of(groups: Groups, keys: list[str]) -> list[dict[str, str]]:
     """The table: a row for the runs of a group, and one for each that failed."""
     out = []
@@ -109,7 +115,7 @@ def rows_of(groups: Groups, keys: list[str]) -> list[dict[str, str]]:
             seconds = f"{np.mean([x['train_seconds'] for x in ended]):.0f}" if ended else ""
             row = {**about, "runs": str(len(ended)), "parameters": f"{ended[0]['parameters']:,}" if ended else ""}
             row |= {"val bits/dim": cell(ended, "val_bits_per_dim"), "test bits/dim": cell(ended, "test_bits_per_dim")}
-            out.append(row | {"seconds": seconds, "said": f"{len(open_ones)} not ended" if open_ones else ""})
+            out.append(row | {"seconds": seconds, "said": of_open(open_ones)})
         for run in group:
             if run.error:
                 seed = f"seed={run.overrides['seed']}: " if "seed" in run.overrides else ""

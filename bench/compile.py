@@ -76,7 +76,7 @@ def scans() -> Launches:
     for diagonal, extent in ((True, 28), (True, 64), (False, 32), (False, 64)):
         for dtype, f in ((dtype, f) for dtype, widths_ in widths.items() for f in widths_):
             name = f"{'diagonal' if diagonal else 'row'} {extent} positions, f = {f}, {short(dtype)}"
-            yield name, partial(run, diagonal, extent, f, dtype)
+            yield name, partial(run, diagonal, extent, f, dtype, "streamed" if f == 128 else "auto")
         for f in (64, 128):
             name = f"{'diagonal' if diagonal else 'row'} {extent} positions, f = {f}, bfloat16, shared"
             yield name, partial(run, diagonal, extent, f, torch.bfloat16, "shared")

@@ -81,7 +81,7 @@ class Launches:
         return {"registers": one.n_regs, "spills": one.n_spills, "shared_bytes": one.metadata.shared}
 
 
-def scan_launches(size: tuple, backward: bool, form: str = "auto", **changes) -> tuple[Launches, int]:
+def scan_launches(size: tuple, backward: bool, form: str = "streamed", **changes) -> tuple[Launches, int]:
     """The launches of the Diagonal BiLSTM's scan, one way, in bfloat16, and how many steps they are."""
     b, h, w, f = size
     new = partial(torch.randn, device="cuda", dtype=torch.bfloat16)

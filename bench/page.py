@@ -86,7 +86,7 @@ def page() -> str:
 
 Every number here is from a file in [bench/results/](../bench/results), which a command of this project wrote, with the
 machine, the versions and the date. `python -m bench.page` writes this page from them. ± is the standard error over the
-images of a split. How fast: [speed](speed.md). The papers' own experiments, not yet run: [experiments](experiments.md).
+images of a split. How fast: [speed](speed.md). The papers' own experiments: [experiments](experiments.md).
 
 ## Trained models
 
