@@ -53,5 +53,5 @@ def test_their_numbers_repeat(name, tmp_path):
 
 def test_they_are_small_and_each_is_in_the_list():
     assert sum((PRETRAINED / name).stat().st_size for name in NAMES) < 12e6
-    listed = re.findall(r"^\| \[`([\w-]+)`\]", (PRETRAINED / "README.md").read_text(), re.MULTILINE)
+    listed = re.findall(r"^\| \[`([\w.-]+)`\]", (PRETRAINED / "README.md").read_text(), re.MULTILINE)
     assert sorted(f"{name}.safetensors" for name in listed) == NAMES
