@@ -109,11 +109,12 @@ On {binary["cores"]} cores ({binary["device"]}): `{binary["command"]}`, and so o
 
 ## Residual and skip connections, depth
 
-[Experiments](experiments.md#ablations-residual-skip-depth) has the paper's ablation on the digits, three seeds each.
+[Experiments](experiments.md#ablations-residual-skip-depth) has the paper's ablations, on the digits and on
+binarized MNIST, three seeds each.
 
 ## Files
 
-Bits a dimension of the test splits as files, by the trained models and by codecs for pictures, of up to 64 × 64 images
+Bits a dimension of the test splits as files, by trained models and by codecs for pictures, of up to 64 × 64 images
 side by side (`python -m bench.compression`, {link("compression-cpu.json")}). [Compression](compression.md) has more.
 
 {compressed()}
