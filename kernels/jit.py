@@ -1,4 +1,4 @@
-"""Triton; where it is not imported, a stand-in, so that the files of the kernels still are.
+"""Triton, or a stand-in on machines without it, so that the kernels' files can be imported everywhere.
 
 Triton is for Linux only, and takes as long to import as many small draws: it is left out where nothing would run in it.
 

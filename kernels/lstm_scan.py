@@ -19,7 +19,7 @@ from kernels.jit import cdiv, launch, multiprocessors, next_power_of_2, tl, trit
 from kernels.lstm_scan_kernel import lstm_scan_bwd_kernel, lstm_scan_fwd_kernel
 
 FORMS = ("carried", "streamed", "launches", "shared")
-MANY = 128  # features from which "shared" is the usual form: on an H200 it took half of the time of "streamed"
+MANY = 128  # features from which "shared" is the usual form: the diagonal scan took half of the time on an H200
 PATIENCE = 10**6  # looks at another program's count: a second or so
 
 
@@ -40,8 +40,8 @@ def form_of(f: int, taps: int, extent: int, itemsize: int, backward: bool, name:
     """Choose the form for f features, `taps` taps, `extent` positions, and numbers of `itemsize` bytes.
 
     The blocks are the quickest, by `python -m bench.model` and by `python -m bench.sweep` on an H200, of those that
-    leave no register on the stack (`python -m bench.compile`). Where f is no multiple of 16, each number is loaded from
-    an address of its own, and only smaller blocks fit in registers.
+    leave no register on the stack (`python -m bench.compile`). Where f is no multiple of 16, each number needs an
+    address of its own in a register, so blocks are smaller.
 
     Raises:
         ValueError: there is no form `name`, or it is not for this size.
