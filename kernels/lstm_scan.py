@@ -19,7 +19,7 @@ from kernels.jit import cdiv, launch, multiprocessors, next_power_of_2, tl, trit
 from kernels.lstm_scan_kernel import lstm_scan_bwd_kernel, lstm_scan_fwd_kernel
 
 FORMS = ("carried", "streamed", "launches", "shared")
-MANY = 128  # features from which "shared" is the usual form: the diagonal scan took half of the time on an H200
+MANY = 128  # features from which "shared" is the usual form: the diagonal scan took about half of the time on an H200
 PATIENCE = 10**6  # looks at another program's count: a second or so
 
 
