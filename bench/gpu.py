@@ -106,12 +106,10 @@ def steps(names: list[str], out: Path, quick: bool = False, compiled: bool = Fal
     if workers > 1:  # each with its part of the cores, for what the GPU is compared with
         tests = ["env", f"OMP_NUM_THREADS={cores // workers}", *pytest, "-n", str(workers)]
     chosen = "test_operations or test_gpu and not training_in or test_row_kernel and draws or test_row_product"
-    training, layouts = "training_in", "any_layout and not torch"
+    training, layouts, shared = "training_in", "any_layout and not torch", "test"
     if quick:
-        chosen, training = (
-            "two_runs and gate or pixels_of_the_naive and gated_pixel_cnn-skip",
-            "learns and RowLSTM-False",
-        )
+        chosen = "two_runs and gate or pixels_of_the_naive and gated_pixel_cnn-skip"
+        training, shared = "learns and RowLSTM-False", "refused"
     files = [f"tests/test_{name}.py" for name in ("operations", "gpu", "row_kernel", "row_product")]
     # Memory that torch keeps for itself would hide what is read beyond a tensor's end.
     sanitizer = ["env", "PYTORCH_NO_CUDA_MEMORY_CACHING=1", "compute-sanitizer", "--error-exitcode", "9"]
@@ -124,7 +122,7 @@ def steps(names: list[str], out: Path, quick: bool = False, compiled: bool = Fal
         "kernels": benchmark("kernels", *["--compile"] * compiled, repeats=5),
         "tests-training": [*tests, "tests/test_gpu.py", "-k", training],
         "sanitizer": [*sanitizer, *pytest, "tests/test_operations.py", "-k", layouts],
-        "tests-shared": [*pytest, "tests/test_gpu_shared.py"],
+        "tests-shared": [*pytest, "tests/test_gpu_shared.py", "-k", shared],
         "shared": benchmark("sweep", "--sweep", "shared", "--name", "shared-cuda" + "-quick" * quick),
     }
     return [Step(name, commands[name], limits[name], name in cases) for name in names]

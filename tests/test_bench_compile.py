@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -11,6 +12,7 @@ pytest.importorskip("triton", reason="Triton is for Linux")
 
 from bench.compile import main
 from bench.compiled_text import hasty_copies, narrow_addresses, replicated, unguarded
+from tests.commands import REPOSITORY
 
 pytestmark = pytest.mark.slow
 
@@ -42,40 +44,69 @@ def test_every_kernel_keeps_the_rules(tmp_path):
         assert any(row["kernel"].startswith(name) for row in rows), name
 
 
-@pytest.mark.parametrize("target", ["sm_120", "gfx942"])
-def test_other_chips_are_compiled_for_on_demand(target, tmp_path):
+def test_other_chips_are_compiled_for_on_demand(tmp_path):
     path = tmp_path / "report.json"
-    done = report("--target", target, "--only", "convolution 1×1, 256 → 128, bfloat16", "--json", str(path))
+    only = "convolution 1×1, 256 → 128, bfloat16: masked_conv_kernel"
+    done = report("--target", "sm_120", "--target", "gfx942", "--only", only, "--json", str(path))
     assert done.returncode == 0, done.stdout + done.stderr
-    for row in json.loads(path.read_text())["rows"]:
-        assert row["target"] == target and row["registers"] > 30 and len(row["matrix"]) == 1
+    rows = json.loads(path.read_text())["rows"]
+    assert {row["target"] for row in rows} == {"sm_120", "gfx942"}
+    assert all(row["registers"] > 30 and len(row["matrix"]) == 1 for row in rows)
 
 
-@pytest.mark.parametrize(
-    ("only", "other", "broken"),
-    [
-        ("diagonal 64 positions, f = 128, bfloat16: lstm_scan_fwd", "maxnreg=64", "bytes of stack"),
-        ("diagonal 28 positions, f = 16, bfloat16: lstm_scan_bwd", "num_warps=4", "compute alike (32×16 2 times"),
-        ("convolution 3×3 B, 128 → 128, bfloat16: masked_conv_kernel", "num_stages=9", "bytes of shared memory"),
-        ("convolution 3×3 B, 16 → 16, bfloat16: masked_conv_weight", "BLOCK_N=24", "does not compile"),
-    ],
-)
-def test_a_broken_rule_ends_with_status_1(only, other, broken):
-    done = report("--target", "sm_90", "--only", only, "--set", other)
-    assert done.returncode == 1 and broken in done.stdout, done.stdout + done.stderr
+BREAKING = [  # a kernel, what is set, and which rule it then breaks
+    ("diagonal 64 positions, f = 128, bfloat16: lstm_scan_fwd", "maxnreg=64", "bytes of stack"),
+    ("diagonal 28 positions, f = 16, bfloat16: lstm_scan_bwd", "num_warps=4", "compute alike (32×16 2 times"),
+    ("convolution 3×3 B, 128 → 128, bfloat16: masked_conv_kernel", "num_stages=9", "bytes of shared memory"),
+    ("convolution 3×3 B, 16 → 16, bfloat16: masked_conv_weight", "BLOCK_N=24", "does not compile"),
+]
+BAD = [
+    (["--only", "no such kernel"], "no kernel's name holds 'no such kernel'"),
+    (["--set", "num_warps"], "--set=num_warps: expected NAME=N"),
+    (["--target", "sm_70"], "invalid choice"),
+]
+IN_TURN = """
+import json, sys
+from bench.compile import main
+
+def run(arguments):
+    try:
+        return main(arguments)
+    except SystemExit as end:
+        return end.code
+
+if __name__ == "__main__":
+    for arguments in json.loads(sys.argv[1]):
+        status = run(arguments)
+        print("status", status, flush=True)
+        print("status", status, file=sys.stderr, flush=True)
+"""
 
 
-@pytest.mark.parametrize(
-    ("arguments", "said"),
-    [
-        (["--only", "no such kernel"], "no kernel's name holds 'no such kernel'"),
-        (["--set", "num_warps"], "--set=num_warps: expected NAME=N"),
-        (["--target", "sm_70"], "invalid choice"),
-    ],
-)
-def test_bad_arguments_are_named(arguments, said):
-    done = report(*arguments)
-    assert done.returncode == 2 and said in done.stderr and "Traceback" not in done.stderr
+def in_turn(tmp_path, *commands: list[str]) -> list[tuple[int, str, str]]:
+    """(exit status, stdout, stderr) of each command, all in one process."""
+    script = tmp_path / "in_turn.py"
+    script.write_text(IN_TURN)
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    environment.pop("TRITON_INTERPRET", None)
+    command = [sys.executable, str(script), json.dumps(commands)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=REPOSITORY)
+    assert done.returncode == 0, done.stderr
+    parts = [re.split(r"status (\d)\n", text) for text in (done.stdout, done.stderr)]
+    assert len(parts[0]) == len(parts[1]) == 2 * len(commands) + 1
+    return [(int(code), out, err) for out, code, err in zip(parts[0][::2], parts[0][1::2], parts[1][::2], strict=False)]
+
+
+def test_a_broken_rule_ends_with_status_1(tmp_path):
+    done = in_turn(tmp_path, *(["--target", "sm_90", "--only", only, "--set", other] for only, other, _ in BREAKING))
+    for (status, out, err), (_, _, broken) in zip(done, BREAKING, strict=True):
+        assert status == 1 and broken in out, out + err
+
+
+def test_bad_arguments_are_named(tmp_path):
+    done = in_turn(tmp_path, *(arguments for arguments, _ in BAD))
+    for (status, _, err), (_, said) in zip(done, BAD, strict=True):
+        assert status == 2 and said in err and "Traceback" not in err
 
 
 def test_nothing_is_compiled_in_the_interpreter(monkeypatch, capsys):

@@ -1,7 +1,7 @@
 """Everything that is launched on a GPU, launched without one, through Triton's own path: see `tests/fake_gpu`.
 
-The tests of operations, of the row kernel and of a GPU, the benchmarks and `sample.py` run to their end on a fake GPU,
-numbers apart, and what they launched is compiled.
+The tests of operations, of the row kernel and of a GPU, and `sample.py`, run to their end on a fake GPU, numbers apart,
+and what the tests launched is compiled. `tests/test_bench_gpu.py` runs the benchmarks there.
 """
 
 import os
@@ -84,53 +84,49 @@ def front_end(variant: Variant) -> list[str]:
     return texts
 
 
-PROGRAMS = {  # what is run, and kernels that it launches at least
+TESTS = {  # files, and kernels that they launch at least
     "tests/test_gpu.py": "lstm_scan_fwd lstm_scan_bwd masked_conv masked_conv_weight cross_entropy_fwd gate_bwd "
     "draw_row",
     "tests/test_gpu_shared.py": "lstm_scan_fwd lstm_scan_bwd",
     "tests/test_operations.py": "lstm_scan_fwd lstm_scan_bwd masked_conv masked_conv_weight cross_entropy_fwd "
     "cross_entropy_bwd gate_fwd gate_bwd",
     "tests/test_row_kernel.py": "draw_row gate_fwd masked_conv lstm_scan_fwd",
-    "bench.kernels": "",
-    "bench.training": "",
-    "bench.sampling": "",
 }
 
 
-def run_program(name: str, out: Path) -> tuple[str, int, str]:
-    """Its name, exit status and text."""
-    if name.startswith("tests/"):
-        process = pytest_on_the_fake_gpu(out, name)
-    else:
-        command = ["-m", name, "--quick", "--device", "cuda", "--out", str(out / "results")]
-        process = on_the_fake_gpu(out, *command, everywhere=True)
+def run_tests(name: str, out: Path) -> tuple[str, int, str]:
+    """The file's name, exit status and text."""
+    process = pytest_on_the_fake_gpu(out, name)
     text = process.communicate()[0]
     return name, process.returncode, text
 
 
-def test_programs_run_to_their_end_and_what_they_launch_compiles(tmp_path):
+def test_tests_run_to_their_end_and_what_they_launch_compiles(tmp_path):
     """It keeps the rules of `bench.compile` but one, on one chip: no register on the stack, no more shared memory, …
 
-    Each variant is compiled once, whichever programs launch it; of the row kernel's, whose sizes in use `bench.compile`
-    compiles too, every eighth, or all where THOROUGH is set.
+    Each variant is compiled once, whichever tests launch it. `bench.compile` compiles the sizes in use; so here, of the
+    row kernel's variants, every eighth, and of each other kernel's every third, or all where THOROUGH is set.
     """
-    folders = {name: tmp_path / name.replace("/", "-") for name in PROGRAMS}
+    folders = {name: tmp_path / name.replace("/", "-") for name in TESTS}
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-        for name, status, text in pool.map(run_program, folders.keys(), folders.values()):
+        for name, status, text in pool.map(run_tests, folders.keys(), folders.values()):
             assert status == 0, f"{name}\n{text[-5000:]}"
             if name == "tests/test_gpu.py":  # else: some are about the interpreter alone
                 assert "skipped" not in text
     variants = {}
-    for name, expected in PROGRAMS.items():
+    for name, expected in TESTS.items():
         found = launched(folders[name])
         kernels = {variant.kernel for variant in found.values()}
         assert kernels and {f"{kernel}_kernel" for kernel in expected.split()} <= kernels, name
         variants |= found
-    drawn = [variant for variant in variants.values() if variant.kernel == "draw_row_kernel"]
-    others = [variant for variant in variants.values() if variant.kernel != "draw_row_kernel"]
-    assert len(drawn) > 30 and len(others) > 30
-    drawn = drawn if os.environ.get("THOROUGH") else drawn[::8]
-    rows = in_processes(judge_variant, [*drawn, *others])  # the largest first
+    by_kernel = {}
+    for variant in variants.values():
+        by_kernel.setdefault(variant.kernel, []).append(variant)
+    drawn = by_kernel.pop("draw_row_kernel")
+    assert len(drawn) > 30 and sum(map(len, by_kernel.values())) > 30
+    of_drawn, of_others = (1, 1) if os.environ.get("THOROUGH") else (8, 3)
+    others = [variant for of_one in by_kernel.values() for variant in of_one[::of_others]]
+    rows = in_processes(judge_variant, [*drawn[::of_drawn], *others])  # the largest first
     small = "compute alike"  # at such sizes there are more warps than products
     broken = [(row["kernel"], rule) for row in rows for rule in row["broken"] if small not in rule]
     assert not broken, "\n".join(map(": ".join, broken))
