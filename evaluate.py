@@ -14,7 +14,7 @@ from cli.output import check_writable, labels_in_rows, write_json
 from cli.progress import Bar
 from cli.runs import check_classes, dataset_of, find_model
 from data.splits import SPLITS
-from models.base import ImageModel
+from models.base import NO_LABEL, ImageModel
 from models.checkpoint import read, rebuild
 from models.details import details, nearest
 from models.likelihood import classify, nats_of, summarise
@@ -33,6 +33,11 @@ def in_words(summary: dict[str, float]) -> str:
     )
 
 
+def given_what(model: ImageModel, labelled: bool) -> str:
+    """Say whether the model was told the labels of the images, if it can be."""
+    return f", given {'the' if labelled else 'no'} label" if model.classes else ""
+
+
 def likelihood(cfg, model: ImageModel, checkpoint: dict, path: Path) -> dict:
     """Measure a split, say what it has, and return the numbers."""
     dataset = dataset_of(checkpoint, cfg.root, path)
@@ -41,9 +46,10 @@ def likelihood(cfg, model: ImageModel, checkpoint: dict, path: Path) -> dict:
     print(f"{path} · {dataset.name} {cfg.split}, {len(split):,} images")
 
     with Bar("evaluate", len(split)) as bar:
-        nats = nats_of(model, split, cfg.batch_size, cfg.seed, bar.count)
+        label = NO_LABEL if cfg.without_label else None
+        nats = nats_of(model, split, cfg.batch_size, cfg.seed, bar.count, label)
     total = summarise(nats.pop("nats"), model.shape)
-    print(f"{cfg.split}: {in_words(total)}" + ", given the label" * bool(model.classes))
+    print(f"{cfg.split}: {in_words(total)}{given_what(model, not cfg.without_label)}")
     numbers = {"split": cfg.split, "images": len(split), **total}
     for name, part in nats.items():
         mean = summarise(part, model.shape)
@@ -70,7 +76,7 @@ def score(cfg, model: ImageModel, checkpoint: dict, path: Path) -> dict:
         with Bar("score", len(given)) as bar:
             found = scores(model, given.x, given.labels, batch_size=cfg.batch_size, tell=bar.count)
         total = summarise(found.nats, model.shape)
-        print(f"{cfg[key]}: {in_words(total)}" + ", given the label" * bool(model.classes))
+        print(f"{cfg[key]}: {in_words(total)}{given_what(model, given.labels is not None)}")
         return given, found
 
     given, found = scored("images" if cfg.images is not None else "split")
@@ -110,7 +116,7 @@ def near(cfg, model: ImageModel, checkpoint: dict, path: Path) -> dict:
     dataset = dataset_of(checkpoint, cfg.root, path)
     generator = torch.Generator().manual_seed(cfg.seed)
     train, held_out = (dataset.split(name).batch(slice(None), generator)[0] for name in ("train", cfg.split))
-    label, _ = labels_in_rows(model.classes, SAMPLES)
+    label, _ = labels_in_rows(range(model.classes), SAMPLES)
     x = sample(model, SAMPLES, seed=cfg.seed, label=label)
     held_out = held_out[torch.randperm(len(held_out), generator=generator)[:COMPARED]]
     with Bar("nearest", len(train)) as bar:
@@ -141,6 +147,8 @@ def main(cfg) -> None:
     path = find_model(cfg.checkpoint)
     checkpoint = read(path, choose_device(cfg.device))
     model = rebuild(checkpoint, path)
+    if cfg.without_label and not model.label_dropout:
+        raise unexpected("without_label", cfg.without_label, f"false, as {path} was trained without label_dropout")
     if cfg.classify and not model.classes:
         raise unexpected("classify", cfg.classify, f"false, as {path} was trained without classes")
     numbers = (score if singly else likelihood)(cfg, model, checkpoint, path)

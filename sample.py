@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from omegaconf import ListConfig, OmegaConf
 from torch import Tensor
 
 from checks import check, nearest, one_of, unexpected
@@ -37,9 +38,9 @@ from cli.runs import dataset_of, find_model
 from data.arrays import open_integers
 from data.given import read_images
 from data.splits import SPLITS
-from models.base import ImageModel
+from models.base import NO_LABEL, ImageModel
 from models.checkpoint import read, rebuild
-from models.sampling import batches, check_arguments
+from models.sampling import batches, check_arguments, check_guidance
 
 MOST = 1 << 20  # images that memory is asked to hold
 MOST_ON_DISK = 1 << 24  # with npy= and pngs=; more are drawn by several commands, with other seeds
@@ -71,10 +72,26 @@ def request_of(cfg, model: ImageModel, checkpoint: dict, path: Path) -> Request:
         return completion_of(cfg, model, checkpoint, path)
     n, columns = 64 if cfg.n is None else cfg.n, cfg.columns
     check("n", n, int, 1, MOST_ON_DISK if cfg.npy or cfg.pngs else MOST)
-    if cfg.label is not None:
-        return Request(n, torch.full((n,), cfg.label), columns=columns)
-    label, in_rows = labels_in_rows(model.classes, cfg.n)
+    asked = labels_asked(cfg, model)
+    if asked is not None and len(asked) == 1:
+        return Request(n, torch.full((n,), asked[0]), columns=columns)
+    label, in_rows = labels_in_rows(range(model.classes) if asked is None else asked, cfg.n)
     return Request(n if label is None else len(label), label, columns=columns or in_rows)
+
+
+def labels_asked(cfg, model: ImageModel) -> list[int] | None:
+    """Return the labels that the command line names; None: it names none."""
+    if cfg.label is None:
+        return None
+    if cfg.label == "none" and model.label_dropout:
+        return [NO_LABEL]
+    asked = list(cfg.label) if isinstance(cfg.label, ListConfig) else [cfg.label]
+    if not asked or not all(type(label) is int and 0 <= label < model.classes for label in asked):
+        classes = f"0 to {model.classes - 1}, or some of them, [0,1]" if model.classes else "null"
+        none = ", or none" if model.label_dropout else ""
+        why = "" if model.classes else ", as the model was built without classes"
+        raise unexpected("label", cfg.label, classes + none + why)
+    return asked
 
 
 def completion_of(cfg, model: ImageModel, checkpoint: dict, path: Path) -> Request:
@@ -91,9 +108,12 @@ def completion_of(cfg, model: ImageModel, checkpoint: dict, path: Path) -> Reque
     else:
         expected = f"{one_of(SPLITS)}, a .npy file, a picture or a folder of pictures"
         raise unexpected("complete", cfg.complete, expected + nearest(cfg.complete, SPLITS))
-    if cfg.label is not None:
-        label = torch.full((len(x),), cfg.label)
-    if model.classes and label is None:
+    asked = labels_asked(cfg, model)
+    if asked is not None:
+        if len(asked) not in (1, len(x)):
+            raise unexpected("label", cfg.label, f"one label, or one for each of {len(x)} images")
+        label = torch.tensor(asked).expand(len(x))
+    if model.classes and label is None and not model.label_dropout:
         raise unexpected("label", cfg.label, f"0 to {model.classes - 1}, as complete={cfg.complete} has no labels")
     x, known, label = (
         None if tensor is None else tensor.repeat_interleave(cfg.completions, 0)
@@ -132,12 +152,18 @@ def sink_of(cfg, n: int, model: ImageModel, path: Path) -> Sink:
     """Open the place for n images that `npy` or `pngs` names, or else keep them in memory."""
     if cfg.npy is None and cfg.pngs is None:
         return Memory(n)
-    keys = ("seed", "temperature", "bf16", "label", "complete", "keep", "mask", "completions")
-    what = {"n": n, "checkpoint": digest(path), **{key: cfg[key] for key in keys}}
+    keys = ("seed", "temperature", "guidance", "bf16", "label", "complete", "keep", "mask", "completions")
+    asked = OmegaConf.to_container(cfg)
+    what = {"n": n, "checkpoint": digest(path), **{key: asked[key] for key in keys}}
     what |= {"versions": {name: version(name) for name in ("torch", "triton", "numpy")} | {"commit": commit()}}
     if cfg.npy is None:
         return PngFolder(Path(cfg.pngs), n, model.levels, what)
     return NpyFile(Path(cfg.npy), n, model.shape, np.dtype(np.uint8 if model.levels <= 256 else np.int64), what)
+
+
+def options_of(cfg) -> dict:
+    """Return how the command line says to draw, as `batches` takes it."""
+    return {key: cfg[key] for key in ("seed", "method", "backend", "bf16", "temperature", "guidance", "batch_size")}
 
 
 def draw(cfg, model: ImageModel, request: Request, images: list[int], sink: Sink) -> float:
@@ -149,8 +175,7 @@ def draw(cfg, model: ImageModel, request: Request, images: list[int], sink: Sink
             bar.advance(done)
             bar.text(f"{bar.done / rows / (time.perf_counter() - start):.1f} images/s")
 
-        options = {key: cfg[key] for key in ("seed", "method", "backend", "bf16", "temperature", "batch_size")}
-        for x in batches(model, **request.of(images), **options, tell=tell) if images else ():
+        for x in batches(model, **request.of(images), **options_of(cfg), tell=tell) if images else ():
             sink.put(images[at : at + len(x)], x)
             at += len(x)
     return time.perf_counter() - start
@@ -173,8 +198,9 @@ def main(cfg) -> None:
     print(f"{path} · {type(model).__name__}, {model.channels}×{model.height}×{model.width}, {model.levels} levels")
 
     request = request_of(cfg, model, checkpoint, path)
-    check_arguments(**{key: cfg[key] for key in ("seed", "method", "backend", "bf16", "temperature", "batch_size")})
+    check_arguments(**options_of(cfg))
     model.check_condition(request.n, request.label)
+    check_guidance(model, cfg.guidance, request.label)
     sink = sink_of(cfg, request.n, model, path)
     images = share(sink.missing())
     seconds = draw(cfg, model, request, images, sink)

@@ -214,7 +214,7 @@ def draw(run: Training, val: data.Split, folder: Path, records: Records) -> None
     if not is_first():
         return
     n, seed, levels = run.config["samples"], run.config["seed"], run.model.levels
-    label, columns = labels_in_rows(run.model.classes, n)
+    label, columns = labels_in_rows(range(run.model.classes), n)
     x = sample(run.evaluated, n, seed=seed, label=label)
     records.picture(run.step, "samples", grid(x, levels, columns))
     if run.config["completed"]:

@@ -69,7 +69,7 @@ def measure(name: str, training: dict | None) -> dict:
     split = data.build({**config["dataset"], "root": None}).test
     nats = nats_of(model, split)["nats"]
     labels = {"labels": split.labels[:FIRST].tolist()} if model.classes else {}
-    label, columns = labels_in_rows(model.classes, None)
+    label, columns = labels_in_rows(range(model.classes), None)
     n = 64 if label is None else len(label)
     save_grid(FOLDER / f"{name}.png", sample(model, n, seed=0, label=label), model.levels, columns)
     training = training or json.loads(known.read_text())["training"]

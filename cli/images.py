@@ -56,10 +56,9 @@ def images_of(cfg, key: str, model: ImageModel, checkpoint: dict, path: Path, ro
         raise unexpected(key, cfg[key], expected + nearest(given, SPLITS))
     if file is not None:
         of_images = torch.from_numpy(np.array(open_integers(Path(file), "labels"), dtype=np.int64))[: len(x)]
-    if not model.classes:
+    if not model.classes or cfg.get("without_label"):
         of_images = None
-    elif of_images is None:
+    elif of_images is None and not model.label_dropout:
         raise unexpected("labels", file, f"a .npy file of labels (n,), as {given} has none")
-    else:
-        model.check_condition(len(x), of_images)
-    return Images(model.check(x), of_images, names or [str(k) for k in range(len(x))])
+    model.check_condition(len(model.check(x)), of_images)
+    return Images(x, of_images, names or [str(k) for k in range(len(x))])

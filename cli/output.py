@@ -16,6 +16,7 @@ import json
 import math
 import os
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import BinaryIO, Protocol
 
@@ -101,19 +102,20 @@ def save_grid(path: Path, x: Tensor, levels: int, columns: int | None = None) ->
     write_atomically(path, lambda file: grid(x, levels, columns).save(file, format="PNG"))
 
 
-def labels_in_rows(classes: int, n: int | None) -> tuple[Tensor | None, int | None]:
-    """Choose classes for n images so that each row of a picture has one class.
+def labels_in_rows(labels: Sequence[int], n: int | None) -> tuple[Tensor | None, int | None]:
+    """Share labels out to n images so that each row of a picture has one of them.
 
     Args:
         n: images; None: about 64, in whole rows.
 
     Returns:
-        labels (n,) and the number of columns, or (None, None) without classes.
+        labels (n,) and the number of columns, or (None, None) where there are no labels.
     """
-    if not classes:
+    if not labels:
         return None, None
-    columns = max(1, (64 if n is None else n) // classes)
-    return torch.arange(columns * min(classes, 64) if n is None else n) // columns % classes, columns
+    columns = max(1, (64 if n is None else n) // len(labels))
+    rows = torch.arange(columns * min(len(labels), 64) if n is None else n) // columns % len(labels)
+    return torch.tensor(list(labels))[rows], columns
 
 
 def upper_rows(x: Tensor, keep: float) -> Tensor:

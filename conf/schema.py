@@ -45,7 +45,7 @@ class Train:
 class Sample:
     checkpoint: str | None = None
     n: int | None = None
-    label: int | None = None
+    label: Any = None
     complete: str | None = None
     keep: float = MISSING
     mask: str | None = None
@@ -55,6 +55,7 @@ class Sample:
     backend: str | None = None
     bf16: bool = MISSING
     temperature: float = MISSING
+    guidance: float = MISSING
     seed: int = MISSING
     out: str = MISSING
     npy: str | None = None
@@ -77,6 +78,7 @@ class Evaluate:
     details: str | None = None
     nearest: str | None = None
     classify: bool = MISSING
+    without_label: bool = MISSING
     out: str | None = None
     batch_size: int = MISSING
     seed: int = MISSING

@@ -7,7 +7,8 @@ one group a colour wherever the head tells colours apart. A body may ask for `ex
 end of the image, and leaves them out of what it returns.
 
 A condition, whatever it is made of, is a map (b h w d), or (b 1 1 d) where it is the same everywhere, that reaches
-every layer: a label's embedding, features that the caller gives, or both side by side.
+every layer: a label's embedding, features that the caller gives, or both side by side. A model with `label_dropout` was
+trained without its labels at times: images of label NO_LABEL have zeros in place of an embedding.
 """
 
 import os
@@ -19,8 +20,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from checks import check, check_one_of
+from checks import check, check_one_of, unexpected
 from models.body import Body
+from models.dropout import drop_labels
 from models.features import Stretch
 from models.in_row import Network
 from models.layers import MaskedConv, in_rows, side_by_side, state_dtype
@@ -28,6 +30,8 @@ from models.logistic_mixture import LogisticMixtureHead
 from models.softmax import SoftmaxHead
 
 HEADS = ("softmax", "logistic_mixture")
+NO_LABEL = -1  # of an image whose class is not said
+LATER = {"label_dropout": 0.0}  # arguments younger than the first models: unless used, not in a model's config
 Run = Callable[[nn.Module, Tensor], Tensor]  # who computes what a module makes of a tensor; `as_written`: itself
 as_written: Run = nn.Module.__call__
 
@@ -49,12 +53,14 @@ class ImageModel(nn.Module):
     height: int
     width: int
     classes: int  # labels that the model is conditioned on; 0: none
+    label_dropout: float  # probability with which it is not told an image's label in training; above 0: it needs none
     map_features: int  # features of the maps that it is conditioned on; 0: none
 
     def __init__(self, arguments: Mapping):
         """`arguments` are the locals of a constructor that has done nothing yet: itself and what it was given."""
         super().__init__()
         given = {name: value for name, value in arguments.items() if name not in ("self", "__class__")}
+        given = {name: value for name, value in given.items() if name not in LATER or value != LATER[name]}
         self.config = {"_target_": f"models.{type(self).__name__}", **given}  # what `models.build` takes
 
     @property
@@ -84,7 +90,7 @@ class ImageModel(nn.Module):
 
     def check_condition(self, b: int, label: Tensor | None = None, cond: Tensor | None = None) -> None:
         """Raise ValueError unless `label` and `cond` are what b images of this model are conditioned on."""
-        check_label(self.classes, b, label)
+        check_label(self.classes, b, label, needed=not self.label_dropout)
         expected = (b, self.map_features, self.height, self.width)
         if self.map_features and cond is None:
             raise ValueError(f"cond: expected maps {expected}, which the model is conditioned on; found none")
@@ -94,6 +100,18 @@ class ImageModel(nn.Module):
             raise ValueError(f"cond: expected a tensor, found a {type(cond).__name__}")
         if cond is not None and (tuple(cond.shape) != expected or not cond.is_floating_point()):
             raise ValueError(f"cond: expected floats {expected}, found {tuple(cond.shape)} of {cond.dtype}")
+
+    def labels_for(self, b: int, label: Tensor | None) -> Tensor | None:
+        """The labels (b,) of b images; where none are given and the model needs none, NO_LABEL for all."""
+        if label is None and self.label_dropout:
+            return torch.full((b,), NO_LABEL, device=self.device)
+        return label
+
+    def labels_in_training(self, label: Tensor | None) -> Tensor | None:
+        """In training, labels (b,) of which a share `label_dropout` is NO_LABEL now; else the labels themselves."""
+        if not self.training or not self.label_dropout or label is None:
+            return label
+        return drop_labels(label, self.label_dropout, NO_LABEL)
 
     def forward(self, x: Tensor, label: Tensor | None = None, cond: Tensor | None = None) -> Tensor:
         """Images (b c h w), not checked → nats of each (b,): the loss of training."""
@@ -107,7 +125,8 @@ class ImageModel(nn.Module):
         """The log-likelihood of images: x (b c h w) integers in [0, levels) → (b,) nats.
 
         Args:
-            label: (b,) integers in [0, classes), where the model has classes.
+            label: (b,) integers in [0, classes), where the model has classes. With label_dropout, NO_LABEL is one too,
+                and None is NO_LABEL for all.
             cond: (b d h w), where the model has map_features.
 
         Raises:
@@ -200,6 +219,8 @@ class AutoregressiveModel(ImageModel):
         dropout: probability with which a feature is left out of a layer's output in training.
         classes: number of class labels that the model is conditioned on; 0: none.
         map_features: d of maps `cond` (b d h w) that the model is conditioned on; 0: none.
+        label_dropout: probability with which it is not told an image's label in training (classifier-free guidance,
+            2207.12598): it is then a model of images without labels too.
 
     Raises:
         ValueError: for an argument outside what is allowed.
@@ -223,6 +244,7 @@ class AutoregressiveModel(ImageModel):
         dropout: float = 0.0,
         classes: int = 0,
         map_features: int = 0,
+        label_dropout: float = 0.0,
     ):
         super().__init__(locals())
         check_one_of("head", head, HEADS)
@@ -243,8 +265,9 @@ class AutoregressiveModel(ImageModel):
         check("residual", residual, bool, False, True)
         check("skip", skip, bool, False, True)
         check("dropout", dropout, float, 0.0, 0.95)
+        check_label_dropout(label_dropout, classes)
         self.channels, self.levels, self.height, self.width = channels, levels, height, width
-        self.classes, self.map_features = classes, map_features
+        self.classes, self.map_features, self.label_dropout = classes, map_features, label_dropout
         d = (hidden if classes else 0) + map_features
         vertical = self.architecture.vertical_factor * hidden
         outputs = [Stretch(vertical, groups, before=True)] if vertical else []
@@ -265,7 +288,8 @@ class AutoregressiveModel(ImageModel):
             cond = cond.permute(0, 2, 3, 1).to(self.stem.weight.dtype)
             parts.append(F.pad(cond, (0, 0, 0, self.stem.extra)))
         if label is not None:
-            label = self.embedding(label.long())[:, None, None]
+            embedded = self.embedding(label.long().clamp(min=0))[:, None, None]
+            label = torch.where(label[:, None, None, None] >= 0, embedded, 0) if self.label_dropout else embedded
             parts.append(label.expand(-1, *parts[0].shape[1:3], -1) if parts else label)
         return torch.cat(parts, dim=-1) if parts else None
 
@@ -283,14 +307,14 @@ class AutoregressiveModel(ImageModel):
         return self.head(self.body(self.stem(self.scale(x.permute(0, 2, 3, 1))), condition))
 
     def nats_at(self, x: Tensor, label: Tensor | None = None, cond: Tensor | None = None) -> Tensor:
-        return self.head.nats(self.outputs(x, self.condition(label, cond)), x)
+        return self.head.nats(self.outputs(x, self.condition(self.labels_for(len(x), label), cond)), x)
 
     def forward(self, x: Tensor, label: Tensor | None = None, cond: Tensor | None = None) -> Tensor:
-        return self.nats_at(x, label, cond).sum((1, 2))
+        return self.nats_at(x, self.labels_in_training(label), cond).sum((1, 2))
 
     def conditionals(self, x: Tensor, label: Tensor | None = None, cond: Tensor | None = None) -> Tensor:
         self.check_condition(len(self.check(x)), label, cond)
-        return self.head.conditionals(self.outputs(x, self.condition(label, cond)), x)
+        return self.head.conditionals(self.outputs(x, self.condition(self.labels_for(len(x), label), cond)), x)
 
     @property
     def nets(self) -> list["AutoregressiveModel"]:
@@ -302,11 +326,22 @@ class AutoregressiveModel(ImageModel):
         return Stage(self, self.condition(label, cond))
 
 
-def check_label(classes: int, b: int, label: Tensor | None) -> None:
-    """Raise ValueError unless `label` (b,) is of a model with that number of classes (0: none)."""
+def check_label_dropout(p: float, classes: int) -> None:
+    """Raise ValueError unless a model with that number of classes (0: none) can leave labels out with probability p."""
+    check("label_dropout", p, float, 0.0, 0.95)
+    if p and not classes:
+        raise unexpected("label_dropout", p, "0, as the model has no classes")
+
+
+def check_label(classes: int, b: int, label: Tensor | None, needed: bool) -> None:
+    """Raise ValueError unless `label` (b,) is of a model with that number of classes (0: none).
+
+    Args:
+        needed: whether there must be one for each image.
+    """
     if not classes and label is not None:
         raise ValueError("label: expected none, as the model was built without classes")
-    if classes and label is None:
+    if classes and label is None and needed:
         raise ValueError(f"label: expected one of {classes} classes, which the model is conditioned on; found none")
     if label is None:
         return
@@ -314,9 +349,10 @@ def check_label(classes: int, b: int, label: Tensor | None) -> None:
         raise ValueError(f"label: expected a tensor of {b} integers, found a {type(label).__name__}")
     if tuple(label.shape) != (b,) or label.is_floating_point() or label.dtype == torch.bool:
         raise ValueError(f"label: expected integers ({b},), found {tuple(label.shape)} of {label.dtype}")
-    if label.numel() and not 0 <= int(label.min()) <= int(label.max()) < classes:
+    if label.numel() and not (0 if needed else NO_LABEL) <= int(label.min()) <= int(label.max()) < classes:
         low, high = int(label.min()), int(label.max())
-        raise ValueError(f"label: expected values from 0 to {classes - 1}, found {low} to {high}")
+        none = "" if needed else f", or {NO_LABEL} for none"
+        raise ValueError(f"label: expected values from 0 to {classes - 1}{none}, found {low} to {high}")
 
 
 def bits_per_dim(nats: Tensor | float, shape: tuple[int, int, int]):

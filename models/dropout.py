@@ -33,13 +33,26 @@ def key_of(seed: int, step: int) -> int:
 
 @contextmanager
 def masks_of(keys: Tensor) -> Iterator[None]:
-    """Within, each call of `dropout` takes its masks from the keys (n 2) of the images, in their order."""
+    """Within, `kept` takes its masks from the keys (n 2) of the images, in their order."""
     global masks
     before, masks = masks, Masks(keys)
     try:
         yield
     finally:
         masks = before
+
+
+def kept(n: int, features: int, p: float, device: torch.device) -> Tensor:
+    """Which features of n images to keep, each with probability 1 − p: (n features), true or false."""
+    if masks is None:
+        return torch.rand(n, features, device=device) >= p
+    masks.made += 1
+    return uniforms(masks.keys, features, masks.made - 1) >= p
+
+
+def drop_labels(label: Tensor, p: float, none: int) -> Tensor:
+    """Labels (n,), each with probability p replaced by `none`."""
+    return torch.where(kept(len(label), 1, p, label.device)[:, 0], label, none)
 
 
 def dropout(x: Tensor, p: float) -> Tensor:
@@ -49,6 +62,4 @@ def dropout(x: Tensor, p: float) -> Tensor:
     """
     if masks is None or p == 0:
         return F.dropout(x, p)
-    kept = uniforms(masks.keys, x[0].numel(), masks.made).view(x.shape) >= p
-    masks.made += 1
-    return torch.where(kept, x / (1 - p), 0)
+    return torch.where(kept(len(x), x[0].numel(), p, x.device).view(x.shape), x / (1 - p), 0)

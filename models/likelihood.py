@@ -20,7 +20,7 @@ EVALUATION_BATCH = 64  # images: small enough for a cache, large enough for a GP
 
 def label_for(model: ImageModel, labels: Tensor | None) -> Tensor | None:
     """Return the labels (b,) of a batch on the model's device, or None if it is not conditioned on them."""
-    return labels.to(model.device) if model.classes else None
+    return labels.to(model.device) if model.classes and labels is not None else None
 
 
 def nats_of(
@@ -39,7 +39,7 @@ def nats_of(
         batch_size: images at a time.
         seed: of stochastic binarization.
         tell: called after each batch with the number of images in it.
-        label: one class to take every image for, of a model with classes; None: each image's own.
+        label: one class to take every image for, of a model with classes, or NO_LABEL; None: each image's own.
         share: (k, n): of n processes that share the batches this is number k, and measures the batches k, k+n, ….
 
     Returns:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from checks import check, check_one_of, unexpected
-from models.base import AutoregressiveModel, ImageModel, Run, Stage, as_written
+from models.base import AutoregressiveModel, ImageModel, Run, Stage, as_written, check_label_dropout
 from models.diag_bilstm import DiagBiLSTM
 from models.gated_pixel_cnn import GatedPixelCNN
 from models.pixel_cnn import PixelCNN
@@ -54,7 +54,8 @@ class MultiScale(ImageModel):
         doublings: how often the image is doubled.
         copy_known: whether pixels of the smaller image are known in the larger one (else: the paper's form).
         train: "joint" trains all nets, "base" only that of the smallest images.
-        residual, skip, head, head_features, mixtures, dropout, classes: of every net, see `AutoregressiveModel`.
+        residual, skip, head, head_features, mixtures, dropout, classes, label_dropout: of every net, see
+            `AutoregressiveModel`; a label that is left out is left out in all nets.
 
     Raises:
         ValueError: for an argument outside what is allowed.
@@ -84,6 +85,7 @@ class MultiScale(ImageModel):
         mixtures: int = 10,
         dropout: float = 0.0,
         classes: int = 0,
+        label_dropout: float = 0.0,
     ):
         super().__init__(locals())
         check_one_of("base", base, KINDS)
@@ -91,6 +93,8 @@ class MultiScale(ImageModel):
         check_one_of("train", train, ("joint", "base"))
         check("copy_known", copy_known, bool, False, True)
         check("doublings", doublings, int, 1, 30)
+        check("classes", classes, int, 0)
+        check_label_dropout(label_dropout, classes)
         base_hidden = hidden if base_hidden is None else base_hidden
         base_layers = layers if base_layers is None else base_layers
         sizes = {"hidden": hidden, "layers": layers, "base_hidden": base_hidden, "base_layers": base_layers}
@@ -101,9 +105,10 @@ class MultiScale(ImageModel):
             if value % 2**doublings:
                 raise unexpected(name, value, f"a multiple of 2^doublings = {2**doublings}")
         self.channels, self.levels, self.height, self.width = channels, levels, height, width
-        self.classes, self.copy_known, self.only_base = classes, copy_known, train == "base"
+        self.classes, self.label_dropout = classes, label_dropout
+        self.copy_known, self.only_base = copy_known, train == "base"
         shared = {"residual": residual, "skip": skip, "head": head, "head_features": head_features}
-        shared |= {"mixtures": mixtures, "dropout": dropout, "classes": classes}
+        shared |= {"mixtures": mixtures, "dropout": dropout, "classes": classes, "label_dropout": label_dropout}
 
         def net(kind: str, halvings: int, hidden: int, layers: int, d: int) -> AutoregressiveModel:
             size = height // 2**halvings, width // 2**halvings
@@ -152,7 +157,7 @@ class MultiScale(ImageModel):
 
     def forward(self, x: Tensor, label: Tensor | None = None, cond: Tensor | None = None) -> Tensor:
         """Images (b c h w), not checked → nats of each (b,); in training with train="base", of the smallest image."""
-        sizes = self.sizes(x)
+        sizes, label = self.sizes(x), self.labels_in_training(label)
         used = 1 if self.training and self.only_base else len(sizes)
         return torch.stack([self.nats_of(k, sizes, label).sum((1, 2)) for k in range(used)]).sum(0)
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 import models
-from models.base import as_written
+from models.base import NO_LABEL, as_written
 from models.logistic_mixture import LogisticMixtureHead
 from models.sampling import PixelLoop, noise, sample
 from models.sampling.rules import Given, Record
@@ -93,13 +93,14 @@ ARCHITECTURES = {
     "row_lstm": ("RowLSTM", triangle_above),
     "diag_bilstm": ("DiagBiLSTM", everything_before),
 }
+LABELS = {"classes": 3, "label_dropout": 0.3}
 MIXTURE = {"head": "logistic_mixture", "mixtures": 3}
 VARIANTS = {
     "": {},
     "-skip": {"skip": True},
     "-plain": {"residual": False},
     "-only_skip": {"residual": False, "skip": True},
-    "-given": {"classes": 3, "map_features": 2},
+    "-given": {**LABELS, "map_features": 2},
     "-mixture": MIXTURE,
     "-mixture-given": {**MIXTURE, "classes": 3, "map_features": 2},
 }
@@ -109,7 +110,7 @@ CASES = {
     for variant, extra in VARIANTS.items()
 } | {  # each architecture as a base, each as a conditional
     "multi_scale": Case("MultiScale", {}, None),
-    "multi_scale-given": Case("MultiScale", {"base": "pixel_cnn", "conditional": "row_lstm", "classes": 3}, None),
+    "multi_scale-given": Case("MultiScale", {"base": "pixel_cnn", "conditional": "row_lstm", **LABELS}, None),
     "multi_scale-mixture": Case("MultiScale", {"base": "row_lstm", "conditional": "gated_pixel_cnn", **MIXTURE}, None),
     "multi_scale-mixture-given": Case(
         "MultiScale", {"base": "gated_pixel_cnn", "conditional": "pixel_cnn", "classes": 3, **MIXTURE}, None
@@ -190,7 +191,8 @@ def given(model, b: int, seed: int = 0) -> dict[str, Tensor]:
     """The `label` and `cond` of b images, of each its own, where the model is conditioned on them."""
     out = {}
     if model.classes:
-        out["label"] = (torch.arange(b) + seed) % model.classes
+        lowest = NO_LABEL if model.label_dropout else 0  # image 0 has class 0 with seed 0
+        out["label"] = (torch.arange(b) + seed - lowest) % (model.classes - lowest) + lowest
     if model.map_features:
         generator, dtype = torch.Generator().manual_seed(seed), next(model.parameters()).dtype
         out["cond"] = torch.rand(b, model.map_features, model.height, model.width, generator=generator, dtype=dtype)
@@ -386,13 +388,17 @@ def noises(model, seed: int, n: int):
     return [noise(seed, range(n), net.shape, k, backend="torch") for k, net in enumerate(model.nets)]
 
 
-def independent(model, uniforms, temperature=1.0, x=None, known=None):
-    """Sampling as its definition says it: one call of `conditionals` a sub-pixel, inverse CDF by numpy."""
+def independent(model, uniforms, temperature=1.0, x=None, known=None, guidance=1.0):
+    """Sampling as its definition says it: a call of `conditionals` or two a sub-pixel, inverse CDF by numpy."""
     n, (c, h, w), stage = len(uniforms[0]), model.shape, stages(model)
-    drawn = torch.zeros(n, c, h, w, dtype=torch.long)
+    drawn, conditions = torch.zeros(n, c, h, w, dtype=torch.long), given(model, n)
     for i, j, g in zip(*np.unravel_index(order(model).numpy(), (h, w, c)), strict=True):
         with torch.no_grad():
-            p = model.conditionals(drawn, **given(model, n))[:, g, i, j].double().numpy()
+            p = model.conditionals(drawn, **conditions)[:, g, i, j].double()
+            if guidance != 1:
+                free = model.conditionals(drawn, **{**conditions, "label": None})[:, g, i, j].double()
+                p = (free + guidance * (p - free)).log_softmax(-1)
+            p = p.numpy()
         numbers = uniforms[stage[i, j]]
         step = h // numbers.shape[2]
         for k in range(n):

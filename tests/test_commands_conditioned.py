@@ -79,13 +79,13 @@ class TestClasses:
         assert size_of("run/samples/step_000002.png") == (2 * 58, 10 * 58)
 
     def test_labels_in_rows(self):
-        label, columns = labels_in_rows(10, None)
+        label, columns = labels_in_rows(range(10), None)
         assert columns == 6 and label.tolist() == [k for k in range(10) for _ in range(6)]
-        label, columns = labels_in_rows(1000, None)
+        label, columns = labels_in_rows(range(1000), None)
         assert columns == 1 and label.tolist() == list(range(64))
-        label, columns = labels_in_rows(3, 8)
-        assert columns == 2 and label.tolist() == [0, 0, 1, 1, 2, 2, 0, 0]
-        assert labels_in_rows(0, 8) == (None, None)
+        label, columns = labels_in_rows([5, 1, 4], 8)
+        assert columns == 2 and label.tolist() == [5, 5, 1, 1, 4, 4, 5, 5]
+        assert labels_in_rows([], 8) == (None, None)
 
     @pytest.mark.parametrize(
         ("name", "arguments", "words"),

@@ -177,6 +177,7 @@ def in_sampling() -> Iterator[Mistake]:
     yield from values("sample", "n", NO_INTEGER, ("0", "-1", "1000000000", "9" * 30))
     yield from values("sample", "label", ("abc", "1.5", "3", "-1", "[1]"))
     yield from values("sample", "temperature", NO_NUMBER, ("-1", "null", "inf"))
+    yield from values("sample", "guidance", NO_NUMBER, ("-1", "null", "inf", "2"))
     yield from values("sample", "columns batch_size", ("0", "-1", "abc", "1.5"))
     yield from values("sample", "seed", ("-1", "abc", "1.5", "null"))
     yield from values("sample", "method backend device", ("fast", "[a]", "3"))
@@ -240,7 +241,7 @@ def in_evaluation() -> Iterator[Mistake]:
     yield from values("evaluate", "batch_size", NO_INTEGER, ("0", "-1", "null"))
     yield from values("evaluate", "seed", ("-1", "abc", "1.5"))
     yield from values("evaluate", "split", ("dev", "tset", "[test]", "null"))
-    yield from values("evaluate", "classify", NO_BOOL, ("true",))
+    yield from values("evaluate", "classify without_label", NO_BOOL, ("true",))
     yield from values("evaluate", "out", ("[a]",))
     for value in ("folder.png", "a.txt", "nowhere/a.json"):
         yield "evaluate", [f"out={value}"], [value.partition("/")[0]]

@@ -21,7 +21,7 @@ from torch import Tensor
 from checks import check
 from kernels import native
 from models import exported
-from models.base import ImageModel
+from models.base import NO_LABEL, ImageModel
 from models.compression.file import Block, Head, head_of_blocks, read_blocks, read_head, write_file
 from models.compression.rules import Coded, Decode, Encode, constriction
 from models.sampling import PixelLoop
@@ -67,6 +67,7 @@ def compress(
     model.check(x)
     check("images", len(x), int, 1, 2**32 - 1)
     model.check_condition(len(x), label, cond)
+    label = model.labels_for(len(x), label)
     constriction()
     of_block = images_per_block(model) if images_of_block is None else images_of_block
     check("images_of_block", of_block, int, 1, 2**16 - 1)
@@ -213,13 +214,23 @@ def imported(content: bytes) -> ImageModel:
             raise ValueError(f"the model inside: {str(error).removeprefix(f'{path}: ')}") from None
 
 
+def first_label(model: ImageModel) -> int:
+    """The lowest label that an image may have."""
+    return NO_LABEL if model.label_dropout else 0
+
+
+def of_labels(model: ImageModel):
+    """What codes labels, counted from the lowest: all are as likely."""
+    return constriction().stream.model.Uniform(model.classes - first_label(model))
+
+
 def encoded(
     model: ImageModel, x: Tensor, label: Tensor | None, cond: Tensor | None, tell: Callable[[int], None]
 ) -> bytes:
     """Code a block's images x (b c h w)."""
     coder = constriction().stream.queue.RangeEncoder()
     if label is not None:
-        coder.encode(label.to(torch.int32).numpy(), constriction().stream.model.Uniform(model.classes))
+        coder.encode((label - first_label(model)).to(torch.int32).numpy(), of_labels(model))
 
     def rule(net: ImageModel, known: Tensor | None, given: Tensor | None) -> Encode:
         step = model.height // net.height
@@ -234,7 +245,7 @@ def decoded(model: ImageModel, block: Block, cond: Tensor | None, tell: Callable
     words, label = np.frombuffer(block.content, "<u4").astype(np.uint32), None
     coder = constriction().stream.queue.RangeDecoder(words)
     if model.classes:
-        label = torch.from_numpy(coder.decode(constriction().stream.model.Uniform(model.classes), block.images)).long()
+        label = torch.from_numpy(coder.decode(of_labels(model), block.images)).long() + first_label(model)
 
     def rule(net: ImageModel, known: Tensor | None, given: Tensor | None) -> Decode:
         x = torch.zeros(block.images, *net.shape, dtype=torch.long) if given is None else given.clone()

@@ -15,11 +15,11 @@ from torch import Tensor
 
 from checks import check, check_one_of, unexpected
 from kernels.jit import multiprocessors
-from models.base import ImageModel, as_written
+from models.base import NO_LABEL, ImageModel, as_written
 from models.sampling.cpu_upsample import upsampled
 from models.sampling.loop import METHODS, PixelLoop, backend_of_rows
 from models.sampling.noise import noise
-from models.sampling.rules import Draw, Given, Keep, Record, Rule
+from models.sampling.rules import Draw, Given, Guided, Keep, Record, Rule
 
 __all__ = ["Draw", "Given", "Keep", "PixelLoop", "Record", "Rule", "batches", "check_arguments", "noise", "sample"]
 
@@ -48,7 +48,8 @@ def batches(
     backend: str | None = None,
     bf16: bool = False,
     temperature: float = 1.0,
-    label: int | Tensor | None = None,
+    guidance: float = 1.0,
+    label: int | Sequence[int] | Tensor | None = None,
     cond: Tensor | None = None,
     uniforms: Tensor | list[Tensor] | None = None,
     known: tuple[Tensor, Tensor] | None = None,
@@ -69,7 +70,9 @@ def batches(
         bf16: weights and activations in bfloat16; sums, cells and logits stay float32. For GPUs. Conditionals move a
             little, by less than 0.02 in total variation on average in the tests, and some pixels with them.
         temperature: logits are divided by it; 0 takes the likeliest value.
-        label: for a model with classes, (n,) integers, or one for all.
+        guidance: above 1, images more like their label than the model's own, and less varied; for a model with
+            label_dropout, at twice the work. See `rules.Guided`.
+        label: for a model with classes, (n,) integers, or one for all; with label_dropout, NO_LABEL or None is none.
         cond: for a model with map_features, maps (n d h w).
         uniforms: the noise, (n c h w) in [0, 1), instead of numbers from `seed`; for Multi-Scale, a list of one such
             tensor for each of `model.nets`.
@@ -88,9 +91,11 @@ def batches(
     """
     batch_size = batch_size_for(model) if batch_size is None else batch_size
     check("n", n, int, 1)
-    check_arguments(seed, method, backend, bf16, temperature, batch_size)
+    check_arguments(seed, method, backend, bf16, temperature, batch_size, guidance)
     label = torch.full((n,), label) if isinstance(label, int) else label
+    label = label if label is None or isinstance(label, Tensor) else torch.as_tensor(label)
     model.check_condition(n, label, cond)
+    check_guidance(model, guidance, label)
     if uniforms is not None:
         uniforms = [uniforms] if isinstance(uniforms, Tensor) else uniforms
         check_uniforms(uniforms, [(n, *net.shape) for net in model.nets])
@@ -113,7 +118,10 @@ def batches(
     slices = [slice(start, min(start + batch_size, n)) for start in range(0, n, batch_size)]
     following = numbers_of(slices[0])
     for batch, after in zip(slices, [*slices[1:], None], strict=True):
-        x, numbers, given = None, following, (part(label, batch), part(cond, batch))
+        x, numbers, b = None, following, batch.stop - batch.start
+        given = model.labels_for(b, part(label, batch)), part(cond, batch)
+        if guidance != 1:
+            given = with_and_without(*given)
         for k, net in enumerate(model.nets):
             rule: Rule = Draw(numbers[k].to(model.device), temperature)
             compiled = method == "cached" and backend_of_rows(net, rule, backend) == "cpu"
@@ -123,20 +131,33 @@ def batches(
                 step = model.height // net.height
                 rule = Keep(*(part(tensor, batch)[:, :, ::step, ::step] for tensor in known), rule)
             if stage.known is not None:
-                rule = Keep(stage.x, stage.known, rule)
-            b, told = len(numbers[k]), partial(tell, len(numbers[k]))
+                rule = Keep(stage.x[:b], stage.known[:b], rule)
+            visited, told = b, partial(tell, b)
+            if guidance != 1:
+                visited, rule = 2 * b, Guided(rule, b, guidance)
             if (k, b) in loops:
                 x = loops[k, b].again(rule, stage.condition, told)
             else:
-                loops[k, b] = PixelLoop(net, method, rule, b, stage.condition, backend)
+                loops[k, b] = PixelLoop(net, method, rule, visited, stage.condition, backend)
                 x = loops[k, b].run(told)
         if after is not None:  # while a GPU still draws
             following = numbers_of(after)
-        yield x.to("cpu", torch.uint8 if model.levels <= 256 else torch.int64)
+        yield x[:b].to("cpu", torch.uint8 if model.levels <= 256 else torch.int64)
+
+
+def with_and_without(label: Tensor, cond: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Labels (b,) and maps (b d h w) of images that `Guided` visits: (2b,) and (2b d h w)."""
+    return torch.cat([label, torch.full_like(label, NO_LABEL)]), None if cond is None else torch.cat([cond, cond])
 
 
 def check_arguments(
-    seed: int, method: str, backend: str | None, bf16: bool, temperature: float, batch_size: int | None
+    seed: int,
+    method: str,
+    backend: str | None,
+    bf16: bool,
+    temperature: float,
+    batch_size: int | None,
+    guidance: float = 1.0,
 ) -> None:
     """Raise ValueError unless `batches` takes these arguments."""
     check("seed", seed, int, 0, 2**64 - 1)
@@ -145,8 +166,17 @@ def check_arguments(
         raise unexpected("backend", backend, "None with method='naive', which computes no rows")
     check("bf16", bf16, bool, False)
     check("temperature", temperature, float, 0)
+    check("guidance", guidance, float, 0)
     if batch_size is not None:
         check("batch_size", batch_size, int, 1)
+
+
+def check_guidance(model: ImageModel, guidance: float, label: Tensor | None) -> None:
+    """Raise ValueError unless images of these labels can be drawn with this guidance."""
+    if guidance != 1 and not model.label_dropout:
+        raise unexpected("guidance", guidance, "1, as the model was trained without label_dropout")
+    if guidance != 1 and label is None:
+        raise unexpected("guidance", guidance, "1 without labels")
 
 
 def check_uniforms(uniforms: list[Tensor], shapes: list[tuple[int, ...]]) -> None:

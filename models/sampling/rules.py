@@ -146,6 +146,38 @@ class Keep(Rule):
         return {**drawn, "given": given, "known": known}
 
 
+class Guided(Rule):
+    """Ask another rule about b images, of which each is visited twice: with its label, and b images later without.
+
+    Logits are moved away from those without the label: l_without + guidance · (l_with − l_without), which is
+    classifier-free guidance (2207.12598) with w = guidance − 1. 1 is the model as it is, 0 the model without labels.
+    """
+
+    def __init__(self, rule: Rule, b: int, guidance: float):
+        self.rule, self.b, self.guidance = rule, b, float(guidance)
+        self.logits: Tensor | None = None
+        self.twice: Tensor | None = None
+
+    def load(self, i: int) -> None:
+        self.rule.load(i)
+
+    def __call__(self, j: int, g: int, logits: Tensor) -> Tensor:
+        labelled, free = logits[: self.b], logits[self.b :]
+        if self.logits is None:
+            self.logits = torch.empty_like(free)
+            self.twice = torch.empty(2, self.b, dtype=torch.long, device=logits.device)
+        torch.sub(labelled, free, out=self.logits)
+        self.twice.copy_(self.rule(j, g, self.logits.mul_(self.guidance).add_(free)))
+        return self.twice.view(-1)
+
+    def store(self, i: int) -> None:
+        self.rule.store(i)
+
+    def renew(self, rule: "Guided") -> None:
+        assert (rule.b, rule.guidance) == (self.b, self.guidance)
+        self.rule.renew(rule.rule)
+
+
 class Record(Rule):
     """Ask another rule, and add up how likely its choices were: `log_prob` (b,) nats, at temperature 1.
 
