@@ -15,11 +15,13 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from omegaconf import ListConfig, OmegaConf
+from PIL import Image
 from torch import Tensor
 
 from checks import check, nearest, one_of, unexpected
 from cli import command
 from cli.machine import choose_device, commit, rank_and_world, version
+from cli.moving import save_moving
 from cli.output import (
     Memory,
     NpyFile,
@@ -28,6 +30,7 @@ from cli.output import (
     check_writable,
     completions_in_rows,
     digest,
+    grid,
     labels_in_rows,
     save_grid,
     share,
@@ -45,6 +48,7 @@ from models.sampling import batches, check_arguments, check_guidance
 MOST = 1 << 20  # images that memory is asked to hold
 MOST_ON_DISK = 1 << 24  # with npy= and pngs=; more are drawn by several commands, with other seeds
 PICTURED = 4096  # of more images than these, the picture shows the first
+MOVING = 64  # the same of the moving picture
 
 
 class Request(NamedTuple):
@@ -137,6 +141,8 @@ def known_of(cfg, model: ImageModel, x: Tensor) -> Tensor:
 def check_places(cfg, out: Path) -> None:
     """Raise ValueError or OSError unless the picture and the images can go where the command line says."""
     check_writable(out, ".png")
+    if cfg.gif is not None:
+        check_writable(Path(cfg.gif), ".gif")
     if cfg.npy is not None:
         check_writable(Path(cfg.npy), ".npy")
     if cfg.npy is not None and cfg.pngs is not None:
@@ -181,12 +187,25 @@ def draw(cfg, model: ImageModel, request: Request, images: list[int], sink: Sink
     return time.perf_counter() - start
 
 
-def save_picture(out: Path, request: Request, x: Tensor, levels: int) -> None:
-    """Write the picture of images x (n c h w), each row of it an image and its completions if there are any."""
-    if request.completions:
-        given, known = (tensor[:: request.completions] for tensor in request.known)
-        x = completions_in_rows(given, known, x, levels)
-    save_grid(out, x, levels, request.columns)
+def pictured(request: Request, x: Tensor) -> Tensor:
+    """Lay images x (n c h w) out for their picture: with their completions if there are any, each image in a row."""
+    if not request.completions:
+        return x
+    given, known = (tensor[: len(x) : request.completions] for tensor in request.known)
+    return completions_in_rows(given, known, x)
+
+
+def save_gif(path: Path, request: Request, x: Tensor, model: ImageModel) -> None:
+    """Write the moving picture of the first of images x (n c h w), those that are completed in whole rows."""
+    x = x[: max(1, MOVING // max(1, request.completions)) * max(1, request.completions)]
+
+    def picture_of(halfway: Tensor) -> Image.Image:
+        if request.known is not None:
+            given, known = (tensor[: len(x)] for tensor in request.known)
+            halfway = torch.where(known, given, halfway)
+        return grid(pictured(request, halfway), model.levels, request.columns)
+
+    save_moving(path, x, model, picture_of)
 
 
 def main(cfg) -> None:
@@ -213,8 +232,10 @@ def main(cfg) -> None:
         return
     x = sink.first(request.n if request.completions else PICTURED)
     if x is not None:
-        save_picture(out, request, x, model.levels)
-    places = [None if x is None else out, sink.path]
+        save_grid(out, pictured(request, x), model.levels, request.columns)
+        if cfg.gif is not None:
+            save_gif(Path(cfg.gif), request, x, model)
+    places = [*(() if x is None else (out, cfg.gif)), sink.path]
     print(f"{said}: {', '.join(str(place) for place in places if place is not None)}")
 
 

@@ -223,7 +223,7 @@ def draw(run: Training, val: data.Split, folder: Path, records: Records) -> None
         known = tuple(tensor.repeat_interleave(COMPLETIONS, 0) for tensor in given)
         label = labels.repeat_interleave(COMPLETIONS) if run.model.classes else None
         drawn = sample(run.evaluated, len(known[0]), seed=seed, label=label, known=known)
-        rows = completions_in_rows(*given, drawn, levels)
+        rows = completions_in_rows(*given, drawn)
         records.picture(run.step, "completions", grid(rows, levels, 2 + COMPLETIONS))
 
 

@@ -68,10 +68,16 @@ def with_suffix(path: Path, suffix: str) -> Path:
 # ------------------------------------------------------------------------------------------------------------- pictures
 
 
+UNKNOWN = -1  # in place of a value
+
+
 def bytes_of(x: Tensor, levels: int) -> Tensor:
-    """Scale values 0..levels-1 of images (n c h w) to 0..255, uint8: three colours, or else the first as (n 1 h w)."""
-    x = x if x.shape[1] == 3 else x[:, :1]
-    return x.cpu().double().mul(255 / (levels - 1)).round().to(torch.uint8)
+    """Scale values 0..levels-1 of images (n c h w) to 0..255, uint8: three colours, or else the first as (n 1 h w).
+
+    UNKNOWN is a medium grey.
+    """
+    x = (x if x.shape[1] == 3 else x[:, :1]).cpu().double()
+    return torch.where(x == UNKNOWN, 128, x * (255 / (levels - 1))).round().to(torch.uint8)
 
 
 def picture(pixels: np.ndarray) -> Image.Image:
@@ -125,7 +131,7 @@ def upper_rows(x: Tensor, keep: float) -> Tensor:
     return known
 
 
-def completions_in_rows(x: Tensor, known: Tensor, drawn: Tensor, levels: int) -> Tensor:
+def completions_in_rows(x: Tensor, known: Tensor, drawn: Tensor) -> Tensor:
     """Lay each image out in a row: the image, its known pixels on grey, and its completions.
 
     Args:
@@ -136,7 +142,7 @@ def completions_in_rows(x: Tensor, known: Tensor, drawn: Tensor, levels: int) ->
     Returns:
         images (n·(2 + completions) c h w).
     """
-    shown = torch.where(known, x, (levels - 1) // 2)
+    shown = torch.where(known, x.long(), UNKNOWN)
     rows = torch.cat([x[:, None], shown[:, None], drawn.long().unflatten(0, (len(x), -1))], dim=1)
     return rows.flatten(0, 1)
 

@@ -58,6 +58,7 @@ class Sample:
     guidance: float = MISSING
     seed: int = MISSING
     out: str = MISSING
+    gif: str | None = None
     npy: str | None = None
     pngs: str | None = None
     columns: int | None = None

@@ -92,7 +92,7 @@ class TestClasses:
         [
             ("sample", ["label=10"], ["10", "0 to 9"]),
             ("sample", ["label=-1"], ["-1", "0 to 9"]),
-            ("sample", ["label=cat"], ["label=cat"]),
+            ("sample", ["label=cat"], ["label='cat'", "0 to 9"]),
             ("evaluate", ["out=numbers.txt"], ["numbers.txt", ".json"]),
             ("train", ["model.classes=9"], ["classes=9", "10 classes"]),
             ("train", ["model.classes=many"], ["classes='many'", "integer"]),

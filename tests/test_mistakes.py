@@ -51,7 +51,7 @@ def in_training() -> Iterator[Mistake]:
     yield from values("train", "logger", NO_TEXT, ("tensorbord", "true", "null", "[none,3]", "[[wandb]]"))
     yield from values("train", "model.hidden model.layers model.head_features", NO_INTEGER, ("0", "-1", "null"))
     yield from values("train", "model.classes", ("abc", "-1", "3", "null"))
-    yield from values("train", "model.dropout", ("abc", "2", "-0.1", "null"))
+    yield from values("train", "model.dropout model.label_dropout", ("abc", "2", "-0.1", "null"))
     yield from values("train", "model.residual model.skip", ("abc", "3", "null"))
     yield from values("train", "model.head", ("sigmoid", "3", "null", "[softmax]"))
     for key, value in (

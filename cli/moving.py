@@ -1,0 +1,59 @@
+"""A moving picture of how images are drawn: their pixels appear in the order of drawing, as a GIF.
+
+Legend: n images · c channel (colour) · h w rows, columns · k stride of a smaller image's pixels.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from cli.output import UNKNOWN
+from files import write_atomically
+from models.base import ImageModel
+
+FRAMES, MILLISECONDS, AT_THE_END = 60, 60, 2000  # at most so many, how long each is shown, and the last
+
+
+def order_of(model: ImageModel) -> tuple[Tensor, list[int]]:
+    """When each pixel is drawn: its number in the order (h w), and the strides of the images, from the smallest.
+
+    With Multi-Scale, smaller images come first; in the paper's form, without `copy_known`, they are no part of the
+    image, and only the largest is shown.
+    """
+    _, h, w = model.shape
+    strides = [h // net.height for net in model.nets] if getattr(model, "copy_known", False) else [1]
+    number, drawn = torch.full((h, w), h * w), 0
+    for k in strides:
+        of_size = number[::k, ::k]
+        new = of_size == h * w
+        of_size[new] = torch.arange(drawn, drawn + int(new.sum()))
+        drawn += int(new.sum())
+    return number, strides
+
+
+def halfway(x: Tensor, number: Tensor, strides: list[int], drawn: int) -> Tensor:
+    """Images x (n c h w) when so many pixels are drawn; elsewhere the smaller image's colours show, or UNKNOWN."""
+    out = torch.full_like(x, UNKNOWN)
+    for k in strides:
+        rows, columns = (torch.arange(side) // k * k for side in x.shape[2:])
+        there = number[rows][:, columns] < drawn
+        out = torch.where(there, x[:, :, rows][..., columns], out)
+    return out
+
+
+def save_moving(path: Path, x: Tensor, model: ImageModel, picture_of: Callable[[Tensor], Image.Image]) -> None:
+    """Write a GIF of how images x (n c h w) were drawn, whole or not at all.
+
+    Args:
+        picture_of: makes the picture of images (n c h w) that are partly drawn.
+    """
+    number, strides = order_of(model)
+    pixels, x = number.numel(), x.long()
+    times = torch.linspace(0, pixels, min(pixels, FRAMES) + 1).round().long().tolist()
+    first, *others = (picture_of(halfway(x, number, strides, t)) for t in times)
+    shown = [MILLISECONDS] * len(others) + [AT_THE_END]
+    options = {"format": "GIF", "save_all": True, "append_images": others, "duration": shown, "loop": 0}
+    write_atomically(path, lambda file: first.save(file, **options))
