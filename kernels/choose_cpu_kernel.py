@@ -180,6 +180,10 @@ def put(code: Code, o: Fields) -> None:
 
 
 def known_to_the_rest(code: Code, o: Fields, value: Value) -> None:
-    """Put a value where the stem reads it, `out`, scaled to [−1, 1], and where a mixture does, from `k` on."""
+    """Put what the stem reads of a value, its row of the table (levels n), to `out`, and it to `k` for a mixture."""
     code.store(value, code.address(o.tile.arena, o["k"] + o["more"]))
-    code.store(value * code.load_one(o.tile.parameters, o["weight"]) - 1, o.place("out"))
+    out, n = o.place("out"), o["n"]
+    with code.each(o.tile.live, value) as (lane, one):
+        row = code.address(o.tile.parameters, o["weight"] + code.as_integer(one) * n, code.float)
+        with code.loop(n) as i:
+            code.store_number(code.load_as_number(row, i, code.float), code.address(out, i), lane)

@@ -60,9 +60,10 @@ class Stem(NamedTuple):
     """The stem's product, as one layer."""
 
     product: Product
-    rows: Tensor  # (b columns·colours): the row in hand, scaled, with zeros at both ends
+    rows: Tensor  # (b columns·colours·n): what is read of the row in hand, with zeros at both ends
     above: Tensor  # (b w f)
     reach: int
+    table: Tensor | None = None  # (v n): what is read of each level; None: itself, scaled to [−1, 1], n = 1
 
 
 class Choice(NamedTuple):
@@ -182,6 +183,9 @@ class DrawRow:
             "stem_above": stem.above,
             "stem_stride": stem.above.stride(1),
             "reach": stem.reach,
+            "table": stem.table,
+            "of_value": 1 if stem.table is None else stem.table.shape[1],
+            "OF_VALUE": 1 if stem.table is None else next_power_of_2(stem.table.shape[1]),
             "joined": new(num_layers, b, f),
             "skips": new(b, stream) if skip else None,
             "out": new(b, stream),

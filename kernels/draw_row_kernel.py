@@ -415,12 +415,21 @@ def choose_by_mixture(
 
 
 @jit
-def put(values, rows, value, image, live, colour, j, width, levels, reach, COLOURS: tl.constexpr, STATE: tl.constexpr):
-    """Store values (M,) of a sub-pixel as they leave the kernel, and scaled to [−1, 1] as the stem reads them."""
-    scale: tl.constexpr = 2 / (levels - 1)
+def put(
+    values, rows, table, value, image, live, colour, j, width, levels, reach, of_value, COLOURS: tl.constexpr,
+    OF_VALUE: tl.constexpr, STATE: tl.constexpr,
+):  # fmt: skip
+    """Store values (M,) of a sub-pixel as they leave the kernel, and what the stem reads of them."""
     tl.store(values + (image * COLOURS + colour) * width + j, value, mask=live)
-    at = place(rows, image, j + reach, 0) + colour
-    tl.store(rows.start + at, value.to(STATE) * scale - 1, mask=live)
+    at = place(rows, image, j + reach, 0) + colour * of_value
+    if table is None:
+        scale: tl.constexpr = 2 / (levels - 1)
+        tl.store(rows.start + at, value.to(STATE) * scale - 1, mask=live)
+    else:
+        n = tl.arange(0, OF_VALUE)[None, :]
+        mask = live[:, None] & (n < of_value)
+        read = tl.load(table + value[:, None] * of_value + n, mask=mask, other=0.0)
+        tl.store(rows.start + at[:, None] + n, read, mask=mask)
 
 
 # --------------------------------------------------------------------------------------------------------- kernel
@@ -428,7 +437,8 @@ def put(values, rows, value, image, live, colour, j, width, levels, reach, COLOU
 
 @jit(varying=("b", "rows_stride", "groups"))
 def draw_row_kernel(
-    rows,  # (b columns·colours): the row in hand as the stem reads it; values are put there
+    rows,  # (b columns·colours·of_value): the row in hand as the stem reads it; values are put there
+    table,  # (v of_value): what the stem reads of a level; None: the level, scaled to [−1, 1]
     stem_above,  # (b w f)
     stem_weight,
     down_weight, down_bias,
@@ -473,9 +483,11 @@ def draw_row_kernel(
     mixtures: tl.constexpr,
     stem_stride: tl.constexpr,  # from column to column
     reach: tl.constexpr,
+    of_value: tl.constexpr,  # numbers that the stem reads of a value
     GATES: tl.constexpr, GROUPS: tl.constexpr, COLOURS: tl.constexpr, RESIDUAL: tl.constexpr, GREEDY: tl.constexpr,
     MIXTURE: tl.constexpr,  # components, a power of two; 0: a softmax
     LEVELS: tl.constexpr,  # a power of two
+    OF_VALUE: tl.constexpr,  # a power of two
     IMAGES: tl.constexpr,
     CHOSEN: tl.constexpr,  # images whose values are chosen at a time: all levels of one are side by side
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr, STATE: tl.constexpr,
@@ -487,7 +499,7 @@ def draw_row_kernel(
     WIDE: tl.constexpr = stream_features // GROUPS  # in the stream,
     BETWEEN: tl.constexpr = between_features // GROUPS  # in the head
 
-    rows = View(rows, 0, rows_stride, COLOURS)
+    rows = View(rows, 0, rows_stride, COLOURS * of_value)
     stem_above = View(stem_above, 0, columns * stem_stride, stem_stride)
     u = View(u, u_layer, u_image, u_column)
     inputs = View(inputs, inputs_layer, inputs_image, inputs_column)
@@ -513,8 +525,8 @@ def draw_row_kernel(
     for j in tl.range(0, columns, disable_licm=True):
         for g in tl.range(0, groups, disable_licm=True):
             stem(
-                u, stem_above, rows, of_stem, image, live, j, g, (reach + 1) * COLOURS, WIDE, BLOCK_N, BLOCK_K, STAGES,
-                STATE,
+                u, stem_above, rows, of_stem, image, live, j, g, (reach + 1) * COLOURS * of_value, WIDE, BLOCK_N,
+                BLOCK_K, STAGES, STATE,
             )  # fmt: skip
             tl.debug_barrier()
             for layer in tl.range(0, layers, disable_licm=True):
@@ -556,7 +568,10 @@ def draw_row_kernel(
                         value = choose_by_softmax(
                             rule, outputs, some, there, g, j, width, levels, num_outputs, COLOURS, LEVELS, GREEDY
                         )
-                        put(values, rows, value, some, there, g, j, width, levels, reach, COLOURS, STATE)
+                        put(
+                            values, rows, table, value, some, there, g, j, width, levels, reach, of_value, COLOURS,
+                            OF_VALUE, STATE,
+                        )  # fmt: skip
                         tl.debug_barrier()
                     else:
                         log_weights = mixture_weights(outputs, some, there, mixtures, num_outputs, MIXTURE, STATE)
@@ -565,5 +580,8 @@ def draw_row_kernel(
                                 rule, outputs, values, log_weights, some, there, colour, j, width, levels, mixtures,
                                 num_outputs, COLOURS, MIXTURE, LEVELS, GREEDY, STATE,
                             )  # fmt: skip
-                            put(values, rows, value, some, there, colour, j, width, levels, reach, COLOURS, STATE)
+                            put(
+                                values, rows, table, value, some, there, colour, j, width, levels, reach, of_value,
+                                COLOURS, OF_VALUE, STATE,
+                            )  # fmt: skip
                             tl.debug_barrier()

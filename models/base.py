@@ -31,7 +31,9 @@ from models.softmax import SoftmaxHead
 
 HEADS = ("softmax", "logistic_mixture")
 NO_LABEL = -1  # of an image whose class is not said
-LATER = {"label_dropout": 0.0}  # arguments younger than the first models: unless used, not in a model's config
+# Arguments younger than the first models, as those were: then they are not in a model's config.
+LATER = {"label_dropout": 0.0, "input": "scaled", "input_features": 16}
+INPUTS = ("scaled", "embedding")
 Run = Callable[[nn.Module, Tensor], Tensor]  # who computes what a module makes of a tensor; `as_written`: itself
 as_written: Run = nn.Module.__call__
 
@@ -221,6 +223,9 @@ class AutoregressiveModel(ImageModel):
         map_features: d of maps `cond` (b d h w) that the model is conditioned on; 0: none.
         label_dropout: probability with which it is not told an image's label in training (classifier-free guidance,
             2207.12598): it is then a model of images without labels too.
+        input: how the network reads a value: "scaled" to [-1, 1], or as an "embedding", a learned vector of each level,
+            for values without an order.
+        input_features: of an embedding.
 
     Raises:
         ValueError: for an argument outside what is allowed.
@@ -245,9 +250,12 @@ class AutoregressiveModel(ImageModel):
         classes: int = 0,
         map_features: int = 0,
         label_dropout: float = 0.0,
+        input: str = "scaled",
+        input_features: int = 16,
     ):
         super().__init__(locals())
         check_one_of("head", head, HEADS)
+        check_one_of("input", input, INPUTS)
         groups = channels if head == "softmax" and isinstance(channels, int) else 1
         for name, value, low in (
             ("channels", channels, 1),
@@ -260,6 +268,7 @@ class AutoregressiveModel(ImageModel):
             ("mixtures", mixtures, 1),
             ("classes", classes, 0),
             ("map_features", map_features, 0),
+            ("input_features", input_features, 1),
         ):
             check(name, value, int, low)
         check("residual", residual, bool, False, True)
@@ -272,7 +281,8 @@ class AutoregressiveModel(ImageModel):
         vertical = self.architecture.vertical_factor * hidden
         outputs = [Stretch(vertical, groups, before=True)] if vertical else []
         outputs.append(Stretch(2 * hidden - vertical, groups))
-        self.stem = MaskedConv("A", 7, Stretch(channels, groups), outputs, self.architecture.extra_columns)
+        read = channels * (input_features if input == "embedding" else 1)
+        self.stem = MaskedConv("A", 7, Stretch(read, groups), outputs, self.architecture.extra_columns)
         self.body = self.architecture(hidden, layers, groups, residual, skip, dropout, d)
         if head == "softmax":
             self.head = SoftmaxHead(self.body.features, head_features, channels, levels)
@@ -280,6 +290,15 @@ class AutoregressiveModel(ImageModel):
             self.head = LogisticMixtureHead(self.body.features, head_features, channels, levels, mixtures)
         if classes:
             self.embedding = nn.Embedding(classes, hidden)
+        self.value_embedding = nn.Embedding(levels, input_features) if input == "embedding" else None
+
+    def read(self, x: Tensor) -> Tensor:
+        """Integers (… c) → what the network reads of them (… c·k): numbers in [-1, 1], k = 1, or embeddings of k."""
+        return self.scale(x) if self.value_embedding is None else self.value_embedding(x.long()).flatten(-2)
+
+    def table(self) -> Tensor:
+        """What the network reads of each level: (v k)."""
+        return self.read(torch.arange(self.levels, device=self.device)[:, None])
 
     def condition(self, label: Tensor | None = None, cond: Tensor | None = None) -> Tensor | None:
         """The condition of labels (b,), maps (b d h w) or both: (b h w d), (b 1 1 d) for labels only, or None."""
@@ -304,7 +323,7 @@ class AutoregressiveModel(ImageModel):
 
     def outputs(self, x: Tensor, condition: Tensor | None = None) -> Tensor:
         """The head's parameters of every conditional: images (b c h w) → for `softmax`, logits (b h w c v)."""
-        return self.head(self.body(self.stem(self.scale(x.permute(0, 2, 3, 1))), condition))
+        return self.head(self.body(self.stem(self.read(x.permute(0, 2, 3, 1))), condition))
 
     def nats_at(self, x: Tensor, label: Tensor | None = None, cond: Tensor | None = None) -> Tensor:
         return self.head.nats(self.outputs(x, self.condition(self.labels_for(len(x), label), cond)), x)

@@ -31,11 +31,11 @@ KINDS: dict[str, type[AutoregressiveModel]] = {
 
 
 class Upsample(nn.Sequential):
-    """Scaled images (b c h w) → features of images twice as high and as wide (b d 2h 2w)."""
+    """What is read of images (b k h w) → features of images twice as high and as wide (b d 2h 2w)."""
 
-    def __init__(self, channels: int, d: int):
+    def __init__(self, inputs: int, d: int):
         super().__init__(
-            nn.Conv2d(channels, d, 3, padding=1),
+            nn.Conv2d(inputs, d, 3, padding=1),
             nn.ReLU(),
             nn.ConvTranspose2d(d, d, 4, stride=2, padding=1),
             nn.ReLU(),
@@ -54,8 +54,8 @@ class MultiScale(ImageModel):
         doublings: how often the image is doubled.
         copy_known: whether pixels of the smaller image are known in the larger one (else: the paper's form).
         train: "joint" trains all nets, "base" only that of the smallest images.
-        residual, skip, head, head_features, mixtures, dropout, classes, label_dropout: of every net, see
-            `AutoregressiveModel`; a label that is left out is left out in all nets.
+        residual, skip, head, head_features, mixtures, dropout, classes, label_dropout, input, input_features: of every
+            net, see `AutoregressiveModel`; a label that is left out is left out in all nets.
 
     Raises:
         ValueError: for an argument outside what is allowed.
@@ -86,6 +86,8 @@ class MultiScale(ImageModel):
         dropout: float = 0.0,
         classes: int = 0,
         label_dropout: float = 0.0,
+        input: str = "scaled",
+        input_features: int = 16,
     ):
         super().__init__(locals())
         check_one_of("base", base, KINDS)
@@ -109,6 +111,7 @@ class MultiScale(ImageModel):
         self.copy_known, self.only_base = copy_known, train == "base"
         shared = {"residual": residual, "skip": skip, "head": head, "head_features": head_features}
         shared |= {"mixtures": mixtures, "dropout": dropout, "classes": classes, "label_dropout": label_dropout}
+        shared |= {"input": input, "input_features": input_features}
 
         def net(kind: str, halvings: int, hidden: int, layers: int, d: int) -> AutoregressiveModel:
             size = height // 2**halvings, width // 2**halvings
@@ -117,7 +120,7 @@ class MultiScale(ImageModel):
         smallest = net(base, doublings, base_hidden, base_layers, 0)
         larger = [net(conditional, halvings, hidden, layers, hidden) for halvings in reversed(range(doublings))]
         self.all_nets = nn.ModuleList([smallest, *larger])
-        self.upsample = nn.ModuleList(Upsample(channels, hidden) for _ in larger)
+        self.upsample = nn.ModuleList(Upsample(net.stem.inputs.size, hidden) for net in larger)
 
     @property
     def nets(self) -> list[AutoregressiveModel]:
@@ -129,7 +132,8 @@ class MultiScale(ImageModel):
 
     def from_smaller(self, k: int, smaller: Tensor, upsample: Run = as_written) -> Tensor:
         """The maps that `nets[k]` is conditioned on, made of smaller images (b c h/2 w/2): (b d h w)."""
-        x = self.scale(smaller).clone(memory_format=torch.contiguous_format)  # other layouts are rounded differently
+        x = self.nets[k].read(smaller.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        x = x.clone(memory_format=torch.contiguous_format)  # other layouts are rounded differently
         return upsample(self.upsample[k - 1], x)
 
     def known(self, x: Tensor) -> Tensor:

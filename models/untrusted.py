@@ -96,6 +96,8 @@ def check_claims(config: dict[str, Any], weights: dict[str, Tensor]) -> None:
     numbers = sum(weight.untyped_storage().nbytes() for weight in weights.values())  # at most one of a byte each
     products = ["hidden hidden", "base_hidden base_hidden", "head_features", "classes hidden", "map_features hidden"]
     products += ["channels hidden", "mixtures channels", "doublings"]
+    if config.get("input") == "embedding":
+        products.append("levels input_features")
     if config.get("head", "softmax") == "softmax":
         products.append("levels channels")
     limits += [(tuple(product.split()), numbers) for product in products]

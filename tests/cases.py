@@ -93,15 +93,16 @@ ARCHITECTURES = {
     "row_lstm": ("RowLSTM", triangle_above),
     "diag_bilstm": ("DiagBiLSTM", everything_before),
 }
+EMBEDDING = {"input": "embedding", "input_features": 3}
 LABELS = {"classes": 3, "label_dropout": 0.3}
 MIXTURE = {"head": "logistic_mixture", "mixtures": 3}
 VARIANTS = {
     "": {},
     "-skip": {"skip": True},
     "-plain": {"residual": False},
-    "-only_skip": {"residual": False, "skip": True},
+    "-only_skip-embedding": {"residual": False, "skip": True, **EMBEDDING},
     "-given": {**LABELS, "map_features": 2},
-    "-mixture": MIXTURE,
+    "-mixture-embedding": {**MIXTURE, **EMBEDDING},
     "-mixture-given": {**MIXTURE, "classes": 3, "map_features": 2},
 }
 CASES = {
@@ -110,7 +111,9 @@ CASES = {
     for variant, extra in VARIANTS.items()
 } | {  # each architecture as a base, each as a conditional
     "multi_scale": Case("MultiScale", {}, None),
-    "multi_scale-given": Case("MultiScale", {"base": "pixel_cnn", "conditional": "row_lstm", **LABELS}, None),
+    "multi_scale-given": Case(
+        "MultiScale", {"base": "pixel_cnn", "conditional": "row_lstm", **LABELS, **EMBEDDING}, None
+    ),
     "multi_scale-mixture": Case("MultiScale", {"base": "row_lstm", "conditional": "gated_pixel_cnn", **MIXTURE}, None),
     "multi_scale-mixture-given": Case(
         "MultiScale", {"base": "gated_pixel_cnn", "conditional": "pixel_cnn", "classes": 3, **MIXTURE}, None

@@ -80,7 +80,7 @@ def test_many_layers_of_many_blocks(case):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["pixel_cnn", "diag_bilstm-mixture"])
+@pytest.mark.parametrize("name", ["pixel_cnn", "diag_bilstm-mixture-embedding"])
 def test_more_images_than_a_program_has(name):
     model = small(CASES[name], channels=1)
     drawn = assert_as_naive(model, 18)
@@ -100,7 +100,7 @@ def test_every_form(case, form, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["pixel_cnn", "row_lstm-mixture"])
+@pytest.mark.parametrize("name", ["pixel_cnn", "row_lstm-mixture-embedding"])
 @pytest.mark.parametrize("temperature", [0.3, 1e-39, 0])
 def test_temperatures(name, temperature):
     assert_as_naive(small(CASES[name]), 3, temperature=temperature)

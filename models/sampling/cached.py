@@ -48,10 +48,11 @@ class Cached:
         images_last = model.device.type == "cpu" if images_last is None else images_last
         buffers = Buffers(b, model.stem.weight, images_last, backend)
         columns = model.width + model.body.extra_columns
-        self.scaled = model.scale(torch.arange(model.levels, device=model.device))
+        self.table = model.table()
         self.condition, self.outside = condition, range(model.width, columns)
         self.layers = CachedLayers(network, buffers, columns, condition)
-        self.stem = CachedStem(network, buffers, columns, self.layers.inputs, self.layers.vertical_input)
+        written = self.layers.inputs, self.layers.vertical_input
+        self.stem = CachedStem(network, buffers, columns, self.table.shape[1], *written)
         self.head = cached_head(model.head, network.first, network.last, buffers)
         self.groups = network.groups
 
@@ -83,7 +84,7 @@ class Cached:
 
     def put(self, j: int, c: int, values: Tensor) -> None:
         """Make known the values (b,) of colour c at column j."""
-        torch.index_select(self.scaled, 0, values, out=self.stem.slots[j][c])
+        torch.index_select(self.table, 0, values, out=self.stem.slots[j][c])
         self.head.put(c, values)
 
 
@@ -95,31 +96,38 @@ class CachedStem:
 
     Args:
         width: of the features, with the extra columns.
+        k: numbers that are read of a value.
         outputs: where to write, a view (b f_g) for each column and group.
         vertical: where to write the outputs that see only the rows above (b w vertical), once a row.
 
-    `slots[j][c]` (b,) is where colour c of column j goes, scaled, once it is known.
+    `slots[j][c]` (b k) is where what is read of colour c at column j goes, once it is known.
     """
 
     def __init__(
-        self, network: Network, buffers: Buffers, width: int, outputs: list[list[Tensor]], vertical: Tensor | None
+        self,
+        network: Network,
+        buffers: Buffers,
+        width: int,
+        k: int,
+        outputs: list[list[Tensor]],
+        vertical: Tensor | None,
     ):
         above, self.taps, reach = network.stem_above, network.stem, network.reach
-        self.reach, colours, kernel = reach, self.taps.inputs[-1].size, 2 * reach + 1
-        self.rows = buffers(reach + 1, width + 2 * reach, colours)  # those above, the present one; zeros outside
+        self.reach, of_pixel, kernel = reach, self.taps.inputs[-1].size, 2 * reach + 1
+        self.rows = buffers(reach + 1, width + 2 * reach, of_pixel)  # those above, the present one; zeros outside
         self.of_above = RowProduct(buffers, width, above.weight, above.bias, ConditionRow(None, None, width))
-        taps = windows(self.rows[:, :-1], kernel).transpose(1, 2)  # (b w reach kernel colours)
+        taps = windows(self.rows[:, :-1], kernel).transpose(1, 2)  # (b w reach kernel k·colours)
         self.of_above.read(taps.view(1, *taps.shape[:3], -1))
         self.skipped = above.weight.shape[1] - self.taps.weight.shape[1]
         self.vertical, self.above = vertical, self.of_above.out[0][:, :, self.skipped :]  # (b w f)
-        row = self.row = self.rows[:, reach].flatten(1)  # (b, padded width · colours)
+        row = self.row = self.rows[:, reach].flatten(1)  # (b, padded width · k·colours)
         weights = [self.taps.of_group(g)[0][0].contiguous().T for g in range(network.groups)]
         self.program = [
             [
                 partial(
                     torch.addmm,
                     self.above[:, j, s],
-                    row[:, j * colours : j * colours + len(weights[g])],
+                    row[:, j * of_pixel : j * of_pixel + len(weights[g])],
                     weights[g],
                     out=outputs[j][g],
                 )
@@ -127,7 +135,8 @@ class CachedStem:
             ]
             for j in range(width)
         ]
-        self.slots = [[row[:, (j + reach) * colours + c] for c in range(colours)] for j in range(width)]
+        pixels = row.unflatten(1, (-1, of_pixel // k, k))
+        self.slots = [[pixels[:, j + reach, c] for c in range(of_pixel // k)] for j in range(width)]
 
     def begin_row(self, first: bool) -> None:
         if first:

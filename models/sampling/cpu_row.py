@@ -41,7 +41,7 @@ class CpuRow:
         self.model, self.b, self.condition, self.groups = model, b, condition, network.groups
         given = ConditionInRow(arena, condition, columns)
         layers = LayersInRow(network, columns, given, arena, parameters)
-        stem = StemInRow(network, columns, layers, arena, parameters)
+        stem = StemInRow(network, columns, model.channels, layers, arena, parameters)
         head = HeadInRow(model, network, layers, stem, arena, parameters)
         self.logits_at, colours, groups = head.logits, range(model.channels), range(network.groups)
         self.tiles = Tiles(b, arena, parameters, head.mixtures > 0)
@@ -147,10 +147,19 @@ def product(out: Place, x: Place, of: dict[str, int], start: Place = NOWHERE, re
 class StemInRow:
     """The stem's convolution: a row's taps above for all columns, and at a pixel those of the row itself."""
 
-    def __init__(self, network: Network, columns: int, layers: LayersInRow, arena: Arena, parameters: Parameters):
+    def __init__(
+        self,
+        network: Network,
+        columns: int,
+        colours: int,
+        layers: LayersInRow,
+        arena: Arena,
+        parameters: Parameters,
+    ):
         above, taps, self.reach, self.columns = network.stem_above, network.stem, network.reach, columns
-        self.colours, self.row_size = taps.inputs[-1].size, (columns + 2 * self.reach) * taps.inputs[-1].size
-        self.rows = [Place(arena.take(self.row_size).at, self.colours) for _ in range(self.reach + 1)]
+        self.of_pixel, self.of_value = taps.inputs[-1].size, taps.inputs[-1].size // colours
+        self.row_size = (columns + 2 * self.reach) * self.of_pixel
+        self.rows = [Place(arena.take(self.row_size).at, self.of_pixel) for _ in range(self.reach + 1)]
         skipped, outputs = above.weight.shape[1] - taps.weight.shape[1], taps.weight.shape[1]
         self.above = arena.take(outputs, columns)
         self.begin = []
@@ -166,8 +175,8 @@ class StemInRow:
             self.steps.append(product(layers.input(g), self.rows[-1], of, start=self.above + s.start))
 
     def slot(self, c: int) -> Place:
-        """Where colour c of a column goes."""
-        return self.rows[-1] + (self.reach * self.colours + c)
+        """Where what is read of colour c at a column goes."""
+        return self.rows[-1] + (self.reach * self.of_pixel + c * self.of_value)
 
     def shift(self) -> list[Stage]:
         """Another row begins: each row takes the place of the one above it."""
@@ -357,7 +366,7 @@ class HeadInRow:
         relu_u, mid = arena.take(inputs.size), arena.take(between.size)
         self.mixtures = getattr(head, "mixtures", 0)
         self.chosen, self.room = arena.take(self.colours), arena.take(levels)
-        self.scale = parameters.add(torch.tensor([2 / (levels - 1)], dtype=torch.float64))  # as in `model.scale`
+        self.table = parameters.add(model.table())
         last = [network.last.of_group(g) for g in range(network.groups)]
         self.outputs = self.logits = arena.take(last[0][0].shape[1])
         if self.mixtures:
@@ -384,6 +393,6 @@ class HeadInRow:
 
     def put(self, c: int, how: str) -> list[Operation]:
         """The value of colour c: "choose" or "put", see `kernels.draw_row_cpu`."""
-        places = {"x": self.logits, "start": self.room, "k": self.chosen.at, "weight": self.scale}
-        out = [Operation(how, self.stem.slot(c), **places, more=c)]
+        places = {"x": self.logits, "start": self.room, "k": self.chosen.at, "weight": self.table}
+        out = [Operation(how, self.stem.slot(c), self.stem.of_value, **places, more=c)]
         return [*out, self.mixture("mixture_put", c)] if self.mixtures and c + 1 < self.colours else out

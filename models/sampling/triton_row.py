@@ -23,7 +23,8 @@ class TritonRow(Cached):
         first, last = product_of(network.first), product_of(network.last)
         outputs = network.last.outputs[0].sizes[0]
         head = Head(first, last, network.first.outputs[0].size, outputs, getattr(model.head, "mixtures", 0))
-        stem = Stem(product_of(self.stem.taps, bias=False), self.stem.row, self.stem.above, network.reach)
+        table = None if model.value_embedding is None else self.table
+        stem = Stem(product_of(self.stem.taps, bias=False), self.stem.row, self.stem.above, network.reach, table)
         skip = network.to_head is not None
         self.program = DrawRow(stem, layers_of(self.layers), head, network.residual, skip, choice, values, model.levels)
 
