@@ -111,7 +111,7 @@ def elementwise() -> Launches:
         both_ways(kernels.gate(u, backend="triton"), u)
 
     for dtype in DTYPES:
-        for v in (2, 256, 1024):
+        for v in (2, 256, 1024, 8192):
             yield f"cross-entropy, {v} levels, {short(dtype)}", partial(cross_entropy, v, dtype)
         yield f"gate, {short(dtype)}", partial(gate, dtype)
     yield "noise", partial(uniforms, torch.zeros(3, 2, dtype=torch.long), 3072, 1, backend="triton")

@@ -20,6 +20,8 @@ from torch import Tensor
 from kernels.backend import backend_for
 from kernels.jit import cdiv, jit, launch, next_power_of_2, tl
 
+MOST_LEVELS = 8192  # a row of them fits in a program's registers
+
 
 def cross_entropy_reference(logits: Tensor, target: Tensor) -> Tensor:
     """Compute `cross_entropy` as the equation is written: the oracle."""
@@ -148,7 +150,7 @@ def cross_entropy(logits: Tensor, target: Tensor, backend: str | None = None) ->
     """Compute the nats of each target under a softmax.
 
     Args:
-        logits: (… v), v from 1 to 1,024 where Triton computes; sums are in float32 at least.
+        logits: (… v), v from 1 to MOST_LEVELS where Triton computes; sums are in float32 at least.
         target: integers in [0, v), (…).
         backend: see `kernels.backend_for`.
 
@@ -158,7 +160,7 @@ def cross_entropy(logits: Tensor, target: Tensor, backend: str | None = None) ->
     Source: 1601.06759, section 3.1 (a softmax over the levels of each sub-pixel).
     """
     v = logits.shape[-1]
-    if backend_for(logits, backend) == "triton" and v <= 1024:
+    if backend_for(logits, backend) == "triton" and v <= MOST_LEVELS:
         return cross_entropy_op(logits.reshape(-1, v), target.reshape(-1))[0].view(target.shape)
     logits = logits if logits.dtype == torch.float64 else logits.float()
     nats = F.cross_entropy(logits.reshape(-1, v), target.reshape(-1).long(), reduction="none")
