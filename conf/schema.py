@@ -103,7 +103,15 @@ class Compress:
     seed: int = MISSING
 
 
-SCHEMAS = {"train": Train, "sample": Sample, "evaluate": Evaluate, "compress": Compress}  # of each command
+@dataclass
+class Demo:
+    checkpoint: str | None = None
+    port: int = MISSING
+    open: bool = MISSING
+
+
+# of each command
+SCHEMAS = {"train": Train, "sample": Sample, "evaluate": Evaluate, "compress": Compress, "demo": Demo}
 
 
 def register() -> None:

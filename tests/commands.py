@@ -14,6 +14,7 @@ from unittest import mock
 import torch
 
 import compress
+import demo
 import evaluate
 import sample
 import train
@@ -24,6 +25,7 @@ COMMANDS = {
     "sample": (sample.main,),
     "evaluate": (evaluate.main,),
     "compress": (compress.main, compress.prepare),
+    "demo": (demo.main,),
 }
 TINY = ["model.hidden=4", "model.layers=1", "model.head_features=8", "batch_size=256"]
 SHORT = [
