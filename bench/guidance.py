@@ -21,7 +21,7 @@ from bench.measure import Results, parse, parser, table
 from bench.pretrained import FOLDER
 from cli.output import UNKNOWN, save_grid
 from models.base import NO_LABEL, ImageModel
-from models.checkpoint import load
+from models.checkpoint import find, load
 from models.likelihood import nats_of, summarise
 from models.sampling import sample
 
@@ -113,16 +113,23 @@ def draw(model: ImageModel, path: Path) -> dict:
 
 def main(argv: list[str] | None = None) -> int:
     options = parser("guidance", "Draw with guidance, and tell how well and how varied.", 1, dict.fromkeys(PARTS))
+    options.add_argument(
+        "--checkpoint", type=Path, default=FOLDER / f"{GUIDED}.safetensors", help="(that of pretrained/)"
+    )
     args = parse(options, argv)
     test, train = (getattr(data.build({"name": "digits"}), name) for name in ("test", "train"))
-    model, without = load(FOLDER / f"{GUIDED}.safetensors"), load(FOLDER / f"{WITHOUT}.safetensors")
+    model, without = load(find(args.checkpoint)), load(FOLDER / f"{WITHOUT}.safetensors")
     steps, of_class = (20, 2) if args.quick else (1500, 100)
     network = classifier(train, model.levels, model.classes, steps)
     results = Results(args, COLUMNS)
 
     def told() -> dict:
         x, labels = test.batch(slice(None))
-        return {"part": "classifier", **share(taken_for(network, x, model.levels) == labels)}
+        return {
+            "part": "classifier",
+            "label_dropout": model.label_dropout,
+            **share(taken_for(network, x, model.levels) == labels),
+        }
 
     cases = {
         "classifier": lambda: [told()],

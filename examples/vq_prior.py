@@ -15,6 +15,7 @@ Legend: n images · c channel (colour) · h w rows, columns · k l rows, columns
 """
 
 import argparse
+import json
 import shlex
 import subprocess
 import sys
@@ -147,12 +148,16 @@ def everything(args) -> None:
     make_codes(args)
     for way in ("embedding", "scaled"):
         prior, drawn = out / way, out / f"drawn-{way}.npy"
-        model = ["model=gated_pixel_cnn", "model.layers=6", "model.dropout=0.1", f"model.input={way}"]
+        model = ["model=gated_pixel_cnn", "model.layers=4", "model.dropout=0.4", f"model.input={way}"]
         of_codes = ["dataset=npy", f"dataset.path={out / 'codes.npy'}", f"dataset.levels={args.codebook}"]
-        run("train.py", *of_codes, *model, f"steps={args.prior_steps}", "sample_every=0", f"hydra.run.dir={prior}")
+        steps = [f"steps={args.prior_steps}", "evaluate_every=50", "sample_every=0"]
+        run("train.py", *of_codes, *model, *steps, f"hydra.run.dir={prior}")
         run("sample.py", f"checkpoint={prior}", f"n={2 * SHOWN}", f"npy={drawn}", f"out={out / f'codes-{way}.png'}")
     args.drawn = ["drawn-embedding", "drawn-scaled"]
     decode(args)
+    for way in ("embedding", "scaled"):
+        summary = json.loads((out / way / "summary.json").read_text())
+        print(f"{way}: {summary['test_bits_per_dim']:.3f} bits a code on the test split")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -163,7 +168,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     options.add_argument("--codebook", type=int, default=64, metavar="N", help="how many codes there are")
     options.add_argument("--steps", type=int, default=1500, metavar="N", help="of the VQ-VAE's training")
-    options.add_argument("--prior-steps", type=int, default=600, metavar="N", help="of the priors' training")
+    options.add_argument("--prior-steps", type=int, default=400, metavar="N", help="of the priors' training")
     options.add_argument("--out", type=Path, default=Path("vq"), metavar="FOLDER")
     options.add_argument("--drawn", nargs="*", default=["drawn"], metavar="NAME", help="of .npy files to decode")
     args = options.parse_args(argv)

@@ -69,9 +69,9 @@ def draw(page) -> None:
 
 
 def text_of(page, where: str, pattern: str) -> str:
-    """The text of an element once it matches."""
+    """The text of an element once it matches, and nothing is computed."""
     until = time.monotonic() + PATIENCE
-    while not re.search(pattern, text := page.locator(f"#{where}").inner_text()):
+    while "processing" in (text := page.locator(f"#{where}").inner_text()) or not re.search(pattern, text):
         assert time.monotonic() < until, f"#{where}: expected {pattern}, found {text!r}"
         page.wait_for_timeout(100)
     return text
