@@ -136,15 +136,15 @@ def decode(args) -> None:
         print(args.out / f"{name}.png")
 
 
-def run(*command: str) -> None:
+def run(command: str, *arguments: str) -> None:
     """Run one of the project's commands, and say it first."""
-    print("\n" + shlex.join(["python", *command]), flush=True)
-    subprocess.run([sys.executable, *command], cwd=ROOT, check=True)
+    print("\n" + shlex.join(["python", command, *arguments]), flush=True)
+    subprocess.run([sys.executable, str(ROOT / command), *arguments], check=True)
 
 
 def everything(args) -> None:
     """All steps, with a prior that reads embeddings and one that reads numbers, trained alike."""
-    out = args.out.resolve()
+    out = args.out
     make_codes(args)
     for way in ("embedding", "scaled"):
         prior, drawn = out / way, out / f"drawn-{way}.npy"
