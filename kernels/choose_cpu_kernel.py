@@ -180,10 +180,14 @@ def put(code: Code, o: Fields) -> None:
 
 
 def known_to_the_rest(code: Code, o: Fields, value: Value) -> None:
-    """Put what the stem reads of a value, its row of the table (levels n), to `out`, and it to `k` for a mixture."""
+    """Put what the stem reads of a value, its row of the table (levels n), to `out`, and it to `k` for a mixture.
+
+    Of a given value that is no level, it reads the nearest level's row.
+    """
     code.store(value, code.address(o.tile.arena, o["k"] + o["more"]))
-    out, n = o.place("out"), o["n"]
-    with code.each(o.tile.live, value) as (lane, one):
+    out, n, highest = o.place("out"), o["n"], code.of_integer(o.batch("levels") - 1)
+    level = code.larger(code.smaller(value, highest), code.number(0))
+    with code.each(o.tile.live, level) as (lane, one):
         row = code.address(o.tile.parameters, o["weight"] + code.as_integer(one) * n, code.float)
         with code.loop(n) as i:
             code.store_number(code.load_as_number(row, i, code.float), code.address(out, i), lane)

@@ -428,7 +428,8 @@ def put(
     else:
         n = tl.arange(0, OF_VALUE)[None, :]
         mask = live[:, None] & (n < of_value)
-        read = tl.load(table + value[:, None] * of_value + n, mask=mask, other=0.0)
+        level = tl.minimum(tl.maximum(value, 0), levels - 1)  # a given value may be none
+        read = tl.load(table + level[:, None] * of_value + n, mask=mask, other=0.0)
         tl.store(rows.start + at[:, None] + n, read, mask=mask)
 
 

@@ -104,7 +104,7 @@ def test_what_is_no_image_of_the_model_is_refused():
     with pytest.raises(ValueError, match="images=0"):
         compress(model, images(model, 0))
     with pytest.raises(ValueError, match="label"):
-        compress(model_of("pixel_cnn-given"), images(model, 2))
+        compress(model_of("pixel_cnn-mixture-given"), images(model, 2))
 
 
 # -------------------------------------------------------------------------------------------------------------- damage

@@ -23,7 +23,7 @@ from kernels.philox import uniforms
 from models.sampling import PixelLoop
 from models.sampling.memory import Buffers, ConditionRow, RowProduct, windows
 from models.sampling.rules import Draw, Given, Keep, Record
-from tests.cases import ARCHITECTURES, CASES, MIXTURE, build, images
+from tests.cases import ARCHITECTURES, CASES, EMBEDDING, MIXTURE, build, images
 from tests.interleaved import interleaved
 from tests.races import Hazard, watched
 
@@ -461,6 +461,7 @@ SCENARIOS = {
     }
     | {
         "two-programs": functools.partial(row, "pixel_cnn", "draw", b=18, channels=1),
+        "embedding": functools.partial(row, "gated_pixel_cnn", "known", **EMBEDDING),
         "many-blocks": functools.partial(row, "row_lstm", "known", width=1, form=(16, 16, 16), hidden=35, channels=2),
     },
 }
