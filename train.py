@@ -40,7 +40,7 @@ from cli.runs import (
     write_config,
 )
 from data.order import EpochOrder
-from models.base import ImageModel, bits_per_dim
+from models.base import LATER, ImageModel, bits_per_dim
 from models.checkpoint import in_one_line, read, rebuild, save
 from models.likelihood import EVALUATION_BATCH, label_for, nats_of, summarise
 from models.optimizers import build_optimizer, load_state
@@ -149,8 +149,10 @@ class Training:
 
     def restore(self, path: Path, checkpoint: dict) -> None:
         """Continue where a checkpoint was written; ValueError if its model or optimizer is another than this run's."""
-        if checkpoint["model"] != self.model_config:
-            raise ValueError(f"{path}: expected this run's model {self.model_config}, found {checkpoint['model']}")
+        mine, found = ({**LATER, **of} for of in (self.model_config, checkpoint["model"]))
+        if found != mine:
+            mine, found = ({k: of[k] for k in of if mine.get(k) != found.get(k)} for of in (mine, found))
+            raise ValueError(f"{path}: expected this run's model {mine}, found {found}")
         if (checkpoint["ema"] is None) != (self.ema is None):
             raise unexpected("ema", self.config["ema"], f"{checkpoint['config']['ema']}, as in {path}")
         name = checkpoint["config"]["optimizer"]["name"]

@@ -136,7 +136,8 @@ def influence(model, u):
     every = torch.arange(n)
     u = u.expand(n, *u.shape).clone().requires_grad_()
     condition = model.condition(**given_alike(model, n))
-    parameters = model.head(model.body(model.stem(u), condition)).flatten(1, -2)  # (n places p)
+    read = u.repeat_interleave(model.stem.inputs.size // model.channels, -1)  # of an embedding, several numbers
+    parameters = model.head(model.body(model.stem(read), condition)).flatten(1, -2)  # (n places p)
     own = parameters[every, every * parameters.shape[1] // n]  # (n p): row k's parameters for k
     weights = torch.linspace(1, 2, own.shape[1], dtype=u.dtype)
     (gradient,) = torch.autograd.grad((own * weights).sum(), u)
@@ -494,7 +495,7 @@ LABEL, MAP = {"classes": 3}, {"map_features": 2}
     (LABEL, {"label": torch.tensor([[0, 1]])}, ["label", "(1, 2)", "(2,)"]),
     (LABEL, {"label": torch.tensor([0.0, 1.0])}, ["label", "float32", "integers"]),
     (LABEL, {"label": torch.tensor([True, False])}, ["label", "bool", "integers"]),
-    (LABEL, {"label": [0, 1]}, ["label", "list", "tensor"]),
+    (LABEL, {"label": ["0", 1]}, ["label", "list", "tensor"]),
     ({}, {"label": torch.tensor([0, 1])}, ["label: expected none", "without classes"]),
     ({}, {"cond": torch.zeros(2, 2, 4, 6)}, ["cond: expected none", "without map_features"]),
 ], ids=[

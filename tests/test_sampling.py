@@ -502,7 +502,8 @@ def test_bfloat16_draws_other_images_from_a_copy(case):
     before = {name: value.clone() for name, value in model.state_dict().items()}
     conditions = given(model, 8)
     drawn = [sample(model, 8, bf16=bf16, **conditions).float() for bf16 in (False, True)]
-    assert 0 < (drawn[0] != drawn[1]).float().mean() < 0.5
+    most = 0.75 if "input" in case.extra else 0.5  # another value is another vector, however near it is
+    assert 0 < (drawn[0] != drawn[1]).float().mean() < most
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 

@@ -93,7 +93,8 @@ def batches(
     check("n", n, int, 1)
     check_arguments(seed, method, backend, bf16, temperature, batch_size, guidance)
     label = torch.full((n,), label) if isinstance(label, int) else label
-    label = label if label is None or isinstance(label, Tensor) else torch.as_tensor(label)
+    if isinstance(label, list | tuple) and all(type(k) is int for k in label):
+        label = torch.tensor(label)
     model.check_condition(n, label, cond)
     check_guidance(model, guidance, label)
     if uniforms is not None:
