@@ -19,6 +19,7 @@ import sample
 import train
 from cli.output import grid
 from data.order import EpochOrder
+from models.base import LATER
 from models.checkpoint import find, load, read
 from tests.commands import COMMANDS, REPOSITORY, SHORT, TINY, Started, process
 
@@ -182,6 +183,15 @@ class TestResume:
         status, _, err = call("train", f"resume={trained}", "model.hidden=5", "steps=20")
         assert status == 2 and "expected this run's model" in err
         assert (trained / "last.pt").read_bytes() == before and (trained / "summary.json").exists()
+
+    def test_of_a_run_that_is_older_than_some_of_a_model_s_keys(self, call):
+        assert call("train", *SHORT, "steps=6", "hydra.run.dir=run")[0] == 0
+        checkpoint = torch.load("run/last.pt", weights_only=True)
+        for name in LATER:
+            del checkpoint["model"][name]
+        torch.save(checkpoint, "run/last.pt")
+        status, out, err = call("train", "resume=run", "steps=12")
+        assert status == 0 and "steps 6 to 12" in out, err
 
     def test_a_run_is_not_overwritten(self, call, trained):
         before = (trained / "last.pt").read_bytes()
