@@ -47,14 +47,10 @@ def build(models: dict[str, Path]):
 
     @partial(computed.said, error=gr.Error)
     def score(name, path, label):
-        if path is None:
-            raise ValueError("expected a picture, found none")
         return computed.score(model_of(name), path, label_of(label))
 
     @partial(computed.said, error=gr.Error)
     def compress(name, path, label):
-        if path is None:
-            raise ValueError("expected a picture, found none")
         content, shown, text = computed.compressed(model_of(name), path, label_of(label))
         file = Path(tempfile.mkdtemp()) / "image.prnn"
         file.write_bytes(content)
@@ -64,9 +60,14 @@ def build(models: dict[str, Path]):
         """The keys of the model: which classes there are, and whether it can be guided."""
         model = model_of(name)
         classes = ["any", *map(str, range(model.classes))]
-        return gr.update(choices=classes, value="any", visible=bool(model.classes)), gr.update(
-            visible=bool(model.label_dropout), value=1.0
-        )
+        of_class = gr.update(choices=classes, value="any", visible=bool(model.classes))
+        return of_class, gr.update(visible=bool(model.label_dropout), value=1.0)
+
+    def asks_for_a_picture(where: str, what: str):
+        """A place for a file and the button under it, in a column."""
+        with gr.Column():
+            file = gr.File(file_types=["image"], type="filepath", label="a picture of yours", elem_id=where)
+            return file, gr.Button(what, variant="primary", elem_id=what.lower())
 
     first, picture = next(iter(models)), {"format": "png", "buttons": ["download", "fullscreen"]}
     with gr.Blocks(title="PixelRNN") as page:
@@ -94,17 +95,13 @@ def build(models: dict[str, Path]):
                 bits = gr.Image(label="bits of each pixel", elem_id="bits", **picture)
                 about = gr.Markdown(elem_id="about")
         with gr.Tab("Score"), gr.Row():
-            with gr.Column():
-                scored = gr.File(file_types=["image"], type="filepath", label="a picture of yours", elem_id="scored")
-                score_button = gr.Button("Score", variant="primary", elem_id="score")
+            scored, score_button = asks_for_a_picture("scored", "Score")
             with gr.Column():
                 seen = gr.Image(label="as the model sees it", elem_id="seen", **picture)
                 where = gr.Image(label="bits of each pixel", elem_id="where", **picture)
                 score_text = gr.Markdown(elem_id="score_text")
         with gr.Tab("Compress"), gr.Row():
-            with gr.Column():
-                given = gr.File(file_types=["image"], type="filepath", label="a picture of yours", elem_id="given")
-                compress_button = gr.Button("Compress", variant="primary", elem_id="compress")
+            given, compress_button = asks_for_a_picture("given", "Compress")
             with gr.Column():
                 back = gr.Image(label="decoded again", elem_id="back", **picture)
                 file = gr.File(label="the file", elem_id="file")

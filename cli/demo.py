@@ -98,12 +98,14 @@ def complete(
     return Answer(grid(drawn, model.levels, COLUMNS), grid(heat(found.bits, most).long(), 256, COLUMNS), text)
 
 
-def read(path: str | os.PathLike, model: ImageModel) -> Tensor:
+def read(path: str | os.PathLike | None, model: ImageModel) -> Tensor:
     """A picture as an image of the model's (1 c h w): cropped, resized, with the nearest levels.
 
     Raises:
-        ValueError: the file is too large, or no picture.
+        ValueError: there is no file, it is too large, or no picture.
     """
+    if path is None:
+        raise ValueError("expected a picture, found none")
     size = os.path.getsize(path)
     if size > LARGEST:
         raise unexpected("file", f"{size:,} bytes", f"a picture of at most {LARGEST:,}")

@@ -14,7 +14,7 @@ from cli.output import UNKNOWN
 from files import write_atomically
 from models.base import ImageModel
 
-FRAMES, MILLISECONDS, AT_THE_END = 60, 60, 2000  # at most so many, how long each is shown, and the last
+FRAMES, MILLISECONDS, AT_THE_END = 60, 60, 2000  # at most; how long one is shown; and the last one
 
 
 def order_of(model: ImageModel) -> tuple[Tensor, list[int]]:
@@ -35,7 +35,7 @@ def order_of(model: ImageModel) -> tuple[Tensor, list[int]]:
 
 
 def halfway(x: Tensor, number: Tensor, strides: list[int], drawn: int) -> Tensor:
-    """Images x (n c h w) when so many pixels are drawn; elsewhere the smaller image's colours show, or UNKNOWN."""
+    """Images x (n c h w) after `drawn` pixels: the others have the smaller image's colour there, or are UNKNOWN."""
     out = torch.full_like(x, UNKNOWN)
     for k in strides:
         rows, columns = (torch.arange(side) // k * k for side in x.shape[2:])

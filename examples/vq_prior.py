@@ -4,7 +4,7 @@
     python examples/vq_prior.py                              all of it, on the digits; --data fashion_mnist, …
 
 A VQ-VAE (1711.00937) turns an image into a small grid of codes, numbers of vectors in its codebook, and codes back into
-an image. Codes have no order: 17 is not near 18. The steps, each of which may be run alone:
+an image. Codes have no order: 17 is not near 18. You can also run one step at a time:
 
     python examples/vq_prior.py codes --out vq               train the VQ-VAE; vq/codes.npy, vq/vqvae.safetensors
     python train.py dataset=npy dataset.path=vq/codes.npy dataset.levels=64 model=gated_pixel_cnn model.input=embedding
@@ -128,7 +128,7 @@ def load(folder: Path) -> tuple[VQVAE, int]:
 
 
 def decode(args) -> None:
-    """Write the picture of the images that drawn codes stand for."""
+    """Decode codes that were drawn, and write a picture of the images."""
     model, levels = load(args.out)
     for name in args.drawn:
         codes = torch.from_numpy(np.load(args.out / f"{name}.npy").astype(np.int64))

@@ -60,10 +60,10 @@ class Stem(NamedTuple):
     """The stem's product, as one layer."""
 
     product: Product
-    rows: Tensor  # (b columns·colours·n): what is read of the row in hand, with zeros at both ends
+    rows: Tensor  # (b columns·colours·n): the row in hand as the stem reads it, with zeros at both ends
     above: Tensor  # (b w f)
     reach: int
-    table: Tensor | None = None  # (v n): what is read of each level; None: itself, scaled to [−1, 1], n = 1
+    table: Tensor | None = None  # (v n): each level as the stem reads it; None: scaled to [−1, 1], n = 1
 
 
 class Choice(NamedTuple):

@@ -31,7 +31,7 @@ KINDS: dict[str, type[AutoregressiveModel]] = {
 
 
 class Upsample(nn.Sequential):
-    """What is read of images (b k h w) → features of images twice as high and as wide (b d 2h 2w)."""
+    """Images as a net reads them (b k h w) → features of images twice as high and as wide (b d 2h 2w)."""
 
     def __init__(self, inputs: int, d: int):
         super().__init__(

@@ -68,6 +68,12 @@ def draw(page) -> None:
         page.mouse.up()
 
 
+def give(page, where: str, picture: Path) -> None:
+    """Give the page a file."""
+    page.locator(f"#{where} input[type=file]").set_input_files(picture)
+    page.locator(f"#{where}").get_by_text(picture.stem).first.wait_for(timeout=1000 * PATIENCE)
+
+
 def text_of(page, where: str, pattern: str) -> str:
     """The text of an element once it matches, and nothing is computed."""
     until = time.monotonic() + PATIENCE
@@ -119,16 +125,14 @@ def play(page, address: str, picture: Path, shots: Path | None = None) -> dict[s
     said["cold"] = text_of(page, "about", r"16 completions of \d+ to \d+ bits")
 
     page.get_by_role("tab", name="Score").click()
-    page.locator("#scored input[type=file]").set_input_files(picture)
-    page.locator("#scored").get_by_text(picture.stem).first.wait_for(timeout=1000 * PATIENCE)
+    give(page, "scored", picture)
     page.click("#score")
     said["score"] = text_of(page, "score_text", r"[\d.]+ bits/dim")
     picture_in(page, "where")
     shoot("score")
 
     page.get_by_role("tab", name="Compress").click()
-    page.locator("#given input[type=file]").set_input_files(picture)
-    page.locator("#given").get_by_text(picture.stem).first.wait_for(timeout=1000 * PATIENCE)
+    give(page, "given", picture)
     page.click("#compress")
     said["compress"] = text_of(page, "compress_text", r"Decoded, it is the same image")
     picture_in(page, "back")

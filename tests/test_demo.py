@@ -79,7 +79,8 @@ def test_a_file_that_is_too_large_or_no_picture_is_refused(tmp_path):
     model, large, text = computed.model_of(MODEL), tmp_path / "large.png", tmp_path / "text.png"
     large.write_bytes(bytes(computed.LARGEST + 1))
     text.write_text("no picture")
-    for path, said in ((large, r"2,097,153 bytes.*at most 2,097,152"), (text, r"text\.png: expected a picture")):
+    large_said, text_said = r"2,097,153 bytes.*at most 2,097,152", r"text\.png: expected a picture"
+    for path, said in ((large, large_said), (text, text_said), (None, "expected a picture, found none")):
         for compute in (computed.score, computed.compressed):
             with pytest.raises(ValueError, match=said):
                 compute(model, path)

@@ -100,7 +100,7 @@ class CachedStem:
         outputs: where to write, a view (b f_g) for each column and group.
         vertical: where to write the outputs that see only the rows above (b w vertical), once a row.
 
-    `slots[j][c]` (b k) is where what is read of colour c at column j goes, once it is known.
+    `slots[j][c]` (b k) holds colour c of column j as the stem reads it, once it is known.
     """
 
     def __init__(

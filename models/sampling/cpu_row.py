@@ -175,7 +175,7 @@ class StemInRow:
             self.steps.append(product(layers.input(g), self.rows[-1], of, start=self.above + s.start))
 
     def slot(self, c: int) -> Place:
-        """Where what is read of colour c at a column goes."""
+        """Where colour c of a column stands, as the stem reads it."""
         return self.rows[-1] + (self.reach * self.of_pixel + c * self.of_value)
 
     def shift(self) -> list[Stage]:
