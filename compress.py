@@ -13,7 +13,7 @@ from checks import check, check_one_of, unexpected
 from cli import command
 from cli.images import images_of
 from cli.other_codecs import formats, sizes
-from cli.output import PngFolder, check_writable, digest
+from cli.output import PngFolder, check_writable, digest, in_words
 from cli.progress import Bar
 from cli.runs import find_model
 from files import write_atomically
@@ -115,10 +115,10 @@ def info(cfg) -> None:
     content = content_of(cfg)
     with in_file(cfg):
         head, _ = read_head(content)
-    (c, h, w), inside = head.shape, "none" if head.model is None else f"{len(head.model):,} bytes"
+    inside = "none" if head.model is None else f"{len(head.model):,} bytes"
     size = len(content) - len(head.model or b"")
-    print(f"{cfg.file}: {head.images:,} images of {c}×{h}×{w}, {head.levels} levels")
-    print(f"  {len(content):,} bytes, {8 * size / (head.images * c * h * w):.4f} bits/dim")
+    print(f"{cfg.file}: {head.images:,} {in_words(head.shape)}, {head.levels} levels")
+    print(f"  {len(content):,} bytes, {8 * size / (head.images * math.prod(head.shape)):.4f} bits/dim")
     blocks = f"{head.blocks:,} blocks of {head.of_block} images" if head.blocks > 1 else "1 block"
     print(f"  {blocks} · model {head.digest.hex()} · model inside: {inside}")
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from checks import check, nearest, one_of, unexpected
 from cli import command
 from cli.machine import choose_device, commit, rank_and_world, version
-from cli.moving import save_moving
+from cli.moving import MILLISECONDS_OF_CLIPS, halfway_through, write_gif
 from cli.output import (
     Memory,
     NpyFile,
@@ -31,6 +31,7 @@ from cli.output import (
     completions_in_rows,
     digest,
     grid,
+    in_words,
     labels_in_rows,
     save_grid,
     share,
@@ -45,6 +46,7 @@ from models.base import NO_LABEL, ImageModel
 from models.checkpoint import read, rebuild
 from models.sampling import batches, check_arguments, check_guidance
 
+DRAWN, COMPLETED = {3: 64, 4: 16}, {3: 8, 4: 2}  # where n does not say how many: images (c h w), clips (t c h w)
 MOST = 1 << 20  # images that memory is asked to hold
 MOST_ON_DISK = 1 << 24  # with npy= and pngs=; more are drawn by several commands, with other seeds
 PICTURED = 4096  # of more images than these, the picture shows the first
@@ -54,7 +56,7 @@ MOVING = 64  # the same of the moving picture
 class Request(NamedTuple):
     """The images to draw, and how many columns their picture has.
 
-    Legend: n images · c channel (colour) · h w rows, columns.
+    Legend: n images, or clips · t frames · c channel (colour) · h w rows, columns.
     """
 
     n: int
@@ -74,7 +76,7 @@ def request_of(cfg, model: ImageModel, checkpoint: dict, path: Path) -> Request:
     """Build the request from the command line."""
     if cfg.complete is not None:
         return completion_of(cfg, model, checkpoint, path)
-    n, columns = 64 if cfg.n is None else cfg.n, cfg.columns
+    n, columns = DRAWN[len(model.shape)] if cfg.n is None else cfg.n, cfg.columns
     check("n", n, int, 1, MOST_ON_DISK if cfg.npy or cfg.pngs else MOST)
     asked = labels_asked(cfg, model)
     if asked is not None and len(asked) == 1:
@@ -100,7 +102,7 @@ def labels_asked(cfg, model: ImageModel) -> list[int] | None:
 
 def completion_of(cfg, model: ImageModel, checkpoint: dict, path: Path) -> Request:
     """Build the request that completes images of a split or a file, several times each."""
-    n, label = 8 if cfg.n is None else cfg.n, None
+    n, label = COMPLETED[len(model.shape)] if cfg.n is None else cfg.n, None
     check("n", n, int, 1, MOST)
     check("completions", cfg.completions, int, 1, MOST // n)
     if cfg.complete in SPLITS:
@@ -127,14 +129,13 @@ def completion_of(cfg, model: ImageModel, checkpoint: dict, path: Path) -> Reque
 
 
 def known_of(cfg, model: ImageModel, x: Tensor) -> Tensor:
-    """Return which sub-pixels of images x (n c h w) `keep` or `mask` keeps: (n c h w) bool."""
+    """Return which sub-pixels of images x (n c h w), or clips, `keep` or `mask` keeps: of the same shape, bool."""
     if cfg.mask is None:
         check("keep", cfg.keep, float, 0, 1)
         return upper_rows(x, cfg.keep)
-    known, (c, h, w) = open_integers(Path(cfg.mask), "mask"), model.shape
-    if known.shape not in ((h, w), (c, h, w), tuple(x.shape)):
-        shapes = f"({h}, {w}), ({c}, {h}, {w}) or {tuple(x.shape)}"
-        raise ValueError(f"{cfg.mask}: expected shape {shapes}, found {known.shape}")
+    known, allowed = open_integers(Path(cfg.mask), "mask"), [x.shape[k:] for k in reversed(range(x.dim() - 1))]
+    if known.shape not in allowed:
+        raise ValueError(f"{cfg.mask}: expected shape {one_of(str(tuple(s)) for s in allowed)}, found {known.shape}")
     return torch.from_numpy(np.array(known != 0)).expand_as(x)
 
 
@@ -196,8 +197,15 @@ def pictured(request: Request, x: Tensor) -> Tensor:
 
 
 def save_gif(path: Path, request: Request, x: Tensor, model: ImageModel) -> None:
-    """Write the moving picture of the first of images x (n c h w), those that are completed in whole rows."""
+    """Write the moving picture of the first of images x (n c h w), those that are completed in whole rows.
+
+    Of clips (n t c h w), their frames.
+    """
     x = x[: max(1, MOVING // max(1, request.completions)) * max(1, request.completions)]
+    if x.dim() == 5:
+        frames = pictured(request, x).unbind(1)
+        write_gif(path, [grid(of_frame, model.levels, request.columns) for of_frame in frames], MILLISECONDS_OF_CLIPS)
+        return
 
     def picture_of(halfway: Tensor) -> Image.Image:
         if request.known is not None:
@@ -205,7 +213,7 @@ def save_gif(path: Path, request: Request, x: Tensor, model: ImageModel) -> None
             halfway = torch.where(known, given, halfway)
         return grid(pictured(request, halfway), model.levels, request.columns)
 
-    save_moving(path, x, model, picture_of)
+    write_gif(path, [picture_of(x) for x in halfway_through(x, model)])
 
 
 def main(cfg) -> None:
@@ -214,7 +222,7 @@ def main(cfg) -> None:
     path, device = find_model(cfg.checkpoint), choose_device(cfg.device)
     checkpoint = read(path, device)
     model = rebuild(checkpoint, path)
-    print(f"{path} · {type(model).__name__}, {model.channels}×{model.height}×{model.width}, {model.levels} levels")
+    print(f"{path} · {type(model).__name__}, {in_words(model.shape)}, {model.levels} levels")
 
     request = request_of(cfg, model, checkpoint, path)
     check_arguments(**options_of(cfg))

@@ -20,13 +20,14 @@ from cli import command
 from cli.command import Stopped, StopSignal
 from cli.loggers import Records, chosen
 from cli.machine import choose_device, environment, is_first, keep_freed_memory, rank_and_world
-from cli.output import completions_in_rows, grid, labels_in_rows, upper_rows, write_json
+from cli.output import completions_in_rows, grid, in_words, labels_in_rows, upper_rows, write_json
 from cli.parallel import from_first, gathered, largest, own_part, together, total
 from cli.progress import Bar, Throughput
 from cli.report import write_report
 from cli.runs import (
     check_classes,
     check_folder,
+    check_frames,
     continued,
     count_classes,
     differences,
@@ -282,6 +283,7 @@ def train(cfg, folder: Path) -> float:
     check_config(cfg)
     loggers = from_first(lambda: chosen(cfg.logger))
     device, dataset = choose_device(cfg.device), data.build(cfg.dataset)
+    check_frames(cfg.model, dataset)
     count_classes(cfg.model, dataset)
     n, parts = min(cfg.batch_size, len(dataset.train)), cfg.accumulate * rank_and_world()[1]
     if n < parts:
@@ -294,8 +296,7 @@ def train(cfg, folder: Path) -> float:
         for text in differences(checkpoint["config"], run.config):
             print(f"this run goes on with {text}")
     print(f"{folder}\n{type(run.model).__name__}, {run.num_parameters:,} parameters", end=" · ")
-    c, h, w = run.model.shape
-    print(f"{dataset.name}, {len(dataset.train):,} images of {c}×{h}×{w}, {run.model.levels} levels")
+    print(f"{dataset.name}, {len(dataset.train):,} {in_words(run.model.shape)}, {run.model.levels} levels")
     if dataset.names:
         print(shortened(f"labels: {', '.join(f'{k} {name!r}' for k, name in enumerate(dataset.names))}"))
     processes = f" in each of {rank_and_world()[1]} processes" if rank_and_world()[1] > 1 else ""

@@ -168,6 +168,7 @@ def fitting(models: Mapping[str, Path]) -> dict[str, Path]:
     found = {}
     for name, path in models.items():
         model = model_of(path)
-        if model.channels == 1 and math.prod(model.shape) <= 1 << 12 and not model.map_features:
+        small_and_grey = len(model.shape) == 3 and model.channels == 1 and math.prod(model.shape) <= 1 << 12
+        if small_and_grey and not model.map_features:
             found[name] = path
     return found

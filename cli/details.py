@@ -1,6 +1,6 @@
 """What `python evaluate.py` draws of a model: bits by colour and row, calibration, and what its samples are near to.
 
-Legend: n images · c channel (colour) · h w rows, columns.
+Legend: n images, or clips · c channel (colour) · h w rows, columns.
 """
 
 import math
@@ -32,16 +32,22 @@ def colours_of(c: int) -> list[str]:
 
 
 def write_details(folder: Path, found: Details) -> dict:
-    """Write by_row.svg, calibration.svg and the numbers in details.json; return the bits by colour and the error."""
+    """Write by_row.svg, of clips by_frame.svg, calibration.svg, and the numbers in details.json.
+
+    Returns:
+        the bits by colour and the error of calibration.
+    """
     folder.mkdir(exist_ok=True)
-    bits = found.nats / math.log(2)
+    bits, place = found.nats.movedim(-3, 0) / math.log(2), "frame" if found.nats.dim() == 4 else "row"
     names = colours_of(len(bits))
-    rows = {name: of_colour.mean(1).tolist() for name, of_colour in zip(names, bits, strict=True)}
-    by_colour = dict(zip(names, bits.mean((1, 2)).tolist(), strict=True))
+    places = {name: of_colour.flatten(1).mean(1).tolist() for name, of_colour in zip(names, bits, strict=True)}
+    by_colour = dict(zip(names, bits.flatten(1).mean(1).tolist(), strict=True))
     used = found.count > 0
     points = list(zip(found.expected[used].tolist(), found.observed[used].tolist(), strict=True))
     pictures = {
-        "by_row": curves({name: [*enumerate(values)] for name, values in rows.items()}, "row", "bits a sub-pixel"),
+        f"by_{place}": curves(
+            {name: [*enumerate(values)] for name, values in places.items()}, place, "bits a sub-pixel"
+        ),
         "calibration": curves(
             {"a calibrated model": [(0.0, 0.0), (1.0, 1.0)], "this one": points},
             "probability by the model",
@@ -52,7 +58,7 @@ def write_details(folder: Path, found: Details) -> dict:
         write_text(folder / f"{name}.svg", text)
     said = {"bits_by_colour": by_colour, "calibration_error": found.calibration_error}
     calibration = {name: getattr(found, name)[used].tolist() for name in ("expected", "observed", "count")}
-    write_json(folder / "details.json", {**said, "bits_by_row": rows, "calibration": calibration})
+    write_json(folder / "details.json", {**said, f"bits_by_{place}": places, "calibration": calibration})
     return said
 
 

@@ -1,9 +1,9 @@
-"""A moving picture of how images are drawn: their pixels appear in the order of drawing, as a GIF.
+"""Moving pictures: how images are drawn, as their pixels appear in the order of drawing; clips; both as a GIF.
 
 Legend: n images · c channel (colour) · h w rows, columns · k stride of a smaller image's pixels.
 """
 
-from collections.abc import Callable
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -15,6 +15,7 @@ from files import write_atomically
 from models.base import ImageModel
 
 FRAMES, MILLISECONDS, AT_THE_END = 60, 60, 2000  # at most; how long one is shown; and the last one
+MILLISECONDS_OF_CLIPS = 120  # how long a frame of a clip is shown
 
 
 def order_of(model: ImageModel) -> tuple[Tensor, list[int]]:
@@ -44,16 +45,21 @@ def halfway(x: Tensor, number: Tensor, strides: list[int], drawn: int) -> Tensor
     return out
 
 
-def save_moving(path: Path, x: Tensor, model: ImageModel, picture_of: Callable[[Tensor], Image.Image]) -> None:
-    """Write a GIF of how images x (n c h w) were drawn, whole or not at all.
-
-    Args:
-        picture_of: makes the picture of images (n c h w) that are partly drawn.
-    """
+def halfway_through(x: Tensor, model: ImageModel) -> Iterator[Tensor]:
+    """Images x (n c h w) as they were drawn, from none of their pixels to all: some (n c h w) in turn."""
     number, strides = order_of(model)
     pixels, x = number.numel(), x.long()
     times = torch.linspace(0, pixels, min(pixels, FRAMES) + 1).round().long().tolist()
-    first, *others = (picture_of(halfway(x, number, strides, t)) for t in times)
-    shown = [MILLISECONDS] * len(others) + [AT_THE_END]
+    return (halfway(x, number, strides, drawn) for drawn in times)
+
+
+def write_gif(path: Path, pictures: list[Image.Image], milliseconds: int = MILLISECONDS) -> None:
+    """Write pictures as a GIF that begins anew at its end, whole or not at all.
+
+    Args:
+        milliseconds: how long each but the last is shown.
+    """
+    first, *others = pictures
+    shown = [milliseconds] * len(others) + [AT_THE_END]
     options = {"format": "GIF", "save_all": True, "append_images": others, "duration": shown, "loop": 0}
     write_atomically(path, lambda file: first.save(file, **options))

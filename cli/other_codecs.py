@@ -15,6 +15,7 @@ from einops import rearrange
 from torch import Tensor
 
 from models.scores import PNG, picture_bytes
+from models.video import film
 
 SIDE = 64  # images of a picture's row, and rows
 
@@ -31,12 +32,12 @@ def formats() -> dict[str, dict]:
 
 
 def sizes(x: Tensor, levels: int, tell: Callable[[int], None] = lambda images: None) -> dict[str, int]:
-    """Images (n c h w) of integers in [0, levels) → name of a codec → bytes.
+    """Images (n c h w), or clips, of integers in [0, levels) → name of a codec → bytes.
 
     Args:
         tell: called with numbers of images, which sum to n for each of `formats`.
     """
-    pixels = x.cpu().numpy()
+    pixels = film(x).cpu().numpy()
     raw = pixels.astype(np.uint8 if levels <= 256 else "<u2" if levels <= 2**16 else "<u4")
     packed = np.packbits(raw.astype(bool)) if levels == 2 else raw
     out = {}

@@ -28,6 +28,7 @@ from torch import Tensor
 
 from cli.machine import is_first, rank_and_world
 from files import naming, reserve, write_atomically, write_text
+from models.video import film
 
 # ---------------------------------------------------------------------------------------------------------------- files
 
@@ -71,6 +72,11 @@ def with_suffix(path: Path, suffix: str) -> Path:
 UNKNOWN = -1  # in place of a value
 
 
+def in_words(shape: tuple[int, ...]) -> str:
+    """Say what an image is, or a clip: images of 1×8×8, clips of 20×1×16×16."""
+    return f"{'images' if len(shape) == 3 else 'clips'} of {'×'.join(map(str, shape))}"
+
+
 def bytes_of(x: Tensor, levels: int) -> Tensor:
     """Scale values 0..levels-1 of images (n c h w) to 0..255, uint8: three colours, or else the first as (n 1 h w).
 
@@ -86,13 +92,15 @@ def picture(pixels: np.ndarray) -> Image.Image:
 
 
 def grid(x: Tensor, levels: int, columns: int | None = None) -> Image.Image:
-    """Lay images x (n c h w) of `levels` values out in one picture, small ones enlarged.
+    """Lay images x (n c h w) of `levels` values out in one picture, small ones enlarged; clips (n t c h w) in rows.
 
     Three colours are shown as RGB; of any other number, the first one as grey.
 
     Args:
-        columns: of the picture; None: about as many as rows.
+        columns: of the picture, where no clips are in it; None: about as many as rows.
     """
+    if x.dim() == 5:
+        x, columns = x.flatten(0, 1), x.shape[1]
     n, _, h, w = x.shape
     columns = min(n, columns or math.ceil(n**0.5))
     rows = math.ceil(n / columns)
@@ -125,9 +133,13 @@ def labels_in_rows(labels: Sequence[int], n: int | None) -> tuple[Tensor | None,
 
 
 def upper_rows(x: Tensor, keep: float) -> Tensor:
-    """Return which sub-pixels of images x (n c h w) are in the upper fraction `keep` of their rows: (n c h w) bool."""
+    """Return which sub-pixels of images x (n c h w) are in the upper fraction `keep` of their rows: (n c h w) bool.
+
+    Of clips (n t c h w), which are in that fraction of their frames, from the first.
+    """
     known = torch.zeros_like(x, dtype=torch.bool)
-    known[:, :, : round(keep * x.shape[2])] = True
+    parts = known.movedim(1 if x.dim() == 5 else 2, 0)
+    parts[: round(keep * len(parts))] = True
     return known
 
 
@@ -135,8 +147,8 @@ def completions_in_rows(x: Tensor, known: Tensor, drawn: Tensor) -> Tensor:
     """Lay each image out in a row: the image, its known pixels on grey, and its completions.
 
     Args:
-        x: images (n c h w).
-        known: which of their sub-pixels are known, (n c h w).
+        x: images (n c h w), or clips.
+        known: which of their sub-pixels are known, of the same shape.
         drawn: the same number of completions of each image, one image after another: (n·completions c h w).
 
     Returns:
@@ -257,7 +269,7 @@ class NpyFile:
         ValueError: the files there are damaged or of other images.
     """
 
-    def __init__(self, path: Path, n: int, shape: tuple[int, int, int], dtype: np.dtype, what: dict):
+    def __init__(self, path: Path, n: int, shape: tuple[int, ...], dtype: np.dtype, what: dict):
         self.path, self.part, self.flags = path, with_suffix(path, "part"), with_suffix(path, "done")
         description = with_suffix(path, "json")
         self.done = np.ones(n, np.uint8)
@@ -308,7 +320,10 @@ class NpyFile:
 
 
 class PngFolder:
-    """Write one PNG an image, FOLDER/000000.png and so on, and FOLDER/samples.json as `describe` does."""
+    """Write one PNG an image, FOLDER/000000.png and so on, and FOLDER/samples.json as `describe` does.
+
+    The frames of a clip stand one below the other.
+    """
 
     def __init__(self, folder: Path, n: int, levels: int, what: dict):
         self.path, self.n, self.levels = folder, n, levels
@@ -323,7 +338,7 @@ class PngFolder:
         return [k for k in range(self.n) if not self.file(k).exists()]
 
     def put(self, images: list[int], x: Tensor) -> None:
-        pixels = rearrange(bytes_of(x, self.levels), "b c h w -> b h w c").numpy()
+        pixels = rearrange(bytes_of(film(x), self.levels), "b c h w -> b h w c").numpy()
         for k, image in zip(images, pixels, strict=True):
             write_atomically(self.file(k), lambda file, image=image: picture(image).save(file, format="PNG"))
 

@@ -300,6 +300,15 @@ def count_classes(model: DictConfig, dataset: data.Dataset) -> None:
     model.classes = dataset.classes
 
 
+def check_frames(model: DictConfig, dataset: data.Dataset) -> None:
+    """Raise ValueError if a model of clips is given images, or one of images clips."""
+    clips, of_clips = "frames" in dataset.shape, model.get("_target_") == "models.Video"
+    if clips and not of_clips:
+        raise unexpected("model", model.get("_target_"), f"model=video, as {dataset.name} has clips")
+    if of_clips and not clips:
+        raise unexpected("model", "video", f"a model of images, as {dataset.name} has no clips; moving_digits has")
+
+
 def check_classes(model: ImageModel, dataset: data.Dataset) -> None:
     """Raise ValueError if a model is conditioned on classes that the data set does not have."""
     if model.classes and model.classes != dataset.classes:

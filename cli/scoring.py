@@ -20,6 +20,7 @@ from cli.output import bytes_of, check_writable, picture
 from cli.plot import curves
 from files import write_atomically, write_text
 from models.scores import Scores, auroc
+from models.video import film
 
 if TYPE_CHECKING:
     from cli.images import Images
@@ -72,8 +73,9 @@ def write_maps(folder: Path, given: Images, found: Scores, levels: int) -> float
     most = max(torch.quantile(found.bits.flatten()[: 1 << 24], 0.999).item(), 1e-9)
     stems = [Path(name).stem for name in given.names]
     names = stems if len(set(stems)) == len(stems) else given.names  # a.png and a.jpg are two
-    shown, scale = bytes_of(given.x, levels).expand(-1, 3, -1, -1), max(1, SIDE // max(found.shape[1:]))
-    for name, image, of_image in zip(names, shown, heat(found.bits, most), strict=True):
+    shown, bits = bytes_of(film(given.x), levels).expand(-1, 3, -1, -1), film(found.bits[..., None, :, :])[:, 0]
+    scale = max(1, SIDE // max(found.shape[-2:]))
+    for name, image, of_image in zip(names, shown, heat(bits, most), strict=True):
         both = torch.stack([image, of_image]).repeat_interleave(scale, 2).repeat_interleave(scale, 3)
         pixels = rearrange(both, "two c h w -> h (two w) c").numpy()
         path = folder / f"{name}.png"

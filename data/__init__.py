@@ -1,4 +1,4 @@
-"""Data sets by name: from any source, integer images (n c h w) with labels, in train, val and test.
+"""Data sets by name: from any source, integer images (n c h w) or clips (n t c h w), in train, val and test.
 
     dataset = data.build({"name": "mnist", "root": None, "binarize": "none"})
     x, labels = dataset.train.batch(index)
@@ -17,6 +17,7 @@ from data.digits import digits
 from data.folder import image_folder
 from data.idx import fashion_mnist, mnist
 from data.imagenet import imagenet32, imagenet64
+from data.moving import moving_digits
 from data.parquet import parquet
 from data.splits import Dataset, Split
 
@@ -30,6 +31,7 @@ LOADERS = {
         cifar10,
         imagenet32,
         imagenet64,
+        moving_digits,
         npy,
         image_folder,
         parquet,

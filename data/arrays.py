@@ -1,4 +1,4 @@
-"""Images from any integer array in a .npy file: codes of another model, medical pictures, maps."""
+"""Images, or clips, from any integer array in a .npy file: codes of another model, medical pictures, maps."""
 
 import os
 from collections.abc import Iterator
@@ -54,32 +54,33 @@ def count_levels(images: np.ndarray, levels: int | None, path: Path) -> int:
     return max(2, largest + 1) if levels is None else levels
 
 
-def channels_first(raw: np.ndarray, channels: str | None, path: Path) -> np.ndarray:
-    """Return an array (n h w), (n c h w) or (n h w c) as (n c h w).
+def channels_first(raw: np.ndarray, channels: str | None, path: Path, clips: bool = False) -> np.ndarray:
+    """Return an array (n h w), (n c h w) or (n h w c) as (n c h w); of clips, with t after n.
 
     Args:
         channels: "first" or "last". None: the order that makes at most four colours, and no side shorter than their
             number, if only one of the two does.
+        clips: whether there is t after n.
 
     Raises:
         ValueError: it may be either, and `channels` does not say.
     """
-    if raw.ndim == 3:
-        return raw[:, None]
-    _, *shape = raw.shape
+    if raw.ndim == 3 + clips:
+        return np.expand_dims(raw, -3)
+    shape = raw.shape[-3:]
     fitting = [name for name, c in (("first", shape[0]), ("last", shape[2])) if c <= min(4, *shape)]
     if channels is None and len(fitting) != 1:
         (a, b, c), found = shape, f"images of {' × '.join(map(str, shape))} in {path}"
         first, last = f"first, {a} colours of {b}×{c}", f"last, {c} colours of {a}×{b}"
         raise unexpected("dataset.channels", channels, f"{first}, or {last}, for {found}")
-    return raw if (channels or fitting[0]) == "first" else np.moveaxis(raw, 3, 1)
+    return raw if (channels or fitting[0]) == "first" else np.moveaxis(raw, -1, -3)
 
 
 def _convert(
-    path: Path, raw: np.ndarray, channels: str | None, levels: int | None, seed: int, folder: Path
+    path: Path, raw: np.ndarray, channels: str | None, levels: int | None, seed: int, folder: Path, clips: bool
 ) -> tuple[np.ndarray, int]:
-    """Return (images, levels): (n c h w) in a random order, memory-mapped, written once into `folder`."""
-    images = channels_first(raw, channels, path)
+    """Return (images, levels): as `channels_first`, in a random order, memory-mapped, written once into `folder`."""
+    images = channels_first(raw, channels, path, clips)
     target = folder / f"{cache.key(path.resolve(), cache.stamp(path), images.strides, levels, seed)}.npy"
     if not target.is_file():
         counted = count_levels(raw, levels, path)
@@ -106,6 +107,7 @@ def npy(
     *,
     path: str | os.PathLike | None = None,
     channels: str | None = None,
+    clips: bool = False,
     levels: int | None = None,
     labels: str | os.PathLike | None = None,
     val: float = 0.1,
@@ -113,12 +115,13 @@ def npy(
     seed: int = 0,
     root: str | os.PathLike | None = None,
 ) -> Dataset:
-    """Load an integer array (n h w), (n c h w) or (n h w c) from a .npy file.
+    """Load an integer array (n h w), (n c h w) or (n h w c) from a .npy file, or clips, with an axis of time after n.
 
     Args:
         path: the file. It is converted once to root/npy/KEY.npy, (n c h w) uint8 (int64 where levels > 256)
             with the images in a random order, and memory-mapped from there.
         channels: which of the last two it is, "first" or "last"; None: see `channels_first`.
+        clips: whether the second axis is time; five axes are always clips.
         levels: values a sub-pixel takes; None: the largest value in the file + 1, if that is at most MOST.
         labels: a .npy file with (n,) integers from 0 to MOST - 1, or None.
         val, test: the fractions of the images that these parts get.
@@ -135,13 +138,16 @@ def npy(
     check("dataset.seed", seed, int, 0)
     if channels is not None:
         check_one_of("dataset.channels", channels, ("first", "last"))
+    check("dataset.clips", clips, bool, False, True)
     raw = open_integers(path, "dataset.path")
-    if raw.ndim not in (3, 4) or 0 in raw.shape:
-        raise ValueError(f"{path}: expected shape (n h w), (n c h w) or (n h w c), found {raw.shape}")
+    clips = clips or raw.ndim == 5
+    if raw.ndim - clips not in (3, 4) or 0 in raw.shape:
+        t = "t " if clips else ""
+        raise ValueError(f"{path}: expected shape (n {t}h w), (n {t}c h w) or (n {t}h w c), found {raw.shape}")
     counts = sizes(len(raw), val, test, path)
     its_labels, classes = None, None
     if labels is not None:
         its_labels = _labels(cache.source("labels", labels, "npy", "FILE.npy"), len(raw))
         classes, its_labels = int(its_labels.max()) + 1, its_labels[shuffled(len(raw), seed)]
-    images, levels = _convert(path, raw, channels, levels, seed, cache.folder(root, "npy"))
+    images, levels = _convert(path, raw, channels, levels, seed, cache.folder(root, "npy"), clips)
     return Dataset("npy", levels=levels, classes=classes, **three_way(images, its_labels, *counts))

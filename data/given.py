@@ -11,13 +11,14 @@ from data.pictures import SUFFIXES, read_picture
 
 
 def read_images(
-    path: Path, shape: tuple[int, int, int], levels: int, n: int | None = None, rounded: bool = False
+    path: Path, shape: tuple[int, ...], levels: int, n: int | None = None, rounded: bool = False
 ) -> torch.Tensor:
-    """Read images of `shape` (c h w): (n c h w) int64, the first n of them (None: all).
+    """Read images of `shape` (c h w): (n c h w) int64, the first n of them (None: all); or clips, of (t c h w).
 
     Args:
-        path: a .npy file of integers, (n c h w), (n h w c) or (n h w); or a picture, or a folder of pictures, which are
-            cropped and resized to the shape, for a model of 256 levels and one or three colours.
+        path: a .npy file of integers, (n c h w), (n h w c) or (n h w), of clips with t after n; or a picture, or a
+            folder of pictures, which are cropped and resized to the shape, for a model of 256 levels and one or three
+            colours.
         rounded: take pictures for a model of fewer levels too: each value becomes the nearest level.
 
     Raises:
@@ -33,16 +34,19 @@ def read_images(
     return torch.from_numpy(np.array(x, dtype=np.int64))
 
 
-def read_array(path: Path, shape: tuple[int, int, int]) -> np.ndarray:
-    """Memory-map images of `shape` (c h w) from a .npy file, with the colours before or after the sides: (n c h w)."""
-    x, (c, h, w) = open_integers(path), shape
+def read_array(path: Path, shape: tuple[int, ...]) -> np.ndarray:
+    """Memory-map images of `shape`, (c h w) or (t c h w), from a .npy file, with the colours before or after the sides:
+    (n c h w) or (n t c h w).
+    """
+    x, (*t, c, h, w) = open_integers(path), shape
     if x.shape[1:] == shape:
         return x
-    if x.shape[1:] == (h, w, c):
-        return np.moveaxis(x, 3, 1)
-    if c == 1 and x.shape[1:] == (h, w):
-        return x[:, None]
-    raise ValueError(f"{path}: expected shape (n, {c}, {h}, {w}) or (n, {h}, {w}, {c}), found {x.shape}")
+    if x.shape[1:] == (*t, h, w, c):
+        return np.moveaxis(x, -1, -3)
+    if c == 1 and x.shape[1:] == (*t, h, w):
+        return np.expand_dims(x, -3)
+    first, last = (f"(n, {', '.join(map(str, (*t, *sides)))})" for sides in ((c, h, w), (h, w, c)))
+    raise ValueError(f"{path}: expected shape {first} or {last}, found {x.shape}")
 
 
 def files_of(path: Path, n: int | None = None) -> list[Path]:
@@ -62,8 +66,10 @@ def files_of(path: Path, n: int | None = None) -> list[Path]:
     return files
 
 
-def read_pictures(path: Path, shape: tuple[int, int, int], levels: int, n: int | None, rounded: bool) -> np.ndarray:
+def read_pictures(path: Path, shape: tuple[int, ...], levels: int, n: int | None, rounded: bool) -> np.ndarray:
     """Read a picture, or the first n of a folder in the order of their names: (n c h w) uint8."""
+    if len(shape) != 3:
+        raise ValueError(f"{path}: expected a .npy file, as the model is of clips")
     c, h, w = shape
     if levels > 256 or (levels < 256 and not rounded) or c not in (1, 3):
         raise ValueError(f"{path}: expected a .npy file, as pictures have 256 levels and are grey or RGB")

@@ -1,6 +1,6 @@
 """The form of every data set: three parts of integer images, fetched a batch at a time.
 
-n images · b batch · c channels · h w rows, columns · v levels (the values a sub-pixel takes)
+n images, or clips · b batch · t frames · c channels · h w rows, columns · v levels (the values a sub-pixel takes)
 """
 
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ class Split:
     """One part of a data set.
 
     Args:
-        images: (n c h w) uint8, or int64 where v > 256; in memory or memory-mapped.
+        images: (n c h w), or clips (n t c h w), uint8, or int64 where v > 256; in memory or memory-mapped.
         labels: (n,) int64, or None.
         binarize: "stochastic" turns grey values 0..255 into bits, drawn each time a batch is fetched
             (a threshold is applied on loading).
@@ -47,7 +47,8 @@ class Split:
                 fixed seed makes an evaluation repeatable.
 
         Returns:
-            x: (b c h w) uint8 (int64 where v > 256), owning its memory; labels: (b,) int64, or None.
+            x: (b c h w), or clips (b t c h w), uint8 (int64 where v > 256), owning its memory; labels: (b,) int64, or
+                None.
         """
         if isinstance(index, torch.Tensor):
             index = index.cpu().numpy()
@@ -76,9 +77,10 @@ class Dataset:
 
     @property
     def shape(self) -> dict[str, int]:
-        """The arguments of a model that the data decides: channels, height, width, levels."""
-        channels, height, width = self.train.images.shape[1:]
-        return {"channels": channels, "height": height, "width": width, "levels": self.levels}
+        """The arguments of a model that the data decides: channels, height, width, levels; frames, of clips."""
+        *frames, channels, height, width = self.train.images.shape[1:]
+        of_frames = {"channels": channels, "height": height, "width": width, "levels": self.levels}
+        return of_frames | dict(zip(["frames"], frames, strict=False))
 
     def split(self, name: str) -> Split:
         """Return the part called `name`; ValueError unless it is train, val or test."""

@@ -9,8 +9,9 @@ from models.gated_pixel_cnn import GatedPixelCNN
 from models.multi_scale import MultiScale
 from models.pixel_cnn import PixelCNN
 from models.row_lstm import RowLSTM
+from models.video import Video
 
-__all__ = ["DiagBiLSTM", "GatedPixelCNN", "MultiScale", "PixelCNN", "RowLSTM"]
+__all__ = ["DiagBiLSTM", "GatedPixelCNN", "MultiScale", "PixelCNN", "RowLSTM", "Video"]
 
 
 def build(config: Mapping):

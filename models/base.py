@@ -11,6 +11,7 @@ every layer: a label's embedding, features that the caller gives, or both side b
 trained without its labels at times: images of label NO_LABEL have zeros in place of an embedding.
 """
 
+import math
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -39,7 +40,7 @@ as_written: Run = nn.Module.__call__
 
 
 class Stage(NamedTuple):
-    """One of the draws that make a model's images."""
+    """One of the draws that make a model's images, each of an image of its own."""
 
     net: "AutoregressiveModel"
     condition: Tensor | None  # what `net` is conditioned on
@@ -48,7 +49,11 @@ class Stage(NamedTuple):
 
 
 class ImageModel(nn.Module):
-    """A model of images (b c h w) of integers in [0, levels)."""
+    """A model of images (b c h w) of integers in [0, levels), or of clips (b t c h w): where images are said, those.
+
+    An image may be drawn in several stages, by one network or by several: the smaller ones of Multi-Scale, the frames
+    of a clip. `nets`, `of_stage`, `stage` and `joined` say how; whoever samples or codes asks nothing else.
+    """
 
     channels: int
     levels: int
@@ -66,8 +71,8 @@ class ImageModel(nn.Module):
         self.config = {"_target_": f"models.{type(self).__name__}", **given}  # what `models.build` takes
 
     @property
-    def shape(self) -> tuple[int, int, int]:
-        """(c, h, w) of an image."""
+    def shape(self) -> tuple[int, ...]:
+        """(c, h, w) of an image, (t, c, h, w) of a clip."""
         return self.channels, self.height, self.width
 
     @property
@@ -81,7 +86,7 @@ class ImageModel(nn.Module):
 
     def check(self, x: Tensor) -> Tensor:
         """Return `x` (b c h w) if it holds images of this model, raise ValueError otherwise."""
-        if x.dim() != 4 or x.shape[1:] != self.shape or x.is_floating_point() or x.is_complex():
+        if x.dim() == 0 or x.shape[1:] != self.shape or x.is_floating_point() or x.is_complex():
             expected, found = f"integers (b, {', '.join(map(str, self.shape))})", f"{tuple(x.shape)} of {x.dtype}"
             raise ValueError(f"x: expected {expected}, found {found}")
         if x.numel():
@@ -193,16 +198,31 @@ class ImageModel(nn.Module):
 
     @property
     def nets(self) -> list["AutoregressiveModel"]:
-        """The networks that draw an image, from the smallest to the largest; all models but Multi-Scale have one."""
+        """The network of each stage, in the order of drawing; one network may have several stages."""
+        raise NotImplementedError
+
+    def of_stage(self, k: int, x: Tensor) -> Tensor:
+        """What stage k draws of images x, or of which of their sub-pixels are known: (b c h w), a view."""
+        raise NotImplementedError
+
+    def joined(self, drawn: list[Tensor]) -> Tensor:
+        """The images of which the stages drew these (b c h w)."""
         raise NotImplementedError
 
     def stage(
-        self, k: int, smaller: Tensor | None, label: Tensor | None, cond: Tensor | None, upsample: Run = as_written
+        self,
+        k: int,
+        b: int,
+        drawn: list[Tensor],
+        label: Tensor | None = None,
+        cond: Tensor | None = None,
+        run: Run = as_written,
     ) -> Stage:
-        """The draw by `nets[k]`, given the images (b c h/2 w/2) that the one before it drew.
+        """The draw by `nets[k]` of b images, given what the stages before it drew.
 
         Args:
-            upsample: who computes the maps that a larger image's net is conditioned on.
+            label, cond: as in `log_prob`.
+            run: who computes what the stage is conditioned on.
         """
         raise NotImplementedError
 
@@ -339,8 +359,20 @@ class AutoregressiveModel(ImageModel):
     def nets(self) -> list["AutoregressiveModel"]:
         return [self]
 
+    def of_stage(self, k: int, x: Tensor) -> Tensor:
+        return x
+
+    def joined(self, drawn: list[Tensor]) -> Tensor:
+        return drawn[-1]
+
     def stage(
-        self, k: int, smaller: Tensor | None, label: Tensor | None, cond: Tensor | None, upsample: Run = as_written
+        self,
+        k: int,
+        b: int,
+        drawn: list[Tensor],
+        label: Tensor | None = None,
+        cond: Tensor | None = None,
+        run: Run = as_written,
     ) -> Stage:
         return Stage(self, self.condition(label, cond))
 
@@ -374,7 +406,6 @@ def check_label(classes: int, b: int, label: Tensor | None, needed: bool) -> Non
         raise ValueError(f"label: expected values from 0 to {classes - 1}{none}, found {low} to {high}")
 
 
-def bits_per_dim(nats: Tensor | float, shape: tuple[int, int, int]):
-    """Nats an image → bits a sub-pixel, for images of shape (c, h, w)."""
-    c, h, w = shape
-    return nats / (torch.log(torch.tensor(2.0)).item() * c * h * w)
+def bits_per_dim(nats: Tensor | float, shape: tuple[int, ...]):
+    """Nats an image → bits a sub-pixel, for images of that shape."""
+    return nats / (torch.log(torch.tensor(2.0)).item() * math.prod(shape))

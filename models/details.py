@@ -1,8 +1,9 @@
 """What is behind a likelihood: where its bits are, whether its probabilities come true, what its samples are near to.
 
-Legend: b batch · n images · c channel (colour) · h w rows, columns · v levels · d sub-pixels of an image.
+Legend: b batch · n images, or clips · t frames · c channel (colour) · h w rows, columns · v levels · d sub-pixels.
 """
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -20,7 +21,9 @@ MOST = 1 << 23  # probabilities that are in memory at a time
 class Details(NamedTuple):
     """Of the conditionals of many images; the bins hold every value of every sub-pixel, by its probability."""
 
-    nats: Tensor  # (c h w) float64: of each sub-pixel given all before it, the mean over the images
+    nats: (
+        Tensor  # (c h w), of clips (t c h w), float64: of each sub-pixel given all before it, the mean over the images
+    )
     probabilities: Tensor  # (bins,) float64: of the values in a bin, added up
     hits: Tensor  # (bins,) float64: how many of them the images have
     count: Tensor  # (bins,) float64: how many there are
@@ -58,10 +61,9 @@ def details(
         split, batch_size, seed, tell: as in `models.likelihood.nats_of`; batches may be smaller, for want of memory.
     """
     check("bins", bins, int, 1)
-    (c, h, w), training = model.shape, model.training
-    batch_size = max(1, min(batch_size, MOST // (c * h * w * model.levels)))
+    training, batch_size = model.training, max(1, min(batch_size, MOST // (math.prod(model.shape) * model.levels)))
     generator = torch.Generator().manual_seed(seed)
-    nats, sums = torch.zeros(c, h, w, dtype=torch.float64), torch.zeros(3, bins, dtype=torch.float64)
+    nats, sums = torch.zeros(model.shape, dtype=torch.float64), torch.zeros(3, bins, dtype=torch.float64)
     model.eval()
     with torch.no_grad():
         for start in range(0, len(split), batch_size):

@@ -3,7 +3,7 @@
 So they are the same on every device, and however the images of a step are shared out to processes or to parts of a
 step; and a run that goes on needs no random state.
 
-Legend: n images of a part · f features.
+Legend: n images of a part, or the frames of its clips, clip after clip · f features.
 """
 
 from collections.abc import Iterator
@@ -17,7 +17,7 @@ from kernels.philox import uniforms
 
 
 class Masks:
-    """Where the masks of a forward pass come from: `keys` (n 2) int64 of its images, and how many masks were made."""
+    """Where the masks of a forward pass come from: `keys` int64 (images 2), and how many masks were made."""
 
     def __init__(self, keys: Tensor):
         self.keys, self.made = keys, 0
@@ -33,7 +33,7 @@ def key_of(seed: int, step: int) -> int:
 
 @contextmanager
 def masks_of(keys: Tensor) -> Iterator[None]:
-    """Within, `kept` takes its masks from the keys (n 2) of the images, in their order."""
+    """Within, `kept` takes its masks from the keys (images 2), in the images' order."""
     global masks
     before, masks = masks, Masks(keys)
     try:
@@ -47,7 +47,7 @@ def kept(n: int, features: int, p: float, device: torch.device) -> Tensor:
     if masks is None:
         return torch.rand(n, features, device=device) >= p
     masks.made += 1
-    return uniforms(masks.keys, features, masks.made - 1) >= p
+    return uniforms(masks.keys, n // len(masks.keys) * features, masks.made - 1).view(n, features) >= p
 
 
 def drop_labels(label: Tensor, p: float, none: int) -> Tensor:

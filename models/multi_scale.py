@@ -126,15 +126,22 @@ class MultiScale(ImageModel):
     def nets(self) -> list[AutoregressiveModel]:
         return list(self.all_nets)
 
+    def of_stage(self, k: int, x: Tensor) -> Tensor:
+        net = self.nets[k]
+        return x[:, :, :: self.height // net.height, :: self.width // net.width]
+
+    def joined(self, drawn: list[Tensor]) -> Tensor:
+        return drawn[-1]
+
     def sizes(self, x: Tensor) -> list[Tensor]:
         """Images x (b c h w) in all sizes, the smallest first."""
-        return [x[:, :, :: self.height // net.height, :: self.width // net.width] for net in self.nets]
+        return [self.of_stage(k, x) for k in range(len(self.nets))]
 
-    def from_smaller(self, k: int, smaller: Tensor, upsample: Run = as_written) -> Tensor:
+    def from_smaller(self, k: int, smaller: Tensor, run: Run = as_written) -> Tensor:
         """The maps that `nets[k]` is conditioned on, made of smaller images (b c h/2 w/2): (b d h w)."""
         x = self.nets[k].read(smaller.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
         x = x.clone(memory_format=torch.contiguous_format)  # other layouts are rounded differently
-        return upsample(self.upsample[k - 1], x)
+        return run(self.upsample[k - 1], x)
 
     def known(self, x: Tensor) -> Tensor:
         """Which sub-pixels of images x (b c h w) the smaller images show: (b c h w), true or false."""
@@ -187,14 +194,20 @@ class MultiScale(ImageModel):
         return out
 
     def stage(
-        self, k: int, smaller: Tensor | None, label: Tensor | None, cond: Tensor | None, upsample: Run = as_written
+        self,
+        k: int,
+        b: int,
+        drawn: list[Tensor],
+        label: Tensor | None = None,
+        cond: Tensor | None = None,
+        run: Run = as_written,
     ) -> Stage:
         net = self.nets[k]
         if k == 0:
             return Stage(net, net.condition(label))
-        condition = net.condition(label, self.from_smaller(k, smaller, upsample))
+        condition = net.condition(label, self.from_smaller(k, drawn[-1], run))
         if not self.copy_known:
             return Stage(net, condition)
-        x = smaller.new_zeros(len(smaller), *net.shape)
-        x[:, :, ::2, ::2] = smaller
+        x = drawn[-1].new_zeros(b, *net.shape)
+        x[:, :, ::2, ::2] = drawn[-1]
         return Stage(net, condition, x, self.known(x))

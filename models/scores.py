@@ -18,6 +18,7 @@ from torch import Tensor
 
 from models.base import ImageModel, bits_per_dim
 from models.likelihood import EVALUATION_BATCH
+from models.video import film
 
 PNG = {"format": "PNG", "optimize": True}
 
@@ -26,9 +27,9 @@ class Scores(NamedTuple):
     """Of n images, what `scores` finds."""
 
     nats: Tensor  # (n,) float64: −log p(x)
-    bits: Tensor  # (n h w) float32: of each pixel, its colours together, given all before it
+    bits: Tensor  # (n h w) float32: of each pixel, its colours together, given all before it; of clips (n t h w)
     png_bits: Tensor | None  # (n,) float64: of the image as a PNG; None where a PNG cannot hold it
-    shape: tuple[int, int, int]  # c h w
+    shape: tuple[int, ...]  # c h w, of clips t c h w
 
     @property
     def bits_per_dim(self) -> Tensor:
@@ -50,7 +51,7 @@ def scores(
     batch_size: int = EVALUATION_BATCH,
     tell: Callable[[int], None] = lambda images: None,
 ) -> Scores:
-    """Score images x (n c h w) of integers in [0, levels), each by itself, in eval mode.
+    """Score images x (n c h w), or clips (n t c h w), of integers in [0, levels), each by itself, in eval mode.
 
     Args:
         label, cond: of the images, as in `model.log_prob`.
@@ -66,13 +67,14 @@ def scores(
             bits.append(model.nats_at(*given).cpu().double() / np.log(2))
             tell(len(some))
     model.train(training)
-    bits = torch.cat(bits) if bits else torch.zeros(0, *model.shape[1:], dtype=torch.float64)
+    bits = torch.cat(bits)
     of_png = png_bits(x, model.levels)
-    return Scores(bits.sum((1, 2)) * np.log(2), bits.float(), of_png, model.shape)
+    return Scores(bits.flatten(1).sum(1) * np.log(2), bits.float(), of_png, model.shape)
 
 
 def png_bits(x: Tensor, levels: int) -> Tensor | None:
-    """Bits of images x (n c h w) of integers in [0, levels) as PNGs: (n,) float64; None where no PNG can hold them."""
+    """Bits of images x (n c h w), or clips, as PNGs: (n,) float64; None where no PNG can hold them."""
+    x = film(x)
     if levels > 256 or x.shape[1] not in (1, 3):
         return None
     pixels = x.cpu().numpy().astype(np.uint8)

@@ -7,6 +7,7 @@ Legend: b batch · c channel (colour) · h w rows, columns · v levels · n sub-
 
 import copy
 import functools
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -117,7 +118,11 @@ CASES = {
     "multi_scale-mixture": Case("MultiScale", {"base": "row_lstm", "conditional": "gated_pixel_cnn", **MIXTURE}, None),
     "multi_scale-mixture-given": Case(
         "MultiScale", {"base": "gated_pixel_cnn", "conditional": "pixel_cnn", "classes": 3, **MIXTURE}, None
-    ),
+    ),  # each architecture draws frames, given one, more than there are, none
+    "video": Case("Video", {}, None),
+    "video-given": Case("Video", {"net": "row_lstm", "past": 3, **LABELS, **EMBEDDING}, None),
+    "video-mixture": Case("Video", {"net": "pixel_cnn", "past": 0, **MIXTURE}, None),
+    "video-mixture-given": Case("Video", {"net": "diag_bilstm", "past": 1, "classes": 3, **MIXTURE}, None),
 }
 
 
@@ -154,6 +159,7 @@ every_net = every(lambda case: not case.extra and case.reach is not None)  # one
 def config(case: Case, **arguments) -> dict:
     """What `models.build` takes: a small model, but for what `arguments` say; Multi-Scale has sides that are even."""
     small = {"channels": 1, "levels": 4, "height": 3, "width": 4, "hidden": 8, "layers": 2}
+    small |= {"frames": 2} if case.target == "Video" else {}
     out = {"_target_": f"models.{case.target}", **small, **case.extra, **arguments}
     if case.target == "MultiScale":
         out |= {side: out[side] + max(out[side], 0) % 2 for side in ("height", "width")}
@@ -186,7 +192,7 @@ def build(case: Case, *, seed: int = 0, std: float = 0.3, **arguments):
 
 
 def images(model, b: int, seed: int = 0) -> Tensor:
-    """Random images (b c h w) int64."""
+    """Random images (b c h w) int64, or clips (b t c h w)."""
     return torch.randint(model.levels, (b, *model.shape), generator=torch.Generator().manual_seed(seed))
 
 
@@ -208,25 +214,25 @@ def given_alike(model, b: int, seed: int = 0) -> dict[str, Tensor]:
 
 
 def stages(model) -> Tensor:
-    """Which of `model.nets` draws each pixel (h w): that of the smallest image that shows it."""
-    _, h, w = model.shape
-    out = torch.zeros(h, w, dtype=torch.long)
-    for k, net in reversed(list(enumerate(model.nets))):
-        out[:: h // net.height, :: w // net.width] = k
-    return out
+    """The first stage that draws each pixel: (h w), of a clip (t h w)."""
+    out = torch.zeros(1, *model.shape, dtype=torch.long)
+    for k in reversed(range(len(model.nets))):
+        model.of_stage(k, out).fill_(k)
+    return out[0].select(-3, 0)
 
 
 def order(model) -> Tensor:
     """The sub-pixels (n,), numbered in raster order, in the order in which the model takes them.
 
-    Raster order, but that Multi-Scale (with copy_known) takes the pixels of smaller images first.
+    Raster order, frame after frame, but that Multi-Scale (with copy_known) takes the pixels of smaller images first.
     """
     return stages(model).repeat_interleave(model.channels).argsort(stable=True)
 
 
 def in_order(model, values: Tensor) -> Tensor:
-    """(b c h w …) → (b n …): sub-pixels in the order in which the model takes them."""
-    return values.movedim(1, 3).flatten(1, 3)[:, order(model)]
+    """(b c h w …) or (b t c h w …) → (b n …): sub-pixels in the order in which the model takes them."""
+    last = len(model.shape)
+    return values.movedim(last - 2, last).flatten(1, last)[:, order(model)]
 
 
 # ----------------------------------------------------------------------------------- a model's states of life
@@ -307,14 +313,13 @@ def changes(model, seed: int = 0):
     Both in the order in which the model takes them. Both forwards have the same batch, rows and random state, so what
     does not see k is equal to the last bit.
     """
-    c, h, w = model.shape
-    n = c * h * w
+    n = math.prod(model.shape)
     x = images(model, n, seed)
-    every = torch.arange(n)
-    flat = x.permute(0, 2, 3, 1).reshape(n, n).clone()
+    every, in_raster_order = torch.arange(n), x.movedim(-3, -1)
+    flat = in_raster_order.reshape(n, n).clone()
     shift = torch.randint(1, model.levels, (n,), generator=torch.Generator().manual_seed(seed))
     flat[every, order(model)] = (flat[every, order(model)] + shift) % model.levels
-    perturbed = flat.view(n, h, w, c).permute(0, 3, 1, 2)
+    perturbed = flat.view(in_raster_order.shape).movedim(-1, -3)
     conditionals = []
     for image in (x, perturbed):
         with torch.random.fork_rng(devices=[]), torch.no_grad():
@@ -323,9 +328,9 @@ def changes(model, seed: int = 0):
     return (conditionals[0] != conditionals[1]).any(-1)
 
 
-def sizes(model, x):
-    """Images x (b c h w) as each of the model's nets draws them, the smallest first."""
-    return [x[:, :, :: model.height // net.height, :: model.width // net.width] for net in model.nets]
+def of_stages(model, x):
+    """What each stage draws of images x, in turn: (b c h w) each."""
+    return [model.of_stage(k, x) for k in range(len(model.nets))]
 
 
 def backends_of(model) -> tuple[str | None, ...]:
@@ -333,24 +338,25 @@ def backends_of(model) -> tuple[str | None, ...]:
     return ("cpu", "torch") if model.device.type == "cpu" else (None,)
 
 
-def scored(model, x, conditions, backend=None, upsample=as_written):
-    """What the cached sampler says of given images: conditionals (b c h w v), log-probabilities (b,).
+def scored(model, x, conditions, backend=None, run=as_written):
+    """What the cached sampler says of given images: conditionals (b … v), log-probabilities (b,).
 
-    Conditionals are those of the largest image's net, and of the smaller ones' at the pixels that they make known.
+    Conditionals are those of the last stage that draws a pixel anew.
     """
-    out, smaller, total = None, None, 0
-    for k, (net, of_size) in enumerate(zip(model.nets, sizes(model, x), strict=True)):
+    out, drawn, total = torch.zeros(*x.shape, model.levels, dtype=next(model.parameters()).dtype), [], 0
+    for k, (net, given_here) in enumerate(zip(model.nets, of_stages(model, x), strict=True)):
         with torch.no_grad():
-            stage = model.stage(k, smaller, conditions.get("label"), conditions.get("cond"), upsample)
-        record = Record(net, Given(of_size), len(x), conditionals=True)
-        smaller = PixelLoop(net, "cached", record, len(x), stage.condition, backend).run()
-        assert torch.equal(smaller, of_size)
-        log_probs = record.conditionals.gather(-1, smaller[..., None])[..., 0]
+            stage = model.stage(k, len(x), drawn, conditions.get("label"), conditions.get("cond"), run)
+        record = Record(net, Given(given_here), len(x), conditionals=True)
+        drawn.append(PixelLoop(net, "cached", record, len(x), stage.condition, backend).run())
+        assert torch.equal(drawn[-1], given_here)
+        log_probs = record.conditionals.gather(-1, given_here[..., None])[..., 0]
         torch.testing.assert_close(record.log_prob, log_probs.sum((1, 2, 3)), rtol=1e-5, atol=1e-4)
+        here, new = model.of_stage(k, out), record.conditionals
         if stage.known is not None:
-            log_probs = log_probs.masked_fill(stage.known, 0)
-            record.conditionals[:, :, ::2, ::2] = out
-        out, total = record.conditionals, total + log_probs.sum((1, 2, 3))
+            log_probs, new = log_probs.masked_fill(stage.known, 0), torch.where(stage.known[..., None], here, new)
+        here.copy_(new)
+        total = total + log_probs.sum((1, 2, 3))
     return out, total
 
 
@@ -369,9 +375,9 @@ def assert_cached_equals_forward(model, b: int = 3, backend: str | None = None):
             expected, of_images = net.conditionals(x, **conditions), net.log_prob(x, **conditions)
         for computes in (backend,) if backend else backends_of(model):
             conditionals, log_prob = scored(net, x, conditions, computes)
-            error = (of(conditionals) - of(expected)).abs().amax((0, 4))
+            error = (of(conditionals) - of(expected)).abs().amax((0, -1))
             where = (~(error < limit)).nonzero().tolist()
-            assert not where, f"{computes}: {error.max():.1e}, at (c h w) {where[:5]}"
+            assert not where, f"{computes}: {error.max():.1e}, at {where[:5]}"
             torch.testing.assert_close(log_prob, of_images, rtol=1e-5, atol=1e-4)
 
 
@@ -382,7 +388,7 @@ def assert_methods_agree(model, n: int = 3, **arguments):
     for backend in backends_of(model):
         cached = sample(model, n, backend=backend, **arguments)
         where = (cached != naive).nonzero().tolist()
-        assert not where, f"{backend}: differ first at (n c h w) {where[0]}"
+        assert not where, f"{backend}: differ first at {where[0]}"
     return naive
 
 
@@ -393,24 +399,25 @@ def noises(model, seed: int, n: int):
 
 def independent(model, uniforms, temperature=1.0, x=None, known=None, guidance=1.0):
     """Sampling as its definition says it: a call of `conditionals` or two a sub-pixel, inverse CDF by numpy."""
-    n, (c, h, w), stage = len(uniforms[0]), model.shape, stages(model)
-    drawn, conditions = torch.zeros(n, c, h, w, dtype=torch.long), given(model, n)
-    for i, j, g in zip(*np.unravel_index(order(model).numpy(), (h, w, c)), strict=True):
+    n, (*frames, c, h, w), stage = len(uniforms[0]), model.shape, stages(model)
+    drawn, conditions = torch.zeros(n, *model.shape, dtype=torch.long), given(model, n)
+    for *t, i, j, g in zip(*np.unravel_index(order(model).numpy(), (*frames, h, w, c)), strict=True):
+        at = (*t, g, i, j)
         with torch.no_grad():
-            p = model.conditionals(drawn, **conditions)[:, g, i, j].double()
+            p = model.conditionals(drawn, **conditions)[:, *at].double()
             if guidance != 1:
-                free = model.conditionals(drawn, **{**conditions, "label": None})[:, g, i, j].double()
+                free = model.conditionals(drawn, **{**conditions, "label": None})[:, *at].double()
                 p = (free + guidance * (p - free)).log_softmax(-1)
             p = p.numpy()
-        numbers = uniforms[stage[i, j]]
+        numbers = uniforms[stage[*t, i, j]]
         step = h // numbers.shape[2]
         for k in range(n):
-            if known is not None and known[k, g, i, j]:
-                drawn[k, g, i, j] = x[k, g, i, j]
+            if known is not None and known[k, *at]:
+                drawn[k, *at] = x[k, *at]
             elif temperature == 0:
-                drawn[k, g, i, j] = int(p[k].argmax())
+                drawn[k, *at] = int(p[k].argmax())
             else:
                 weights = np.exp(p[k] / temperature)
                 cdf, number = (weights / weights.sum()).cumsum(), numbers[k, g, i // step, j // step].item()
-                drawn[k, g, i, j] = int(np.searchsorted(cdf[:-1], number, side="right"))
+                drawn[k, *at] = int(np.searchsorted(cdf[:-1], number, side="right"))
     return drawn

@@ -16,9 +16,9 @@ import models
 from kernels import native
 from models.logistic_mixture import LogisticMixtureHead
 from models.sampling import PixelLoop, noise, sample
-from models.sampling.cpu_upsample import upsampled
+from models.sampling.cpu_maps import compiled
 from models.sampling.rules import Draw, Given, Keep, Record, Rule
-from tests.cases import ARCHITECTURES, CASES, MIXTURE, build, config, every_case, every_net, given, images, sizes
+from tests.cases import ARCHITECTURES, CASES, MIXTURE, build, config, every_case, every_net, given, images, of_stages
 
 every_way = pytest.mark.parametrize("called", [False, True], ids=["whole", "called"])
 
@@ -66,16 +66,17 @@ def test_conditionals_are_those_of_the_forward_pass(case, called):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             model = models.build(config(case, channels=channels, levels=5)).to(dtype).eval()
-        x, conditions, smaller = images(model, 5), given(model, 5), None
-        for k, (net, of_size) in enumerate(zip(model.nets, sizes(model, x), strict=True)):
+        x, conditions, before = images(model, 5), given(model, 5), []
+        for k, (net, of_stage) in enumerate(zip(model.nets, of_stages(model, x), strict=True)):
             with torch.no_grad():
-                condition = model.stage(k, smaller, conditions.get("label"), conditions.get("cond")).condition
-                smaller, conditionals, log_prob = drawn(net, Given(of_size), 5, condition, called)
-                expected = exact(net, of_size, condition)
-            assert torch.equal(smaller, of_size) and conditionals.dtype == dtype
+                condition = model.stage(k, 5, before, conditions.get("label"), conditions.get("cond")).condition
+                values, conditionals, log_prob = drawn(net, Given(of_stage), 5, condition, called)
+                expected = exact(net, of_stage, condition)
+            before.append(values)
+            assert torch.equal(values, of_stage) and conditionals.dtype == dtype
             assert (conditionals - expected).abs().max() < limit
-            of_values = expected.gather(-1, of_size[..., None]).sum((1, 2, 3, 4))
-            assert (log_prob - of_values).abs().max() < limit * of_size[0].numel()
+            of_values = expected.gather(-1, of_stage[..., None]).sum((1, 2, 3, 4))
+            assert (log_prob - of_values).abs().max() < limit * of_stage[0].numel()
 
 
 # ----------------------------------------------------------------------------------------------------- the bits
@@ -83,7 +84,7 @@ def test_conditionals_are_those_of_the_forward_pass(case, called):
 # Models of which every bit is promised.
 PROMISED = {
     f"{name}{switches}": CASES[f"{name}{switches}"]
-    for name in (*ARCHITECTURES, "multi_scale")
+    for name in (*ARCHITECTURES, "multi_scale", "video")
     for switches in ("", "-mixture-given")
 }
 every_promised = pytest.mark.parametrize("name", PROMISED)
@@ -103,18 +104,19 @@ def with_written_weights(name: str, channels: int, dtype: torch.dtype = torch.fl
 
 
 def draw(model, numbers: list[int]) -> Drawn:
-    """Images of these numbers, drawn with noise, labels and maps of their own; of several sizes the largest."""
+    """Images of these numbers, drawn with noise, labels and maps of their own; what the last stage drew."""
     label = torch.tensor(numbers) % model.classes if model.classes else None
-    cond, out = None, None
+    cond, out, before = None, None, []
     if model.map_features:
         of_maps = noise(1, numbers, (model.map_features, model.height, model.width))
         cond = of_maps.to(model.stem.weight.dtype)
     for k, net in enumerate(model.nets):
         with torch.no_grad():
-            stage = model.stage(k, out and out.x, label, cond, upsampled)
+            stage = model.stage(k, len(numbers), before, label, cond, compiled)
         rule = Draw(noise(0, numbers, net.shape, k))
         rule = rule if stage.known is None else Keep(stage.x, stage.known, rule)
         out = drawn(net, rule, len(numbers), stage.condition)
+        before.append(out.x)
     return out
 
 

@@ -45,7 +45,7 @@ def test_outside_a_training_step_it_is_torchs():
     assert torch.equal(dropout(x, 0.5), expected)
 
 
-@pytest.mark.parametrize("case", [*ARCHITECTURES, "multi_scale-given"])
+@pytest.mark.parametrize("case", [*ARCHITECTURES, "multi_scale-given", "video-given"])
 def test_a_step_in_parts_is_a_step(case):
     model = build(CASES[case], channels=1, levels=4, height=4, width=4, hidden=8, dropout=0.4).double().train()
     x, condition = images(model, 7), given(model, 7)

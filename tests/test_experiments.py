@@ -177,7 +177,7 @@ def test_a_models_config_names_every_argument(name):
     """But for those that the data decide, and maps, which no command line can give."""
     cfg = composed(f"model={name}").model
     arguments = inspect.signature(getattr(models, cfg._target_.removeprefix("models."))).parameters
-    elsewhere = {"channels", "levels", "height", "width", "map_features"}
+    elsewhere = {"channels", "levels", "height", "width", "frames", "map_features"}
     assert set(cfg) - {"_target_"} == set(arguments) - elsewhere
 
 

@@ -316,8 +316,8 @@ def test_a_convolution_along_the_row_sees_what_its_mask_says(inputs, outputs, gr
 
 def assert_sums_to_one(model):
     """Over all images, given any one condition."""
-    c, h, w = model.shape
-    every_image = torch.tensor(list(itertools.product(range(model.levels), repeat=c * h * w))).view(-1, c, h, w)
+    values = itertools.product(range(model.levels), repeat=math.prod(model.shape))
+    every_image = torch.tensor(list(values)).view(-1, *model.shape)
     probabilities = model.log_prob(every_image, **given_alike(model, len(every_image), seed=1)).detach().double().exp()
     assert abs(probabilities.sum().item() - 1) < 1e-5
     assert probabilities.max() > 2 * probabilities.min()  # and they are not all the same
@@ -394,7 +394,7 @@ def test_every_parameter_gets_a_gradient_at_a_common_size(case):
 def test_a_few_steps_of_training_lower_the_loss(case):
     torch.manual_seed(0)
     model = models.build(config(case))
-    x, conditions = images(model, 1).expand(8, -1, -1, -1), given(model, 8)
+    x, conditions = images(model, 1).expand(8, *model.shape), given(model, 8)
     optimizer = torch.optim.RMSprop(model.parameters(), lr=1e-2)
     losses = []
     for _ in range(20):
@@ -417,9 +417,9 @@ def test_a_reload_gives_the_same_likelihoods(case):
 
 @every_target
 @pytest.mark.parametrize("wrong, named", [
-    (torch.zeros(1, 6, 4), ["(1, 6, 4)", "(b, 1, 4, 6)"]),
-    (torch.zeros(1, 1, 6, 4, dtype=torch.long), ["(1, 1, 6, 4)", "(b, 1, 4, 6)"]),
-    (torch.zeros(2, 3, 4, 6, dtype=torch.long), ["(2, 3, 4, 6)", "(b, 1, 4, 6)"]),
+    (torch.zeros(1, 6, 4), ["(1, 6, 4)", "1, 4, 6)"]),
+    (torch.zeros(1, 1, 6, 4, dtype=torch.long), ["(1, 1, 6, 4)", "1, 4, 6)"]),
+    (torch.zeros(2, 3, 4, 6, dtype=torch.long), ["(2, 3, 4, 6)", "1, 4, 6)"]),
     (torch.zeros(1, 1, 4, 6), ["float32", "integers"]),
     (torch.full((1, 1, 4, 6), 4), ["4", "0 to 3"]),
     (torch.full((1, 1, 4, 6), 255, dtype=torch.uint8), ["255", "0 to 3"]),
@@ -427,6 +427,8 @@ def test_a_reload_gives_the_same_likelihoods(case):
 ], ids=["dimensions", "sides", "colours", "float", "levels", "uint8", "negative"])  # fmt: skip
 def test_images_of_another_kind_are_refused(case, wrong, named):
     model = build(case, height=4, width=6)
+    if wrong.shape[1:] == (1, 4, 6):
+        wrong = wrong.expand(len(wrong), *model.shape)
     for method in (model.log_prob, model.conditionals):
         with pytest.raises(ValueError) as error:
             method(wrong)
@@ -442,7 +444,7 @@ def test_the_label_moves_every_conditional(case, channels):
     """The first too, which no pixel moves."""
     model = build(case, channels=channels, levels=5, hidden=12)
     conditions = {**given_alike(model, 3), "label": torch.arange(3)}
-    first, second, third = model.conditionals(images(model, 1).expand(3, -1, -1, -1), **conditions)
+    first, second, third = model.conditionals(images(model, 1).expand(3, *model.shape), **conditions)
     for one, other in ((first, second), (first, third), (second, third)):
         assert (one != other).any(-1).all()
 
@@ -547,7 +549,7 @@ def test_a_class_may_be_called_directly(case):
     arguments = {key: value for key, value in config(case).items() if key != "_target_"}
     model = getattr(models, case.target)(**arguments)
     assert isinstance(model, torch.nn.Module)
-    assert model.shape == (1, arguments["height"], arguments["width"])
+    assert model.shape[-3:] == (1, arguments["height"], arguments["width"])
 
 
 @every_target

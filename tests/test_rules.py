@@ -38,7 +38,7 @@ def test_few_files_of_the_models_know_the_layout_of_a_row_kernel():
     texts = {path.name: path.read_text() for path in (REPOSITORY / "models").rglob("*.py")}
     imports = {name for name, text in texts.items() if "from kernels.draw_row" in text or "import draw_row" in text}
     knowing = {name for name, text in texts.items() if "draw_row" in text}
-    assert imports == {"triton_row.py", "cpu_row.py", "cpu_upsample.py"} and knowing <= imports | {
+    assert imports == {"triton_row.py", "cpu_row.py", "cpu_maps.py"} and knowing <= imports | {
         "rules.py"
     }  # a docstring names it
     assert "draw_row_cpu" not in texts["triton_row.py"]

@@ -5,6 +5,7 @@ Legend: b batch · n images · c channel (colour) · h w rows, columns · v leve
 
 import copy
 import itertools
+import math
 
 import hypothesis
 import numpy as np
@@ -175,11 +176,11 @@ def test_a_sample_is_what_the_definition_gives(case, temperature):
 def test_frequencies_of_drawn_images_are_their_probabilities(case):
     """Chi-square over all images: above the limit once in 1,000.
 
-    They are 9 of 1×2 with 3 levels, 8 degrees of freedom; for Multi-Scale 16 of 2×2 with 2 levels, 15.
+    They are 9 of 1×2 with 3 levels, 8 degrees of freedom; for Multi-Scale 16 of 2×2 with 2 levels, 15; so for clips.
     """
-    levels, limit = (2, 37.7) if case.target == "MultiScale" else (3, 26.1)
+    levels, limit = (2, 37.7) if case.target in ("MultiScale", "Video") else (3, 26.1)
     model = build(case, levels=levels, height=1, width=2, std=0.15)
-    pixels = model.height * model.width
+    pixels = math.prod(model.shape)
     every_image = torch.tensor(list(itertools.product(range(levels), repeat=pixels))).view(-1, *model.shape)
     conditions = given_alike(model, len(every_image), seed=1)
     expected = 4000 * model.log_prob(every_image, **conditions).detach().double().exp()
@@ -196,19 +197,20 @@ def test_log_probability_added_up_while_sampling_is_that_of_the_sample(case, met
     model = build(case, channels=3, levels=5)
     conditions = given(model, 4)
     for temperature in (1.0, 0.5):
-        x, total = None, 0
+        drawn, total = [], 0
         for k, numbers in enumerate(noises(model, 0, 4)):
             with torch.no_grad():
-                stage = model.stage(k, x, conditions.get("label"), conditions.get("cond"))
+                stage = model.stage(k, 4, drawn, conditions.get("label"), conditions.get("cond"))
             rule = Draw(numbers, temperature)
             rule = rule if stage.known is None else Keep(stage.x, stage.known, rule)
             record = Record(stage.net, rule, 4, conditionals=True)
-            x = PixelLoop(stage.net, method, record, 4, stage.condition).run()
+            drawn.append(PixelLoop(stage.net, method, record, 4, stage.condition).run())
             if stage.known is None:
                 total = total + record.log_prob
             else:
-                log_probs = record.conditionals.gather(-1, x[..., None])[..., 0]
+                log_probs = record.conditionals.gather(-1, drawn[-1][..., None])[..., 0]
                 total = total + log_probs.masked_fill(stage.known, 0).sum((1, 2, 3))
+        x = model.joined(drawn)
         torch.testing.assert_close(total, model.log_prob(x, **conditions).detach(), rtol=1e-5, atol=1e-4)
 
 
@@ -409,7 +411,7 @@ def test_progress_tells_every_row_of_every_image(case):
     model, told = build(case, height=3, width=2), []
     rows = sum(net.height for net in model.nets)
     sample(model, 5, batch_size=2, tell=told.append)
-    assert told == [2] * rows + [2] * rows + [1] * rows and rows == (6 if case.target == "MultiScale" else 3)
+    assert told == [2] * rows + [2] * rows + [1] * rows and rows == (6 if case.target in ("MultiScale", "Video") else 3)
 
 
 @every_checker

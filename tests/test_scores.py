@@ -26,9 +26,9 @@ def test_the_bits_of_pixels_add_up_to_the_likelihood(case):
     found = scores(model, x, **conditions, batch_size=2)
     with torch.no_grad():
         expected = -model.log_prob(x, **conditions)
-        of_values = model.conditionals(x, **conditions).gather(4, x[..., None])[..., 0]  # (b c h w)
+        of_values = model.conditionals(x, **conditions).gather(-1, x[..., None])[..., 0]
     assert torch.allclose(found.nats, expected, rtol=1e-9)
-    assert torch.allclose(found.bits, -of_values.sum(1).float() / math.log(2), rtol=1e-4, atol=1e-4)
+    assert torch.allclose(found.bits, -of_values.sum(-3).float() / math.log(2), rtol=1e-4, atol=1e-4)
     assert torch.allclose(found.bits_per_dim, expected / math.log(2) / x[0].numel())
 
 

@@ -8,6 +8,7 @@ every machine (`models.sampling.cpu_row`), and so the decoder finds the probabil
 
 import copy
 import json
+import math
 import tempfile
 import zlib
 from collections.abc import Callable
@@ -21,11 +22,11 @@ from torch import Tensor
 from checks import check
 from kernels import native
 from models import exported
-from models.base import NO_LABEL, ImageModel
+from models.base import NO_LABEL, ImageModel, Stage
 from models.compression.file import Block, Head, head_of_blocks, read_blocks, read_head, write_file
 from models.compression.rules import Coded, Decode, Encode, constriction
 from models.sampling import PixelLoop
-from models.sampling.cpu_upsample import upsampled
+from models.sampling.cpu_maps import compiled
 
 __all__ = ["Decompressed", "Opened", "compress", "decompress", "decompressed", "opened", "read_head"]
 
@@ -177,8 +178,7 @@ def opened(data: bytes, model: ImageModel | None = None, skip_damaged: bool = Fa
 
 def images_per_block(model: ImageModel) -> int:
     """How many images a block has by default: a multiple of a tile."""
-    c, h, w = model.shape
-    return max(16, min(4096, SUB_PIXELS // (c * h * w) // 16 * 16))
+    return max(16, min(4096, SUB_PIXELS // math.prod(model.shape) // 16 * 16))
 
 
 def on_cpu(model: ImageModel) -> ImageModel:
@@ -232,9 +232,8 @@ def encoded(
     if label is not None:
         coder.encode((label - first_label(model)).to(torch.int32).numpy(), of_labels(model))
 
-    def rule(net: ImageModel, known: Tensor | None, given: Tensor | None) -> Encode:
-        step = model.height // net.height
-        return Encode(coder, x[:, :, ::step, ::step], known)
+    def rule(k: int, stage: Stage) -> Encode:
+        return Encode(coder, model.of_stage(k, x), stage.known)
 
     visit(model, rule, len(x), label, cond, tell)
     return coder.get_compressed().astype("<u4").tobytes()
@@ -247,26 +246,31 @@ def decoded(model: ImageModel, block: Block, cond: Tensor | None, tell: Callable
     if model.classes:
         label = torch.from_numpy(coder.decode(of_labels(model), block.images)).long() + first_label(model)
 
-    def rule(net: ImageModel, known: Tensor | None, given: Tensor | None) -> Decode:
-        x = torch.zeros(block.images, *net.shape, dtype=torch.long) if given is None else given.clone()
-        return Decode(coder, x, known)
+    def rule(k: int, stage: Stage) -> Decode:
+        x = torch.zeros(block.images, *stage.net.shape, dtype=torch.long) if stage.x is None else stage.x.clone()
+        return Decode(coder, x, stage.known)
 
     return visit(model, rule, block.images, label, cond, tell)
 
 
 def visit(
     model: ImageModel,
-    rule_of: Callable[[ImageModel, Tensor | None, Tensor | None], Coded],
+    rule_of: Callable[[int, Stage], Coded],
     b: int,
     label: Tensor | None,
     cond: Tensor | None,
     tell: Callable[[int], None],
 ) -> Tensor:
-    """Visit the sub-pixels of b images by a rule for each of the model's nets; return the images of the last."""
-    x = None
+    """Visit the sub-pixels of b images by a rule for each stage; return the images."""
+    drawn: list[Tensor] = []
+    loops: dict[ImageModel, PixelLoop] = {}
     for k, net in enumerate(model.nets):
         with torch.no_grad():
-            stage = model.stage(k, x, label, cond, upsampled)
-        rule = rule_of(net, None if stage.known is None else stage.known[0], stage.x)
-        x = PixelLoop(net, "cached", rule, b, stage.condition, backend="cpu").run(lambda: tell(b))
-    return x
+            stage = model.stage(k, b, drawn, label, cond, compiled)
+        rule = rule_of(k, stage)
+        if net in loops:
+            drawn.append(loops[net].again(rule, stage.condition, lambda: tell(b)))
+        else:
+            loops[net] = PixelLoop(net, "cached", rule, b, stage.condition, backend="cpu")
+            drawn.append(loops[net].run(lambda: tell(b)))
+    return model.joined(drawn)

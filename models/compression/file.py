@@ -1,6 +1,7 @@
 """The file that compressed images are: a head, perhaps the model, and blocks of images that decode independently.
 
     head     magic · version · flags · c h w · levels − 1 · images · images of a block · digest of the model · CRC-32
+    frames   with flag 2, of clips: how many an image has · CRC-32
     model    with flag 1: its length, and an exported model (`models.exported`), which has a checksum of its own
     block    its number · its images · its bytes · CRC-32 of these · CRC-32 of its images · CRC-32 of this head · bytes
 
@@ -13,8 +14,9 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 MAGIC, VERSION = b"\x89PRN", 1
-MODEL_INSIDE = 1
+MODEL_INSIDE, CLIPS = 1, 2
 HEAD = struct.Struct("<4sBBHHHHIH8s")
+FRAMES = struct.Struct("<H")
 BLOCK = struct.Struct("<IHIII")
 CHECKSUM = struct.Struct("<I")
 LENGTH = struct.Struct("<Q")
@@ -23,7 +25,7 @@ LENGTH = struct.Struct("<Q")
 class Head(NamedTuple):
     """What a file says of its images."""
 
-    shape: tuple[int, int, int]  # (c h w)
+    shape: tuple[int, ...]  # (c h w), of clips (t c h w)
     levels: int
     images: int
     of_block: int  # images of each block but the last
@@ -50,9 +52,11 @@ def with_checksum(content: bytes) -> bytes:
 
 def write_file(head: Head, blocks: list[Block]) -> bytes:
     """Put a file together."""
-    flags = 0 if head.model is None else MODEL_INSIDE
-    of_images = *head.shape, head.levels - 1, head.images, head.of_block
+    *frames, c, h, w = head.shape
+    flags = (MODEL_INSIDE if head.model is not None else 0) | (CLIPS if frames else 0)
+    of_images = c, h, w, head.levels - 1, head.images, head.of_block
     parts = [with_checksum(HEAD.pack(MAGIC, VERSION, flags, *of_images, head.digest))]
+    parts += [with_checksum(FRAMES.pack(t)) for t in frames]
     if head.model is not None:
         parts += [LENGTH.pack(len(head.model)), head.model]
     for block in blocks:
@@ -75,16 +79,22 @@ def read_head(data: bytes) -> tuple[Head, int]:
         raise ValueError("the head is damaged: expected another checksum")
     if version != VERSION:
         raise ValueError(f"expected a file of version {VERSION}, found {version}")
-    model, at = None, size
+    model, shape, at = None, (c, h, w), size
+    if flags & CLIPS:
+        of_frames, at = data[at : at + FRAMES.size], at + FRAMES.size + CHECKSUM.size
+        if data[size:at] != with_checksum(of_frames):
+            raise ValueError("the head is damaged: expected another checksum of the number of frames")
+        shape = *FRAMES.unpack(of_frames), c, h, w
     if flags & MODEL_INSIDE:
-        (length,) = LENGTH.unpack_from(data.ljust(size + LENGTH.size, b"\0"), size)
-        at = size + LENGTH.size + length
-        model = data[size + LENGTH.size : at]
+        start = at + LENGTH.size
+        (length,) = LENGTH.unpack_from(data.ljust(start, b"\0"), at)
+        at = start + length
+        model = data[start:at]
         if len(model) < length:
             raise ValueError(f"the model is damaged: expected {length:,} bytes, found {len(model):,}")
-    if not (c and h and w and images and of_block):
-        raise ValueError(f"expected images, found {images} of {c}×{h}×{w} in blocks of {of_block}")
-    return Head((c, h, w), levels + 1, images, of_block, digest, model), at
+    if not (all(shape) and images and of_block):
+        raise ValueError(f"expected images, found {images} of {'×'.join(map(str, shape))} in blocks of {of_block}")
+    return Head(shape, levels + 1, images, of_block, digest, model), at
 
 
 def read_blocks(data: bytes, at: int, head: Head) -> Iterator[Block | str]:
@@ -128,7 +138,7 @@ def heads_in(data: bytes) -> Iterator[tuple[int, tuple[int, ...]]]:
             yield at, BLOCK.unpack_from(of_block)
 
 
-def head_of_blocks(data: bytes, shape: tuple[int, int, int], levels: int, digest: bytes) -> tuple[Head, int]:
+def head_of_blocks(data: bytes, shape: tuple[int, ...], levels: int, digest: bytes) -> tuple[Head, int]:
     """What the head of a file must have been, by its blocks, and where they begin.
 
     Raises:

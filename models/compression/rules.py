@@ -26,11 +26,15 @@ def constriction() -> ModuleType:
 
 
 class Coded(Rule):
-    """Images x (b c h w) that are coded as they are visited, but for sub-pixels that are `known` (c h w) already."""
+    """Images x (b c h w) that are coded as they are visited, but for sub-pixels that are `known` already.
+
+    Which are known (b c h w) is the same of all images.
+    """
 
     def __init__(self, x: Tensor, known: Tensor | None):
         # integers that sum to 2²⁴ less their number: adding 1 to each is what such a model does
-        self.x, self.known, self.family = x, known, constriction().stream.model.Categorical(perfect=False)
+        self.family = constriction().stream.model.Categorical(perfect=False)
+        self.x, self.known = x, None if known is None else known[0]
 
     def load(self, i: int) -> None:
         self.row = self.x[:, :, i]
@@ -40,6 +44,9 @@ class Coded(Rule):
         if self.known_row is None or not self.known_row[g][j]:
             self.code(self.row[:, g, j], integer_probabilities(logits.float()).numpy())
         return self.row[:, g, j]
+
+    def renew(self, rule: "Coded") -> None:
+        self.x, self.known = rule.x, rule.known
 
     def code(self, values: Tensor, probabilities: np.ndarray) -> None:
         """Code values (b,) of these probabilities (b v) less 1."""

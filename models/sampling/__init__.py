@@ -16,7 +16,7 @@ from torch import Tensor
 from checks import check, check_one_of, unexpected
 from kernels.jit import multiprocessors
 from models.base import NO_LABEL, ImageModel, as_written
-from models.sampling.cpu_upsample import upsampled
+from models.sampling.cpu_maps import compiled
 from models.sampling.loop import METHODS, PixelLoop, backend_of_rows
 from models.sampling.noise import noise
 from models.sampling.rules import Draw, Given, Guided, Keep, Record, Rule
@@ -106,7 +106,7 @@ def batches(
     if len(images) != n or any(not isinstance(k, int) or k < 0 for k in images):
         raise unexpected("images", images, f"n={n} integers of at least 0")
     model = deepcopy(model).bfloat16() if bf16 else model
-    loops: dict[tuple[int, int], PixelLoop] = {}
+    loops: dict[tuple[ImageModel, int], PixelLoop] = {}
 
     def part(x: Tensor | None, batch: slice) -> Tensor | None:
         return None if x is None else x[batch].to(model.device)
@@ -119,31 +119,30 @@ def batches(
     slices = [slice(start, min(start + batch_size, n)) for start in range(0, n, batch_size)]
     following = numbers_of(slices[0])
     for batch, after in zip(slices, [*slices[1:], None], strict=True):
-        x, numbers, b = None, following, batch.stop - batch.start
+        drawn, numbers, b = [], following, batch.stop - batch.start
         given = model.labels_for(b, part(label, batch)), part(cond, batch)
+        visited, told = b, partial(tell, b)
         if guidance != 1:
-            given = with_and_without(*given)
+            visited, given = 2 * b, with_and_without(*given)
         for k, net in enumerate(model.nets):
             rule: Rule = Draw(numbers[k].to(model.device), temperature)
-            compiled = method == "cached" and backend_of_rows(net, rule, backend) == "cpu"
+            by_cpu = method == "cached" and backend_of_rows(net, rule, backend) == "cpu"
             with torch.no_grad():
-                stage = model.stage(k, x, *given, upsampled if compiled else as_written)
+                stage = model.stage(k, visited, drawn, *given, compiled if by_cpu else as_written)
             if known is not None:
-                step = model.height // net.height
-                rule = Keep(*(part(tensor, batch)[:, :, ::step, ::step] for tensor in known), rule)
+                rule = Keep(*(model.of_stage(k, part(tensor, batch)) for tensor in known), rule)
             if stage.known is not None:
                 rule = Keep(stage.x[:b], stage.known[:b], rule)
-            visited, told = b, partial(tell, b)
             if guidance != 1:
-                visited, rule = 2 * b, Guided(rule, b, guidance)
-            if (k, b) in loops:
-                x = loops[k, b].again(rule, stage.condition, told)
+                rule = Guided(rule, b, guidance)
+            if (net, b) in loops:
+                drawn.append(loops[net, b].again(rule, stage.condition, told))
             else:
-                loops[k, b] = PixelLoop(net, method, rule, visited, stage.condition, backend)
-                x = loops[k, b].run(told)
+                loops[net, b] = PixelLoop(net, method, rule, visited, stage.condition, backend)
+                drawn.append(loops[net, b].run(told))
         if after is not None:  # while a GPU still draws
             following = numbers_of(after)
-        yield x[:b].to("cpu", torch.uint8 if model.levels <= 256 else torch.int64)
+        yield model.joined(drawn)[:b].to("cpu", torch.uint8 if model.levels <= 256 else torch.int64)
 
 
 def with_and_without(label: Tensor, cond: Tensor | None) -> tuple[Tensor, Tensor | None]:

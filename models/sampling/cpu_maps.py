@@ -1,7 +1,7 @@
-"""Multi-Scale's maps on a CPU by compiled products: the same bits for any batch, number of threads, and CPU.
+"""The maps that a stage is conditioned on, on a CPU by compiled products: the same bits for any batch and any CPU.
 
-Legend: b batch · c channel (colour) · h w rows, columns · d features of the maps · k features that a convolution reads
-· p q one of two rows, columns that are made.
+Legend: b batch · h w rows, columns · d features of the maps · k features that a convolution reads · p q one of two
+rows, columns that are made.
 """
 
 from collections.abc import Iterator
@@ -10,37 +10,40 @@ import numpy as np
 import torch
 from einops import rearrange
 from numpy.lib.stride_tricks import sliding_window_view
-from torch import Tensor
+from torch import Tensor, nn
 
 from kernels import native
 from kernels.draw_row_cpu import Arena, Operation, Parameters, Stage, Tiles
 from kernels.draw_row_cpu_kernel import BATCH
 from kernels.jit import cdiv
-from models.multi_scale import Upsample
 
 AT_ONCE = 8  # images that a thread takes: few, so that every thread has some, and a cache has room for their numbers
 
 
-def upsampled(upsample: Upsample, scaled: Tensor) -> Tensor:
-    """What `upsample` makes of scaled images (b c h w): maps (b d 2h 2w)."""
-    first, _, second, _ = upsample
-    (b, _, h, w), d = scaled.shape, len(second.bias)
+def compiled(module: nn.Sequential, x: Tensor) -> Tensor:
+    """What convolutions, each with a ReLU, make of images x (b k h w): maps (b d h' w').
+
+    Args:
+        module: its convolutions are 3×3, or transposed, 4×4 of stride 2, which make twice as many rows and columns.
+    """
+    b, _, h, w = x.shape
     parts = cdiv(b, AT_ONCE)
     threads = min(parts, torch.get_num_threads())
-    sizes = min(b, AT_ONCE), h, w, threads
-    smaller = Convolution(rearrange(first.weight, "d c i j -> d (j i c)"), first.bias, 3, *sizes)
-    # Where four pixels meet, four of the larger image lie around the corner, and see all four.
-    weight = rearrange(second.weight, "k d (i p) (j q) -> i j k p q d", p=2, q=2).flip(0, 1)
-    weight = rearrange(weight, "i j k p q d -> (p q d) (j i k)")
-    larger = Convolution(weight, second.bias.repeat(4), 2, *sizes)
-    x, maps = scaled.permute(0, 2, 3, 1).numpy(), scaled.new_empty(b, 2 * h, 2 * w, d)
+    layers = []
+    for conv, relu in zip(*2 * [iter(module)], strict=True):
+        assert isinstance(relu, nn.ReLU)
+        layers.append((Larger if isinstance(conv, nn.ConvTranspose2d) else Same)(conv, min(b, AT_ONCE), h, w, threads))
+        h, w, d = layers[-1].makes
+    images, maps = x.permute(0, 2, 3, 1).numpy(), x.new_empty(b, h, w, d)
     out = maps.numpy()
 
     def some(thread: int) -> Iterator[None]:
         for part in range(thread, parts, threads):
-            images = slice(part * AT_ONCE, (part + 1) * AT_ONCE)
-            around = larger(smaller(x[images], thread), thread)
-            out[images] = rearrange(around, "b h w (p q d) -> b (h p) (w q) d", p=2, q=2)[:, 1:-1, 1:-1]
+            at = slice(part * AT_ONCE, (part + 1) * AT_ONCE)
+            of_part = images[at]
+            for layer in layers:
+                of_part = layer(of_part, thread)
+            out[at] = of_part
             yield
 
     native.share(some, threads)
@@ -85,3 +88,26 @@ class Convolution:
             self.tiles.run(self.program, self.nothing, tile, 0)
         rows = rearrange(self.out[first:last], "tile lane n -> (tile lane) n")[: b * h]
         return rows.reshape(b, h, self.columns, self.d)
+
+
+class Same(Convolution):
+    """A 3×3 convolution: images (b h w k) → (b h w d)."""
+
+    def __init__(self, conv: nn.Conv2d, b: int, h: int, w: int, threads: int):
+        super().__init__(rearrange(conv.weight, "d k i j -> d (j i k)"), conv.bias, 3, b, h, w, threads)
+        self.makes = h, w, self.d
+
+
+class Larger(Convolution):
+    """A transposed convolution of 4×4 and stride 2: images (b h w k) → (b 2h 2w d)."""
+
+    def __init__(self, conv: nn.ConvTranspose2d, b: int, h: int, w: int, threads: int):
+        # Where four pixels meet, four of the larger image lie around the corner, and see all four.
+        weight = rearrange(conv.weight, "k d (i p) (j q) -> i j k p q d", p=2, q=2).flip(0, 1)
+        weight = rearrange(weight, "i j k p q d -> (p q d) (j i k)")
+        super().__init__(weight, conv.bias.repeat(4), 2, b, h, w, threads)
+        self.makes = 2 * h, 2 * w, len(conv.bias)
+
+    def __call__(self, x: np.ndarray, thread: int) -> np.ndarray:
+        around = super().__call__(x, thread)
+        return rearrange(around, "b h w (p q d) -> b (h p) (w q) d", p=2, q=2)[:, 1:-1, 1:-1]

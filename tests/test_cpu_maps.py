@@ -1,7 +1,9 @@
-"""Multi-Scale's maps by compiled products: torch's but for rounding, and the same bits however they are computed.
+"""Maps of Multi-Scale and of clips by compiled products: torch's but for rounding, the same bits however computed.
 
 Legend: b batch · n images · c channel (colour) · h w rows, columns · v levels.
 """
+
+from functools import partial
 
 import pytest
 import torch
@@ -9,7 +11,8 @@ import torch
 import models.sampling
 from models.multi_scale import Upsample
 from models.sampling import sample
-from models.sampling.cpu_upsample import upsampled
+from models.sampling.cpu_maps import compiled
+from models.video import Encoder
 from tests.cases import CASES, build, given, images, scored
 
 FLOAT, DOUBLE = torch.float32, torch.float64
@@ -32,12 +35,16 @@ def set_up(monkeypatch):
     torch.set_num_threads(before)
 
 
-def made(b, c, h, w, d, dtype):
-    """An upsampling to d features, and scaled images."""
+MODULES = {"upsample": Upsample, "encoder": partial(Encoder, layers=3)}
+every_module = pytest.mark.parametrize("module", MODULES)
+
+
+def made(module, b, c, h, w, d, dtype):
+    """A module that makes d features, and scaled images."""
     generator = torch.Generator().manual_seed(0)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return Upsample(c, d).to(dtype), 2 * torch.rand(b, c, h, w, generator=generator, dtype=dtype) - 1
+        return MODULES[module](c, d).to(dtype), 2 * torch.rand(b, c, h, w, generator=generator, dtype=dtype) - 1
 
 
 def multi_scale(**arguments):
@@ -46,36 +53,45 @@ def multi_scale(**arguments):
     return build(CASES["multi_scale"], **fixed, **{"conditional": "row_lstm", "height": 4, "width": 8, **arguments})
 
 
+def video(**arguments):
+    """Three frames, conditioned on classes too."""
+    fixed = {"net": "row_lstm", "frames": 3, "classes": 3, "channels": 2, "levels": 5, "layers": 1}
+    return build(CASES["video"], **fixed, **{"height": 4, "width": 5, **arguments})
+
+
 def in_batches(b, n, of):
     """of(slice) for images in batches of b, joined."""
     return torch.cat([of(slice(k, k + b)) for k in range(0, n, b)])
 
 
 @pytest.mark.parametrize("dtype, limit", [(FLOAT, 1e-5), (DOUBLE, 1e-12)])
-@pytest.mark.parametrize("shape", [(1, 1, 1, 1, 1), (3, 3, 2, 5, 7), (2, 2, 7, 3, 9), (33, 3, 5, 1, 17)], ids=str)
-def test_maps_are_torch_s_but_for_rounding(shape, dtype, limit):
-    upsample, x = made(*shape, dtype)
-    maps = upsampled(upsample, x)
+@pytest.mark.parametrize("shape", [(1, 1, 1, 1, 3), (3, 3, 2, 5, 7), (2, 2, 7, 3, 9), (33, 3, 5, 1, 17)], ids=str)
+@every_module
+def test_maps_are_torch_s_but_for_rounding(module, shape, dtype, limit):
+    module, x = made(module, *shape, dtype)
+    maps = compiled(module, x)
     assert maps.dtype == dtype and (maps > 0).any()
-    torch.testing.assert_close(maps, upsample(x).detach(), rtol=0, atol=limit)
+    torch.testing.assert_close(maps, module(x).detach(), rtol=0, atol=limit)
 
 
 @every_way
-def test_maps_are_the_same_bits(b, threads, cpu, dtype, set_up):
+@every_module
+def test_maps_are_the_same_bits(module, b, threads, cpu, dtype, set_up):
     """In any batch, by any number of threads, compiled for any CPU."""
-    upsample, x = made(33, 3, 5, 3, 9, dtype)
-    expected = upsampled(upsample, x)
+    module, x = made(module, 33, 3, 5, 3, 9, dtype)
+    expected = compiled(module, x)
     set_up(threads, cpu)
-    assert torch.equal(in_batches(b, 33, lambda batch: upsampled(upsample, x[batch])), expected)
+    assert torch.equal(in_batches(b, 33, lambda batch: compiled(module, x[batch])), expected)
 
 
 @every_way
-def test_conditionals_and_draws_of_all_sizes_are_the_same_bits(b, threads, cpu, dtype, set_up):
-    model = multi_scale().to(dtype)
+@pytest.mark.parametrize("of", [multi_scale, video])
+def test_conditionals_and_draws_of_all_stages_are_the_same_bits(of, b, threads, cpu, dtype, set_up):
+    model = of().to(dtype)
     x, label = images(model, 33), given(model, 33)["label"]
 
     def conditionals(batch):
-        return scored(model, x[batch], {"label": label[batch]}, "cpu", upsampled)[0]
+        return scored(model, x[batch], {"label": label[batch]}, "cpu", compiled)[0]
 
     expected, drawn = conditionals(slice(None)), sample(model, 33, label=label, backend="cpu")
     set_up(threads, cpu)
@@ -83,23 +99,23 @@ def test_conditionals_and_draws_of_all_sizes_are_the_same_bits(b, threads, cpu, 
     assert torch.equal(sample(model, 33, label=label, backend="cpu", batch_size=b), drawn)
 
 
-@pytest.mark.parametrize("arguments, dtype, compiled", [
+@pytest.mark.parametrize("arguments, dtype, by_cpu", [
     ({}, FLOAT, True),
     ({"backend": "cpu"}, DOUBLE, True),
     ({}, DOUBLE, False),
     ({"backend": "torch"}, FLOAT, False),
     ({"method": "naive"}, FLOAT, False),
 ], ids=str)  # fmt: skip
-def test_who_makes_the_maps_of_a_draw(arguments, dtype, compiled, monkeypatch):
+def test_who_makes_the_maps_of_a_draw(arguments, dtype, by_cpu, monkeypatch):
     """Whoever computes the rows: compiled products for compiled rows, else torch. A draw is of the maps made."""
     model, shapes = multi_scale(conditional="pixel_cnn", width=4).to(dtype), []
     label = given(model, 3)["label"]
 
-    def brighter(upsample, scaled):
-        shapes.append(tuple(scaled.shape))
-        return upsampled(upsample, scaled) + 3
+    def brighter(module, x):
+        shapes.append(tuple(x.shape))
+        return compiled(module, x) + 3
 
     drawn = sample(model, 3, label=label, **arguments)
-    monkeypatch.setattr(models.sampling, "upsampled", brighter)
-    assert torch.equal(sample(model, 3, label=label, **arguments), drawn) != compiled
-    assert shapes == ([(3, 2, 1, 1), (3, 2, 2, 2)] if compiled else [])
+    monkeypatch.setattr(models.sampling, "compiled", brighter)
+    assert torch.equal(sample(model, 3, label=label, **arguments), drawn) != by_cpu
+    assert shapes == ([(3, 2, 1, 1), (3, 2, 2, 2)] if by_cpu else [])
