@@ -13,6 +13,7 @@ from data.idx import mnist
 from data.splits import SPLITS, Dataset, Split
 
 SOURCES = ("digits", "mnist")
+BINARIZE = ("threshold", "none")
 
 
 def bounced(start: np.ndarray, velocity: np.ndarray, frames: int, room: int) -> np.ndarray:
@@ -45,7 +46,8 @@ def moving_digits(
     frames: int = 20,
     digits: int = 2,
     size: int | None = None,
-    speed: float = 0.15,
+    speed: float = 0.1,
+    binarize: str = "threshold",
     train: int = 2000,
     val: int = 200,
     test: int = 400,
@@ -60,11 +62,13 @@ def moving_digits(
         digits: in a clip. Each moves in a direction and from a place of its own.
         size: rows and columns of a frame; None: twice those of a digit.
         speed: what a digit moves from a frame to the next, as a fraction of the room that it has; places are rounded.
+        binarize: "threshold" makes bits of the digits, 1 from half the highest value on; "none" leaves the levels.
         train, val, test: how many clips these parts have.
         seed: of the clips.
         root: of MNIST.
     """
     check_one_of("dataset.source", source, SOURCES)
+    check_one_of("dataset.binarize", binarize, BINARIZE)
     counts = dict(zip(SPLITS, (train, val, test), strict=True))
     for name, value in {"frames": frames, "digits": digits, **counts}.items():
         check(f"dataset.{name}", value, int, 1)
@@ -78,5 +82,7 @@ def moving_digits(
     parts = {}
     for number, (name, n) in enumerate(counts.items()):
         random = np.random.RandomState([seed, number])  # whose numbers never change
-        parts[name] = Split(clips(of.split(name).images, n, frames, digits, size, speed, random), None)
-    return Dataset("moving_digits", levels=of.levels, classes=None, **parts)
+        images = of.split(name).images
+        images = (images >= of.levels // 2).astype(np.uint8) if binarize == "threshold" else images
+        parts[name] = Split(clips(images, n, frames, digits, size, speed, random), None)
+    return Dataset("moving_digits", levels=2 if binarize == "threshold" else of.levels, classes=None, **parts)

@@ -5,12 +5,13 @@ features of the condition.
 
     p(x) = Π_t p(x_t | x_{t−past} … x_{t−1})
 
-One network, any of the models of images, draws all frames. What came before reaches it as maps, which a convolutional
-encoder makes of the last `past` frames. Before the first frame there are none: beside what it reads of each frame, the
-encoder has a feature that is 1 where there is a frame, and 0 where there is none.
+One network, any of the models of images, draws all frames. What came before reaches it as maps: the last `past` frames
+themselves, and what each layer of a small convolutional encoder makes of them, side by side. Before the first frame
+there are none: beside what is read of each frame there is a feature that is 1 where there is one, and 0 where not.
 """
 
 from collections.abc import Callable
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +19,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from checks import check, check_one_of
-from models.base import AutoregressiveModel, ImageModel, Run, Stage, as_written, check_label_dropout
+from models.base import INPUTS, AutoregressiveModel, ImageModel, Run, Stage, as_written, check_label_dropout
 from models.multi_scale import KINDS
 
 FRAMES_AT_ONCE = 256  # where nothing is trained: enough for all cores, and no more memory than so many images take
@@ -29,12 +30,9 @@ def film(x: Tensor) -> Tensor:
     return x.movedim(-3, 1).flatten(2, -2)
 
 
-class Encoder(nn.Sequential):
-    """Frames as the network reads them, side by side (b k·past h w) → maps (b d h w); a layer reaches one pixel far."""
-
-    def __init__(self, inputs: int, d: int, layers: int):
-        convolutions = (nn.Conv2d(d if layer else inputs, d, 3, padding=1) for layer in range(layers))
-        super().__init__(*(part for conv in convolutions for part in (conv, nn.ReLU())))
+def convolution(inputs: int, outputs: int) -> nn.Sequential:
+    """A layer of the encoder: (b inputs h w) → (b outputs h w)."""
+    return nn.Sequential(nn.Conv2d(inputs, outputs, 3, padding=1), nn.ReLU())
 
 
 class Video(ImageModel):
@@ -46,8 +44,8 @@ class Video(ImageModel):
         hidden, layers: of the network that draws the frames.
         net: which that is, "pixel_cnn", "gated_pixel_cnn", "row_lstm" or "diag_bilstm".
         past: how many frames before it a frame is conditioned on; 0: each frame is drawn by itself.
-        encoder_layers: of the encoder of these frames, which has `hidden` features. What moves further from a frame to
-            the next than so many pixels comes from out of its reach.
+        encoder_hidden, encoder_layers: features and layers of the encoder of these frames; None: `hidden`. A layer
+            reaches one pixel far: what moves further from a frame to the next than all of them comes unseen.
         residual, skip, head, head_features, mixtures, dropout, classes, label_dropout, input, input_features: of the
             network, see `AutoregressiveModel`; a clip has one label.
 
@@ -66,8 +64,9 @@ class Video(ImageModel):
         frames: int,
         hidden: int,
         layers: int,
-        net: str = "gated_pixel_cnn",
+        net: str = "row_lstm",
         past: int = 2,
+        encoder_hidden: int | None = None,
         encoder_layers: int = 3,
         residual: bool = True,
         skip: bool = False,
@@ -82,19 +81,25 @@ class Video(ImageModel):
     ):
         super().__init__(locals())
         check_one_of("net", net, KINDS)
-        for name, value, low in (("frames", frames, 1), ("past", past, 0), ("encoder_layers", encoder_layers, 1)):
-            check(name, value, int, low)
-        check("hidden", hidden, int, 1)
+        check_one_of("input", input, INPUTS)
+        encoder_hidden = hidden if encoder_hidden is None else encoder_hidden
+        sizes = {"channels": channels, "frames": frames, "hidden": hidden, "input_features": input_features}
+        sizes |= {"encoder_hidden": encoder_hidden, "encoder_layers": encoder_layers}
+        for name, value in sizes.items():
+            check(name, value, int, 1)
+        check("past", past, int, 0)
         check("classes", classes, int, 0)
         check_label_dropout(label_dropout, classes)
         self.channels, self.levels, self.height, self.width = channels, levels, height, width
         self.frames, self.past, self.classes, self.label_dropout = frames, past, classes, label_dropout
         of_net = {"residual": residual, "skip": skip, "head": head, "head_features": head_features}
         of_net |= {"mixtures": mixtures, "dropout": dropout, "classes": classes, "label_dropout": label_dropout}
-        of_net |= {"input": input, "input_features": input_features, "map_features": hidden if past else 0}
-        self.net = KINDS[net](channels, levels, height, width, hidden, layers, **of_net)
-        if past:
-            self.encoder = Encoder(past * (self.net.stem.inputs.size + 1), hidden, encoder_layers)
+        of_net |= {"input": input, "input_features": input_features}
+        read = past * (channels * (input_features if input == "embedding" else 1) + 1)
+        d = read + encoder_layers * encoder_hidden if past else 0
+        self.net = KINDS[net](channels, levels, height, width, hidden, layers, **of_net, map_features=d)
+        sizes = [read, *encoder_layers * [encoder_hidden]] if past else []
+        self.encoder = nn.ModuleList(convolution(*pair) for pair in pairwise(sizes))
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
@@ -111,13 +116,20 @@ class Video(ImageModel):
         return torch.stack(drawn, 1)
 
     def before(self, x: Tensor) -> Tensor:
-        """What the encoder reads of the frames before each of frames x (b t c h w), and before the one that comes next:
+        """What is read of the frames before each of frames x (b t c h w), and before the one that comes next:
         (b t+1 k·past h w), the newest first.
         """
         read = self.net.read(x.movedim(2, -1))
         there = F.pad(torch.cat([read, torch.ones_like(read[..., :1])], -1), (0, 0, 0, 0, 0, 0, self.past, 0))
         newest_first = [there[:, self.past - back :][:, : x.shape[1] + 1] for back in range(1, self.past + 1)]
         return rearrange(newest_first, "past b t h w k -> b t (past k) h w").contiguous()
+
+    def maps(self, before: Tensor, run: Run = as_written) -> Tensor:
+        """The maps that the net is conditioned on: frames as they are read (b k·past h w) → (b d h w)."""
+        made = [before]
+        for layer in self.encoder:
+            made.append(run(layer, made[-1]))
+        return torch.cat(made, 1)
 
     def nats_at(self, x: Tensor, label: Tensor | None = None, cond: Tensor | None = None) -> Tensor:
         """Clips (b t c h w), not checked → nats of each pixel (b t h w), its colours together; they add up to all."""
@@ -134,7 +146,7 @@ class Video(ImageModel):
         step, parts = max(n, 1) if torch.is_grad_enabled() else FRAMES_AT_ONCE, []
         for start in range(0, max(n, 1), step):
             some = slice(start, start + step)
-            maps = None if before is None else self.encoder(before[some])
+            maps = None if before is None else self.maps(before[some])
             parts.append(of(frames[some], None if label is None else label[some], maps))
         return torch.cat(parts).unflatten(0, (-1, self.frames))
 
@@ -165,4 +177,4 @@ class Video(ImageModel):
             return Stage(self.net, self.net.condition(label))
         none = torch.zeros(b, 0, *self.net.shape, dtype=torch.long, device=self.device)
         last = torch.cat([none, *(frame[:, None] for frame in drawn[-self.past :])], 1)
-        return Stage(self.net, self.net.condition(label, run(self.encoder, self.before(last)[:, -1])))
+        return Stage(self.net, self.net.condition(label, self.maps(self.before(last)[:, -1], run)))

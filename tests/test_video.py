@@ -18,7 +18,7 @@ from data.moving import bounced, moving_digits
 from models import video
 from models.compression import compress, decompressed, read_head
 from models.sampling import noise, sample
-from models.video import Encoder, film
+from models.video import film
 from tests.cases import CASES, MIXTURE, build, config, given, images
 
 CASE = CASES["video"]
@@ -61,13 +61,14 @@ def test_a_frame_sees_the_last_frames_and_none_before(net, past):
 
 
 @pytest.mark.parametrize("layers", [1, 2, 4])
-def test_a_layer_of_the_encoder_reaches_a_pixel_far(layers):
-    torch.manual_seed(0)
-    encoder = Encoder(2, 16, layers)
+def test_a_layer_of_the_encoder_reaches_a_pixel_far_and_frames_are_seen_as_they_are(layers):
+    model = build(CASE, encoder_layers=layers, encoder_hidden=16, past=1, height=11, width=11)
     x = torch.randn(1, 2, 11, 11)
     other = x.clone()
     other[0, 0, 5, 5] += 1
-    rows, columns = (encoder(x) != encoder(other))[0].any(0).nonzero().T
+    maps, others = model.maps(x), model.maps(other)
+    assert maps.shape[1] == model.net.map_features == 2 + 16 * layers and torch.equal(maps[:, :2], x)
+    rows, columns = (maps != others)[0].any(0).nonzero().T
     assert (rows.min(), rows.max(), columns.min(), columns.max()) == (5 - layers, 5 + layers, 5 - layers, 5 + layers)
 
 
@@ -81,7 +82,7 @@ def test_the_likelihood_is_a_product_over_the_frames(past, channels):
     x, label = images(model, 3), given(model, 3)["label"]
     expected, nats = 0, []
     for t in range(4):
-        cond = model.encoder(of_past(model, x, t)) if past else None
+        cond = model.maps(of_past(model, x, t)) if past else None
         nats.append(-model.net.log_prob(x[:, t], label, cond))
         expected = expected - nats[-1]
     torch.testing.assert_close(model.log_prob(x, label), expected, rtol=1e-5, atol=1e-4)
@@ -121,7 +122,7 @@ def test_frames_are_drawn_in_turn_with_noise_of_their_own(past, method):
     for t in range(4):
         so_far = torch.stack([*drawn, torch.zeros_like(drawn[0])], 1) if drawn else torch.zeros(3, 1, *model.net.shape)
         with torch.no_grad():
-            cond = model.encoder(of_past(model, so_far.long(), t)) if past else None
+            cond = model.maps(of_past(model, so_far.long(), t)) if past else None
         uniforms = noise(8, range(3), model.net.shape, t)
         drawn.append(sample(model.net, 3, label=label, cond=cond, uniforms=uniforms, method=method))
     assert torch.equal(sample(model, 3, seed=8, label=label, method=method), torch.stack(drawn, 1))
@@ -185,7 +186,8 @@ def test_the_net_is_what_is_asked_for(net):
     classes |= {"row_lstm": "RowLSTM", "diag_bilstm": "DiagBiLSTM"}
     assert type(model.net).__name__ == classes[net] and model.net.body.layers == 3
     assert model.nets == 3 * [model.net] and model.shape == (3, 1, 3, 4)
-    assert [len(conv.weight) for conv in [*model.encoder][::2]] == [8, 8] and model.encoder[0].weight.shape[1] == 8
+    assert [conv.weight.shape[:2] for conv, _ in model.encoder] == [(8, 8), (8, 8)]
+    assert [len(conv.weight) for conv, _ in build(CASE, net=net, encoder_hidden=5).encoder] == [5, 5, 5]
 
 
 @pytest.mark.parametrize("wrong, named", [
@@ -193,6 +195,7 @@ def test_the_net_is_what_is_asked_for(net):
     ({"frames": 2.0}, ["frames=2.0", "integer"]),
     ({"past": -1}, ["past=-1", "at least 0"]),
     ({"encoder_layers": 0}, ["encoder_layers=0", "at least 1"]),
+    ({"encoder_hidden": 0}, ["encoder_hidden=0", "at least 1"]),
     ({"net": "multi_scale"}, ["net='multi_scale'", "pixel_cnn, gated_pixel_cnn, row_lstm or diag_bilstm"]),
     ({"hidden": 0}, ["hidden=0", "at least 1"]),
     ({"label_dropout": 0.1}, ["label_dropout=0.1", "no classes"]),
@@ -244,8 +247,8 @@ def test_what_moves_turns_round_at_the_edges():
 
 
 def test_moving_digits_are_digits_of_their_split_that_move():
-    dataset = moving_digits(train=5, val=3, test=4, digits=1, frames=30, seed=3)
-    again = moving_digits(train=5, val=3, test=4, digits=1, frames=30, seed=3)
+    dataset = moving_digits(train=5, val=3, test=4, digits=1, frames=30, speed=0.15, seed=3, binarize="none")
+    again = moving_digits(train=5, val=3, test=4, digits=1, frames=30, speed=0.15, seed=3, binarize="none")
     assert dataset.shape == {"channels": 1, "height": 16, "width": 16, "levels": 17, "frames": 30}
     for name, n in (("train", 5), ("val", 3), ("test", 4)):
         x = dataset.split(name).images
@@ -268,14 +271,16 @@ def test_moving_digits_are_digits_of_their_split_that_move():
 
 
 def test_two_digits_may_cross():
-    x = moving_digits(train=20, val=1, test=1).train.images.astype(int)
-    sums = x.sum((2, 3, 4))
-    assert sums.max() > sums.min() and x.max() <= 16
-    assert not np.array_equal(x[0], moving_digits(train=20, val=1, test=1, seed=1).train.images[0])
+    grey, bits = (moving_digits(train=20, val=1, test=1, binarize=b) for b in ("none", "threshold"))
+    x, sums = grey.train.images, grey.train.images.astype(int).sum((2, 3, 4))
+    assert (grey.levels, bits.levels) == (17, 2) and sums.max() > sums.min() and x.max() <= 16
+    assert np.array_equal(bits.train.images, x >= 8)
+    assert not np.array_equal(x[0], moving_digits(train=20, val=1, test=1, seed=1, binarize="none").train.images[0])
 
 
 @pytest.mark.parametrize("wrong, named", [
     ({"source": "letters"}, "digits or mnist"),
+    ({"binarize": "stochastic"}, "threshold or none"),
     ({"frames": 0}, "dataset.frames=0"),
     ({"size": 8}, "above 8"),
     ({"size": "16"}, "dataset.size='16'"),
