@@ -11,7 +11,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # where models,
 
 from data import build as dataset
 from kernels import use
-from models import DiagBiLSTM, GatedPixelCNN, MultiScale, PixelCNN, RowLSTM, build
+from models import DiagBiLSTM, GatedPixelCNN, MultiScale, PixelCNN, RowLSTM, Video, build
 from models.base import ImageModel
 from models.checkpoint import find, load
 from models.compression import compress, decompress
@@ -25,6 +25,7 @@ __all__ = [
     "MultiScale",
     "PixelCNN",
     "RowLSTM",
+    "Video",
     "batches",
     "build",
     "compress",

@@ -1,5 +1,6 @@
 """The commands on models with classes and on Multi-Scale, and how they complete images."""
 
+import csv
 import json
 import re
 from pathlib import Path
@@ -228,3 +229,62 @@ class TestGivenImages:
 def test_a_summary_in_words():
     text = evaluate.in_words(summarise(torch.tensor([1.0, 3.0]), (1, 1, 1)))
     assert text == "2.0000 ± 1.0000 nats, 2.8854 ± 1.4427 bits/dim"
+
+
+CLIPS = [*SHORT, "model=video", "dataset=moving_digits", "dataset.frames=4", "dataset.train=40", "batch_size=16"]
+CLIPS += ["dataset.val=3", "dataset.test=5"]
+
+
+@pytest.fixture(scope="module")
+def video(tmp_path_factory) -> Path:
+    """The folder of a finished run of a model of clips."""
+    folder = tmp_path_factory.mktemp("video") / "run"
+    process("train.py", *CLIPS, f"hydra.run.dir={folder}", check=True)
+    return folder
+
+
+class TestClips:
+    def test_a_run_says_the_nats_of_each_frame_and_draws_clips_in_rows(self, video):
+        summary = json.loads((video / "summary.json").read_text())
+        frames = [summary[f"test_frame_{t}_nats"] for t in (1, 2, 3, 4)]
+        assert sum(frames) == pytest.approx(summary["test_nats"])
+        assert size_of(video / "samples/step_000012.png") == (4 * 50, 4 * 50)  # 4 clips; a frame is 16 · 3 + 2 high
+        assert size_of(video / "completions/step_000012.png") == (4 * 50, 2 * 8 * 50)  # 2 clips in 8 rows each
+
+    def test_clips_are_drawn_to_files_and_continued(self, call, video):
+        status, out, err = call("sample", f"checkpoint={video}", "n=3", "npy=a.npy", "gif=a.gif", "out=a.png")
+        assert status == 0 and "clips of 4×1×16×16" in out, err
+        x = np.load("a.npy")
+        assert x.shape == (3, 4, 1, 16, 16) and x.dtype == np.uint8 and size_of("a.png") == (200, 150)
+        with Image.open("a.gif") as picture:
+            assert picture.n_frames == 4 and picture.size == (100, 100)  # two by two
+        asked = ["complete=a.npy", "n=1", "completions=2", "keep=0.5", "npy=b.npy", "gif=b.gif", "out=b.png"]
+        status, _, err = call("sample", f"checkpoint={video}", *asked)
+        assert status == 0, err
+        drawn = np.load("b.npy")
+        assert (drawn[:, :2] == x[:1, :2]).all() and (drawn[0] != drawn[1]).any() and size_of("b.png") == (200, 200)
+        with Image.open("b.gif") as picture:
+            assert picture.n_frames == 4 and picture.size == (4 * 50, 50)
+        np.save("mask.npy", np.arange(4).reshape(4, 1, 1, 1) + np.zeros((1, 16, 16)) < 3)
+        status, _, err = call("sample", f"checkpoint={video}", *asked[:3], "mask=mask.npy", "npy=c.npy")
+        assert status == 0 and (np.load("c.npy")[:, :3] == x[:1, :3]).all(), err
+
+    def test_clips_are_measured_scored_and_compressed(self, call, video):
+        model, split = load(video / "best.pt"), data.build(read(video / "best.pt")["config"]["dataset"]).test
+        with torch.no_grad():
+            nats = -model.log_prob(split.batch(slice(None))[0]).double()
+        status, out, err = call("evaluate", f"checkpoint={video}", "details=d", "nearest=n.png", "out=t.json")
+        assert status == 0 and "frame_4" in out and Path("d/by_frame.svg").exists(), err
+        assert json.loads(Path("t.json").read_text())["nats"] == pytest.approx(nats.mean().item(), rel=1e-5)
+        assert size_of("n.png") == (4 * 50, 10 * 6 * 50)
+        np.save("own.npy", split.images[:, :, 0])
+        status, _, err = call("evaluate", f"checkpoint={video}", "images=own.npy", "scores=s.csv", "maps=m")
+        assert status == 0 and size_of("m/4.png") == (2 * 14 * 16, 4 * 14 * 16), err
+        with open("s.csv") as file:
+            assert [float(row["nats"]) for row in csv.DictReader(file)] == pytest.approx(nats.tolist(), rel=1e-4)
+        status, out, err = call("compress", f"checkpoint={video}", "images=own.npy", "out=own.prnn", "compare=true")
+        assert status == 0, err
+        status, out, err = call("compress", "own.prnn", "info")
+        assert status == 0 and "5 clips of 4×1×16×16" in out, err
+        status, _, err = call("compress", f"checkpoint={video}", "own.prnn", "out=back.npy")
+        assert status == 0 and np.array_equal(np.load("back.npy"), split.images), err

@@ -157,6 +157,27 @@ def test_npy_split_depends_on_the_seed_alone(tmp_path):
     assert len(wider.val) == 15 and np.array_equal(first.test.images, wider.test.images)
 
 
+@pytest.mark.parametrize(
+    ("shape", "options"),
+    [
+        ((20, 5, 6, 7), {"clips": True}),  # (n t h w)
+        ((20, 5, 3, 6, 7), {}),
+        ((20, 5, 6, 7, 3), {}),
+        ((20, 5, 2, 6, 2), {"channels": "last"}),
+    ],
+    ids=str,
+)
+def test_npy_with_time_has_clips(tmp_path, shape, options):
+    raw = np.random.RandomState(0).randint(0, 7, shape)
+    npy = data.build({**save(tmp_path, raw), **options, "levels": 9})
+    expected = raw[:, :, None] if len(shape) == 4 else raw if shape[2] == 3 else np.moveaxis(raw, -1, 2)
+    (_, t, c, h, w), order = expected.shape, np.random.RandomState(0).permutation(20)
+    assert npy.shape == {"channels": c, "height": h, "width": w, "levels": 9, "frames": t}
+    assert np.array_equal(everything(npy), expected[order])
+    x, _ = npy.train.batch(slice(0, 2))
+    assert x.shape == (2, t, c, h, w)
+
+
 def test_npy_labels_follow_their_images(tmp_path):
     config = save(tmp_path, np.arange(50, dtype=np.uint8).repeat(4).reshape(50, 2, 2))
     np.save(tmp_path / "labels.npy", np.arange(50, dtype=np.int16) // 10)
@@ -185,6 +206,10 @@ def test_npy_is_converted_once_and_anew_when_the_file_changes(tmp_path, monkeypa
         (np.zeros((30, 4), int), {}, ["(n h w)", "(n c h w)", "(n h w c)", "(30, 4)"]),
         (np.zeros((30, 3, 3, 3), int), {}, ["dataset.channels=None", "first, 3 colours of 3×3, or last", "3 × 3 × 3"]),
         (np.zeros((30, 8, 9, 16), int), {}, ["dataset.channels=None", "8 colours of 9×16", "16 colours of 8×9"]),
+        (np.zeros((30, 4), int), {"clips": True}, ["(n t h w)", "(n t c h w)", "(n t h w c)", "(30, 4)"]),
+        (np.zeros((30, 3, 3), int), {"clips": True}, ["(n t h w)", "(30, 3, 3)"]),
+        (np.zeros((30, 2, 3, 3, 3), int), {}, ["dataset.channels=None", "first, 3 colours of 3×3, or last"]),
+        (np.zeros((30, 3, 3), int), {"clips": 3}, ["dataset.clips=3"]),
         (np.zeros((30, 3, 8, 8), int), {"channels": "middle"}, ["dataset.channels='middle'", "first or last"]),
         (np.zeros((30, 0, 4), int), {}, ["(30, 0, 4)"]),
         (np.zeros((2, 2, 2), int), {}, ["found 2", "val=0.1"]),
