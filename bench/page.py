@@ -80,6 +80,15 @@ def unusual() -> str:
     return table(*rows)
 
 
+def clips() -> str:
+    rows = [("k", "the first frame", "frames 5 to 20", "bits/dim, all frames")]
+    for of in read("video-cpu.json")["rows"]:
+        if of["part"] == "likelihood":
+            nats = (f"{of[name]:.2f} ± {of[f'{name}_error']:.2f}" for name in ("first_frame", "later_frames"))
+            rows.append((of["past"], *nats, f"{of['bits_per_dim']:.4f}"))
+    return table(*rows)
+
+
 def page() -> str:
     digits, binary = read("digits_models-diag_bilstm.json"), read("binary_mnist_10min-diag_bilstm.json")
     return f"""# Results
@@ -111,6 +120,13 @@ On {binary["cores"]} cores ({binary["device"]}): `{binary["command"]}`, and so o
 
 [Experiments](experiments.md#ablations-residual-skip-depth) has the paper's ablations, on the digits and on
 binarized MNIST, three seeds each.
+
+## Clips
+
+Nats a frame of two moving digits, by how many frames before it the model sees ({link("video-cpu.json")}).
+[Video](models/video.md#how-good) has more.
+
+{clips()}
 
 ## Files
 

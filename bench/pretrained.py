@@ -24,6 +24,7 @@ from models.sampling import sample
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER, RESULTS = ROOT / "pretrained", ROOT / "bench/results/pretrained"
+DRAWN = {3: 64, 4: 8}  # samples of a picture: images (c h w), clips (t c h w)
 FIRST = 64  # images of the test split whose likelihood is kept too, so that it is repeated soon
 DATA = {  # what it is, and its licence
     "digits": "handwritten digits of 8×8 pixels, [in the project](../data/DIGITS.md), CC BY 4.0",
@@ -31,9 +32,10 @@ DATA = {  # what it is, and its licence
     "fashion_mnist": "Fashion-MNIST (Xiao, Rasul, Vollgraf 2017, [1708.07747](https://arxiv.org/abs/1708.07747)), MIT",
     "binary_mnist": "the fixed binarization of MNIST (Larochelle and Murray 2011), as MNIST CC BY-SA 3.0",
     "cifar10": "CIFAR-10 (Krizhevsky 2009), for research; its authors name no licence",
+    "moving_digits": "clips of the handwritten digits, [in the project](../data/DIGITS.md), CC BY 4.0",
 }
 WRITTEN = {"PixelCNN": "PixelCNN", "GatedPixelCNN": "Gated PixelCNN", "RowLSTM": "Row LSTM"}
-WRITTEN |= {"DiagBiLSTM": "Diagonal BiLSTM", "MultiScale": "Multi-Scale"}
+WRITTEN |= {"DiagBiLSTM": "Diagonal BiLSTM", "MultiScale": "Multi-Scale", "Video": "Video"}
 KEPT = ("command", "device", "cores", "train_seconds", "images_per_second", "best_step", "date")
 HEADER = """# Trained models
 
@@ -70,7 +72,7 @@ def measure(name: str, training: dict | None) -> dict:
     nats = nats_of(model, split)["nats"]
     labels = {"labels": split.labels[:FIRST].tolist()} if model.classes else {}
     label, columns = labels_in_rows(range(model.classes), None)
-    n = 64 if label is None else len(label)
+    n = DRAWN[len(model.shape)] if label is None else len(label)
     save_grid(FOLDER / f"{name}.png", sample(model, n, seed=0, label=label), model.levels, columns)
     training = training or json.loads(known.read_text())["training"]
     return {
@@ -89,6 +91,8 @@ def in_words(of: dict) -> str:
     """The size of a model."""
     config, layers = of["config"]["model"], of["config"]["model"]["layers"]
     text = f"{WRITTEN[of['model']]}, {layers} layer{'s' * (layers > 1)}, h = {config['hidden']}"
+    if "past" in config:
+        text += f", of frames given the last {config['past']}"
     if config.get("head") == "logistic_mixture":
         text += f", logistic mixture of {config['mixtures']}"
     return text + f", given one of {config['classes']} classes" * bool(config.get("classes"))

@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
+import bench.video
 import data
 import evaluate
 import models
@@ -288,3 +289,20 @@ class TestClips:
         assert status == 0 and "5 clips of 4×1×16×16" in out, err
         status, _, err = call("compress", f"checkpoint={video}", "own.prnn", "out=back.npy")
         assert status == 0 and np.array_equal(np.load("back.npy"), split.images), err
+
+    def test_the_benchmark_tells_frames_apart_and_draws(self, tmp_path, video):
+        bench.video.main(["--quick", "--device", "cpu", "--out", str(tmp_path), str(video)])
+        row, pictures = json.loads((tmp_path / "video-cpu-quick.json").read_text())["rows"]
+        summary = json.loads((video / "summary.json").read_text())
+        assert row["past"] == 2 and row["frames"] == pytest.approx(
+            [summary[f"test_frame_{t}_nats"] for t in (1, 2, 3, 4)], rel=1e-5
+        )
+        assert row["first_frame"] == pytest.approx(row["frames"][0]) and pictures["drawn"] == 16
+        with Image.open(tmp_path / "video.gif") as picture:
+            assert picture.n_frames == 4
+        assert size_of(tmp_path / "video.png") == (200, 3 * 4 * 50)
+
+    def test_the_benchmark_refuses_other_runs(self, tmp_path, multi_scale, capsys):
+        with pytest.raises(SystemExit):
+            bench.video.main(["--out", str(tmp_path), str(multi_scale)])
+        assert "expected a run of model=video that has ended" in capsys.readouterr().err
