@@ -31,7 +31,6 @@ from cli.output import (
     completions_in_rows,
     digest,
     grid,
-    in_words,
     labels_in_rows,
     save_grid,
     share,
@@ -222,7 +221,7 @@ def main(cfg) -> None:
     path, device = find_model(cfg.checkpoint), choose_device(cfg.device)
     checkpoint = read(path, device)
     model = rebuild(checkpoint, path)
-    print(f"{path} · {type(model).__name__}, {in_words(model.shape)}, {model.levels} levels")
+    print(f"{path} · {type(model).__name__}, {'×'.join(map(str, model.shape))}, {model.levels} levels")
 
     request = request_of(cfg, model, checkpoint, path)
     check_arguments(**options_of(cfg))

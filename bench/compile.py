@@ -142,6 +142,7 @@ def rows() -> Launches:
         "Diagonal BiLSTM": ("DiagBiLSTM", colour),
         "PixelCNN, mixture": ("PixelCNN", {**colour, "head": "logistic_mixture"}),
         "Diagonal BiLSTM, binary": ("DiagBiLSTM", binary),
+        "PixelCNN, codes": ("PixelCNN", {**colour, "channels": 1, "levels": 512, "input": "embedding"}),
     }
     work = [(name, False, dtype, ("draw",)) for name in sizes for dtype in DTYPES]
     rules_of = {torch.bfloat16: ("draw", "keep", "score"), torch.float32: ("score",)}

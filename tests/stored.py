@@ -32,11 +32,11 @@ def cifar10_test(stored: ModuleType) -> np.ndarray:
 
 
 def first_test_images(config: dict, n: int, folder: Path) -> Tensor:
-    """The first n test images (n c h w) of a data set, laid out in a folder if need be."""
+    """The first n test images (n c h w) of a data set, or clips, laid out in a folder if need be."""
     name = config["name"]
     if name == "cifar10":
         return torch.from_numpy(cifar10_test(stored_sets())[:n].copy()).long()
-    if name != "digits":
+    if name not in ("digits", "moving_digits"):  # which come with the project
         lay_out = getattr(stored_sets(), name, None)
         if lay_out is None:
             pytest.skip(f"{name} is not among the stored data sets")

@@ -254,7 +254,7 @@ class TestClips:
 
     def test_clips_are_drawn_to_files_and_continued(self, call, video):
         status, out, err = call("sample", f"checkpoint={video}", "n=3", "npy=a.npy", "gif=a.gif", "out=a.png")
-        assert status == 0 and "clips of 4×1×16×16" in out, err
+        assert status == 0 and "Video, 4×1×16×16, 2 levels" in out, err
         x = np.load("a.npy")
         assert x.shape == (3, 4, 1, 16, 16) and x.dtype == np.uint8 and size_of("a.png") == (200, 150)
         with Image.open("a.gif") as picture:

@@ -142,6 +142,8 @@ DIGESTS = {
     "diag_bilstm-mixture-given": ("80a5311ab596af2d", "828c5bf6dbac79ef", "b0d0c59fb57438dc"),
     "multi_scale": ("b95be30cb533f5f3", "fc7dcca05c88e7e5", "8143e0154d5aa563"),
     "multi_scale-mixture-given": ("d4e3908dd336d3d1", "3d00340df933b7e3", "a29c01eee954c8c9"),
+    "video": ("17e9bdeabcdf754d", "985be00a024e52b1", "7c35720d49ea8c4c"),
+    "video-mixture-given": ("8bccf234a2de46f9", "2d8eb667387dab9d", "f0b751a9a958b683"),
 }
 
 

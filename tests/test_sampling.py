@@ -149,11 +149,15 @@ def test_training_works_after_sampling(case):
     of_several=st.fixed_dictionaries(
         {"base": st.sampled_from(list(KINDS)), "conditional": st.sampled_from(list(KINDS)), "copy_known": st.booleans()}
     ),
+    of_clips=st.fixed_dictionaries(
+        {"net": st.sampled_from(list(KINDS)), "past": st.integers(0, 3), "frames": st.integers(1, 3)}
+    ),
     seed=st.integers(0, 9),
 )
 @pytest.mark.slow
-def test_scan_network_and_samplers_agree_for_any_model(case, arguments, of_one_net, of_several, seed):
-    model = build(case, seed=seed, **arguments, **(of_several if case.target == "MultiScale" else of_one_net))
+def test_scan_network_and_samplers_agree_for_any_model(case, arguments, of_one_net, of_several, of_clips, seed):
+    more = {"MultiScale": of_several, "Video": of_clips}.get(case.target, of_one_net)
+    model = build(case, seed=seed, **arguments, **more)
     assert_cached_equals_forward(model, b=2)
     assert_methods_agree(model, n=2, seed=seed)
 
