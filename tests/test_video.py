@@ -5,6 +5,8 @@ What every model promises is in the other files: causality, normalization, cache
 Legend: b batch · n clips · t frames · c channel (colour) · h w rows, columns.
 """
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -103,6 +105,19 @@ def test_without_gradients_frames_are_computed_in_parts(monkeypatch):
         model.net.nats_at = lambda x, *rest: seen.append(len(x)) or nats_at(x, *rest)
         torch.testing.assert_close(model.log_prob(x, label), expected, rtol=1e-6, atol=1e-5)
     assert seen == [7, 7, 6]
+
+
+@every_net
+@every_past
+def test_probabilities_of_all_clips_of_two_frames_of_1x2_bits_sum_to_one(net, past):
+    """And so do those of the second frame, given any first one."""
+    model = build(CASE, net=net, past=past, levels=2, height=1, width=2)
+    every_clip = torch.tensor(list(itertools.product(range(2), repeat=4))).view(16, 2, 1, 1, 2)
+    with torch.no_grad():
+        first, second = (-nats.double() for nats in model.parts(every_clip).values())
+    assert (first + second).exp().sum().item() == pytest.approx(1, abs=1e-6)
+    assert second.exp().view(4, 4).sum(1).tolist() == pytest.approx([1] * 4, abs=1e-6)
+    assert (second.view(4, 4) == second.view(4, 4)[0]).all() == (past == 0)
 
 
 def test_a_clip_of_one_frame_is_an_image():
