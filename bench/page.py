@@ -81,8 +81,8 @@ def unusual() -> str:
 
 
 def clips() -> str:
-    rows = [("k", "the first frame", "frames 5 to 20", "bits/dim, all frames")]
-    for of in read("video-cpu.json")["rows"]:
+    rows = [("k", "the first frame", "frames 5 to 20, each", "bits/dim, all frames")]
+    for of in sorted(read("video-cpu.json")["rows"], key=lambda of: of["past"]):
         if of["part"] == "likelihood":
             nats = (f"{of[name]:.2f} ± {of[f'{name}_error']:.2f}" for name in ("first_frame", "later_frames"))
             rows.append((of["past"], *nats, f"{of['bits_per_dim']:.4f}"))

@@ -109,7 +109,7 @@ def likelihood(of: dict) -> str:
 def card(name: str, of: dict) -> str:
     """The text of a model's card."""
     training, config = of["training"], of["config"]
-    size = (FOLDER / f"{name}.safetensors").stat().st_size
+    size, what = (FOLDER / f"{name}.safetensors").stat().st_size, "clips" if of["model"] == "Video" else "images"
     trained = f"{training['device']}, {training['cores']} cores"
     if "train_seconds" in training:
         trained += f", {training['train_seconds'] / 60:.0f} minutes ({training['images_per_second']:.0f} images/s)"
@@ -120,9 +120,9 @@ def card(name: str, of: dict) -> str:
 | | |
 |---|---|
 | model | {in_words(of)}; {of["parameters"]:,} parameters, {size / 1e3:,.0f} kB |
-| test split, {of["test"]["images"]:,} images | {likelihood(of)} |
+| test split, {of["test"]["images"]:,} {what} | {likelihood(of)} |
 | data | {DATA[config["dataset"]["name"]]} |
-| trained for | {training["best_step"]:,} steps of {config["batch_size"]} images |
+| trained for | {training["best_step"]:,} steps of {config["batch_size"]} {what} |
 | trained on | {trained}, {training["date"][:10]} |
 
 The samples are the first ones of seed 0, not chosen. The model was trained by
