@@ -86,7 +86,7 @@ class ImageModel(nn.Module):
 
     def check(self, x: Tensor) -> Tensor:
         """Return `x` (b c h w) if it holds images of this model, raise ValueError otherwise."""
-        if x.dim() == 0 or x.shape[1:] != self.shape or x.is_floating_point() or x.is_complex():
+        if x.shape[1:] != self.shape or x.is_floating_point() or x.is_complex():
             expected, found = f"integers (b, {', '.join(map(str, self.shape))})", f"{tuple(x.shape)} of {x.dtype}"
             raise ValueError(f"x: expected {expected}, found {found}")
         if x.numel():
