@@ -21,7 +21,7 @@ from tests.commands import REPOSITORY, process
 from train import nats_of_all
 
 pytestmark = pytest.mark.slow
-EVERY_MODEL = {name: {"hidden": 8} for name in (*ARCHITECTURES, "multi_scale")}
+EVERY_MODEL = {name: {"hidden": 8} for name in (*ARCHITECTURES, "multi_scale", "video")}
 EVERY_MODEL["gated_pixel_cnn"]["classes"] = 3
 EVERY_MODEL["multi_scale-given"] = {"hidden": 8, "train": "base"}  # some parameters take no part
 STORED = REPOSITORY.parent / "shared" / "data" / "unpack.py"
@@ -91,10 +91,11 @@ def steps_of_every_model(rank: int, world: int, folder: str) -> None:
     torch.set_num_threads(1)
     if world > 1:
         dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world)
-    split = Split(np.random.default_rng(0).integers(0, 256, (70, 1, 4, 4)).astype(np.uint8), None, "stochastic")
     out, bits = {}, torch.Generator().manual_seed(0)
     for case, extra in EVERY_MODEL.items():
         model = build(CASES[case], channels=1, levels=2, height=4, width=4, dropout=0.3, **extra).train()
+        grey = np.random.default_rng(0).integers(0, 256, (70, *model.shape)).astype(np.uint8)
+        split = Split(grey, None, "stochastic")
         step = TrainingStep(model, torch.optim.SGD(model.parameters()), clip=0.1, accumulate=2)
         for k in range(2):
             x, _ = split.batch(slice(8), bits)
