@@ -112,7 +112,7 @@ def card(name: str, of: dict) -> str:
     size, what = (FOLDER / f"{name}.safetensors").stat().st_size, "clips" if of["model"] == "Video" else "images"
     trained = f"{training['device']}, {training['cores']} cores"
     if "train_seconds" in training:
-        trained += f", {training['train_seconds'] / 60:.0f} minutes ({training['images_per_second']:.0f} images/s)"
+        trained += f", {training['train_seconds'] / 60:.0f} minutes ({training['images_per_second']:.0f} {what}/s)"
     return f"""# {name}
 
 ![samples]({name}.png)

@@ -54,7 +54,7 @@ def halfway_through(x: Tensor, model: ImageModel) -> Iterator[Tensor]:
 
 
 def write_gif(path: Path, pictures: list[Image.Image], milliseconds: int = MILLISECONDS) -> None:
-    """Write pictures as a GIF that begins anew at its end, whole or not at all.
+    """Write pictures as a looping GIF, whole or not at all.
 
     Args:
         milliseconds: how long each but the last is shown.

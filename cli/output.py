@@ -322,7 +322,7 @@ class NpyFile:
 class PngFolder:
     """Write one PNG an image, FOLDER/000000.png and so on, and FOLDER/samples.json as `describe` does.
 
-    The frames of a clip stand one below the other.
+    A clip's frames are stacked from top to bottom.
     """
 
     def __init__(self, folder: Path, n: int, levels: int, what: dict):

@@ -59,7 +59,7 @@ def moving_digits(
     Args:
         source: where the digits come from, "digits" (8×8, 17 levels) or "mnist" (28×28, 256 levels).
         frames: of a clip.
-        digits: in a clip. Each moves in a direction and from a place of its own.
+        digits: how many there are in a clip, each with its own start and direction.
         size: rows and columns of a frame; None: twice those of a digit.
         speed: what a digit moves from a frame to the next, as a fraction of the room that it has; places are rounded.
         binarize: "threshold" makes bits of the digits, 1 from half the highest value on; "none" leaves the levels.

@@ -40,7 +40,7 @@ as_written: Run = nn.Module.__call__
 
 
 class Stage(NamedTuple):
-    """One of the draws that make a model's images, each of an image of its own."""
+    """One step of drawing an image: what it draws is an image too, a smaller one or a frame."""
 
     net: "AutoregressiveModel"
     condition: Tensor | None  # what `net` is conditioned on
@@ -202,12 +202,12 @@ class ImageModel(nn.Module):
         raise NotImplementedError
 
     def of_stage(self, k: int, x: Tensor) -> Tensor:
-        """What stage k draws of images x, or of which of their sub-pixels are known: (b c h w), a view."""
-        raise NotImplementedError
+        """The part of images x, or of a mask of their shape, that stage k draws: (b c h w), a view."""
+        return x
 
     def joined(self, drawn: list[Tensor]) -> Tensor:
-        """The images of which the stages drew these (b c h w)."""
-        raise NotImplementedError
+        """The images that the stages' draws (b c h w) add up to: where nothing else is said, the last of them."""
+        return drawn[-1]
 
     def stage(
         self,
@@ -222,7 +222,7 @@ class ImageModel(nn.Module):
 
         Args:
             label, cond: as in `log_prob`.
-            run: who computes what the stage is conditioned on.
+            run: computes the modules that the stage's condition is made by.
         """
         raise NotImplementedError
 
@@ -358,12 +358,6 @@ class AutoregressiveModel(ImageModel):
     @property
     def nets(self) -> list["AutoregressiveModel"]:
         return [self]
-
-    def of_stage(self, k: int, x: Tensor) -> Tensor:
-        return x
-
-    def joined(self, drawn: list[Tensor]) -> Tensor:
-        return drawn[-1]
 
     def stage(
         self,

@@ -130,9 +130,6 @@ class MultiScale(ImageModel):
         net = self.nets[k]
         return x[:, :, :: self.height // net.height, :: self.width // net.width]
 
-    def joined(self, drawn: list[Tensor]) -> Tensor:
-        return drawn[-1]
-
     def sizes(self, x: Tensor) -> list[Tensor]:
         """Images x (b c h w) in all sizes, the smallest first."""
         return [self.of_stage(k, x) for k in range(len(self.nets))]

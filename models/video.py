@@ -7,7 +7,7 @@ features of the condition.
 
 One network, any of the models of images, draws all frames. What came before reaches it as maps: the last `past` frames
 themselves, and what each layer of a small convolutional encoder makes of them, side by side. Before the first frame
-there are none: beside what is read of each frame there is a feature that is 1 where there is one, and 0 where not.
+there are none: one more feature of each frame says whether it exists, 1 or 0.
 """
 
 from collections.abc import Callable
@@ -22,11 +22,11 @@ from checks import check, check_one_of
 from models.base import INPUTS, AutoregressiveModel, ImageModel, Run, Stage, as_written, check_label_dropout
 from models.multi_scale import KINDS
 
-FRAMES_AT_ONCE = 256  # where nothing is trained: enough for all cores, and no more memory than so many images take
+FRAMES_AT_ONCE = 256  # outside training: enough to keep all cores busy, and it bounds the memory
 
 
 def film(x: Tensor) -> Tensor:
-    """Clips (n t c h w) as images, their frames one below the other: (n c t·h w); images (n c h w) as they are."""
+    """Stack the frames of clips (n t c h w) from top to bottom: (n c t·h w); images (n c h w) stay as they are."""
     return x.movedim(-3, 1).flatten(2, -2)
 
 
@@ -44,8 +44,8 @@ class Video(ImageModel):
         hidden, layers: of the network that draws the frames.
         net: which that is, "pixel_cnn", "gated_pixel_cnn", "row_lstm" or "diag_bilstm".
         past: how many frames before it a frame is conditioned on; 0: each frame is drawn by itself.
-        encoder_hidden, encoder_layers: features and layers of the encoder of these frames; None: `hidden`. A layer
-            reaches one pixel far: what moves further from a frame to the next than all of them comes unseen.
+        encoder_hidden, encoder_layers: features (None: `hidden`) and layers of the encoder of these frames. Each layer
+            sees one pixel further, so with three a digit may move three pixels a frame and still be followed.
         residual, skip, head, head_features, mixtures, dropout, classes, label_dropout, input, input_features: of the
             network, see `AutoregressiveModel`; a clip has one label.
 

@@ -15,6 +15,7 @@ import data
 import evaluate
 import models
 from cli.output import labels_in_rows
+from cli.runs import check_root
 from data.given import read_images
 from models.checkpoint import load, read
 from models.likelihood import summarise
@@ -269,6 +270,12 @@ class TestClips:
         np.save("mask.npy", np.arange(4).reshape(4, 1, 1, 1) + np.zeros((1, 16, 16)) < 3)
         status, _, err = call("sample", f"checkpoint={video}", *asked[:3], "mask=mask.npy", "npy=c.npy")
         assert status == 0 and (np.load("c.npy")[:, :3] == x[:1, :3]).all(), err
+
+    def test_the_folder_of_clips_is_that_of_their_source(self):
+        made, mnist = ({"name": "moving_digits", "root": "nowhere", "source": source} for source in ("digits", "mnist"))
+        check_root(made, "root", Path("best.pt"))  # which come with the project
+        with pytest.raises(ValueError, match="expected data in nowhere/mnist"):
+            check_root(mnist, "root", Path("best.pt"))
 
     def test_clips_are_measured_scored_and_compressed(self, call, video):
         model, split = load(video / "best.pt"), data.build(read(video / "best.pt")["config"]["dataset"]).test

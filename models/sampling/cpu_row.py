@@ -175,7 +175,7 @@ class StemInRow:
             self.steps.append(product(layers.input(g), self.rows[-1], of, start=self.above + s.start))
 
     def slot(self, c: int) -> Place:
-        """Where colour c of a column stands, as the stem reads it."""
+        """Where the stem reads colour c of a column."""
         return self.rows[-1] + (self.reach * self.of_pixel + c * self.of_value)
 
     def shift(self) -> list[Stage]:
