@@ -322,10 +322,7 @@ def check_root(dataset: Mapping, option: str, path: Path) -> None:
 
     The checkpoint may come from anybody, and would have it made anywhere.
     """
-    root, name = (
-        dataset.get("root"),
-        dataset.get("source", dataset.get("name")),
-    )  # clips have one
+    root, name = dataset.get("root"), dataset.get("source", dataset.get("name"))
     if name != "digits" and root is not None and not Path(str(root), str(name)).expanduser().is_dir():
         raise ValueError(f"{path}: expected data in {root}/{name}, found no such folder; {option}=FOLDER names another")
 
