@@ -67,6 +67,8 @@ def in_training() -> Iterator[Mistake]:
     yield from values("train", "optimizer.betas", ("0.9", "[1]", "[a,b]", "[0.9,2]"))
     for key, value in (("alpha", "x"), ("momentum", "-1")):
         yield "train", ["optimizer=rmsprop", f"optimizer.{key}={value}"], [key]
+    for value in ("1", "-1", "x"):
+        yield "train", ["optimizer=muon", f"optimizer.momentum={value}"], ["momentum=", value]
     said = {
         "model=foo": "foo | diag_bilstm | pixel_cnn",
         "stepz=3": "stepz",
@@ -77,8 +79,8 @@ def in_training() -> Iterator[Mistake]:
         "model.layers=0": "layers=0 | at least 1",
         "model._target_=os.system": "os.system | models.DiagBiLSTM",
         "model.hidden=1000000": "not enough memory",
-        "optimizer=sgd": "sgd | adamw | rmsprop",
-        "optimizer.name=sgd": "sgd | adamw",
+        "optimizer=sgd": "sgd | adamw | muon | rmsprop",
+        "optimizer.name=sgd": "sgd | adamw | muon",
         "optimizer.lr=fast": "optimizer.lr='fast' | a number of at least 0",
         "optimizer.betas=0.9": "optimizer.betas=0.9 | two numbers",
         "optimizer.momentum_=0.9": "momentum_",

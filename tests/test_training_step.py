@@ -50,6 +50,56 @@ def test_an_optimizers_state_goes_on_with_this_runs_arguments(config):
     assert going_on.param_groups[0]["weight_decay"] == 0.2 and going_on.state[weight]["step"] == 1
 
 
+SHAPES = [(4, 3, 2, 3), (4,), (4, 3, 2, 3), (9, 2)]  # two of one shape, a bias, a matrix that is higher than wide
+
+
+def test_muon_is_torchs_for_weights_and_adamw_for_biases():
+    """torch's has no CUDA graph, computes in bfloat16, and takes matrices only, one after the other."""
+    torch.manual_seed(0)
+    ours, theirs = ([torch.nn.Parameter(torch.empty(shape)) for shape in SHAPES] for _ in range(2))
+    for mine, other in zip(ours, theirs, strict=True):
+        mine.data.normal_()
+        other.data = mine.data.flatten(1).clone() if mine.dim() > 1 else mine.data.clone()
+    made = build_optimizer({"name": "muon", "lr": 0.1, "weight_decay": 0.3}, ours)
+    others = [
+        torch.optim.Muon([p for p in theirs if p.dim() > 1], lr=0.1, weight_decay=0.3, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW([p for p in theirs if p.dim() == 1], lr=0.1, weight_decay=0.3),
+    ]
+    for _ in range(3):
+        for mine, other in zip(ours, theirs, strict=True):
+            mine.grad = torch.randn_like(mine)
+            other.grad = mine.grad.view_as(other).clone()
+        for optimizer in (made, *others):
+            optimizer.step()
+    for mine, other in zip(ours, theirs, strict=True):
+        tolerance = 2e-2 if mine.dim() > 1 else 1e-6  # bfloat16
+        torch.testing.assert_close(mine.view_as(other), other, rtol=0, atol=tolerance)
+
+
+def test_muons_state_goes_on():
+    """And a weight without a gradient stays as it is."""
+    torch.manual_seed(0)
+    weights = [torch.nn.Parameter(torch.randn(shape)) for shape in SHAPES]
+    copied = copy.deepcopy(weights)
+    first, second = (build_optimizer({"name": "muon", "lr": 0.1}, these) for these in (weights, copied))
+    gradients = [[torch.randn(shape) for shape in SHAPES] for _ in range(2)]
+    for step in gradients:
+        for weight, gradient in zip(weights, step, strict=True):
+            weight.grad = gradient.clone() if weight is not weights[2] else None
+        first.step()
+        if step is gradients[0]:
+            load_state(second, copy.deepcopy(first.state_dict()))
+            for mine, other in zip(copied, weights, strict=True):
+                mine.data.copy_(other.data)
+    for weight, gradient in zip(copied, gradients[1], strict=True):
+        weight.grad = gradient.clone() if weight is not copied[2] else None
+    second.step()
+    for mine, other, shape in zip(copied, weights, SHAPES, strict=True):
+        assert torch.equal(mine, other), shape
+    torch.manual_seed(0)
+    assert torch.equal(weights[2], [torch.randn(shape) for shape in SHAPES][2])
+
+
 def test_an_average_forgets_its_first_weights():
     """The first step copies; the decay is 2/11, 3/12, … then, until it is the one asked for."""
     model = torch.nn.Linear(2, 1)
