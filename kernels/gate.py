@@ -13,6 +13,7 @@ from torch.autograd.function import once_differentiable
 
 from kernels.activations import sigmoid, tanh
 from kernels.backend import backend_for
+from kernels.gate_cpu import gate_cpu_op, lanes_of
 from kernels.jit import cdiv, jit, launch, tl
 
 
@@ -135,11 +136,13 @@ def gate(u: Tensor, backend: str | None = None) -> Tensor:
     """Multiply tanh of the first half of the features by σ of the second: (… 2f) → (… f).
 
     Args:
-        u: any floating type; computed in float32 at least where Triton computes.
+        u: any floating type; computed in float32 at least where Triton computes. The CPU's kernel takes whole vectors
+            of features; torch computes other numbers of them.
         backend: see `kernels.backend_for`.
 
     Source: 1606.05328, equation 2.
     """
-    if backend_for(u, backend) == "triton":
-        return gate_op(u)
-    return Gate.apply(u)
+    computed_by = backend_for(u, backend, compiled=True if lanes_of(u.shape[-1] // 2, u.dtype) else None)
+    if computed_by == "torch":
+        return Gate.apply(u)
+    return (gate_op if computed_by == "triton" else gate_cpu_op)(u)

@@ -13,12 +13,12 @@ counter [k+1, 0, 0, stage], since numpy counts before it makes a block.
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from kernels.backend import backend_for
 from kernels.jit import cdiv, jit, launch, tl
+from kernels.philox_cpu import MULTIPLIERS, WEYL, by_cpu
 
 BLOCK = 128  # blocks of eight numbers that a program makes
 
@@ -80,25 +80,12 @@ def by_torch(keys: Tensor, m: int, stage: int) -> Tensor:
     (key0, key1), counter = keys.T[..., None], torch.arange(1, cdiv(m, 8) + 1, device=keys.device)
     x0, x1, x2, x3 = counter, torch.zeros_like(counter), torch.zeros_like(counter), torch.full_like(counter, stage)
     for _ in range(10):
-        (high0, low0), (high1, low1) = multiply(x0, 0xD2E7470EE14C6C93), multiply(x2, 0xCA5A826395121157)
+        (high0, low0), (high1, low1) = (multiply(x, by) for x, by in zip((x0, x2), MULTIPLIERS, strict=True))
         x0, x1, x2, x3 = high1 ^ x1 ^ key0, low1, high0 ^ x3 ^ key1, low0
-        key0, key1 = key0 + signed(0x9E3779B97F4A7C15), key1 + signed(0xBB67AE8584CAA73B)
+        key0, key1 = (key + signed(weyl) for key, weyl in zip((key0, key1), WEYL, strict=True))
     words = torch.stack(torch.broadcast_tensors(x0, x1, x2, x3), dim=2)
     upper = torch.stack([words >> 8 & 0xFFFFFF, words >> 40 & 0xFFFFFF], dim=3)
     return upper.flatten(1)[:, :m] * 2.0**-24
-
-
-def by_numpy(keys: Tensor, m: int, stage: int) -> Tensor:
-    """The same as numpy's own generators, for a CPU."""
-
-    def draw(key: np.ndarray) -> np.ndarray:
-        bits = np.random.Philox(key=key, counter=[0, 0, 0, stage])
-        return np.random.Generator(bits).random(m, dtype=np.float32)
-
-    out = np.empty((len(keys), m), dtype=np.float32)
-    for row, key in zip(out, keys.numpy().view(np.uint64), strict=True):
-        row[:] = draw(key)
-    return torch.from_numpy(out)
 
 
 def uniforms(keys: Tensor, m: int, stage: int, backend: str | None = None) -> Tensor:
@@ -114,7 +101,7 @@ def uniforms(keys: Tensor, m: int, stage: int, backend: str | None = None) -> Te
         (n m) float32 in [0, 1).
     """
     if backend_for(keys, backend) == "torch":
-        return (by_numpy if keys.device.type == "cpu" else by_torch)(keys, m, stage)
+        return (by_cpu if keys.device.type == "cpu" else by_torch)(keys, m, stage)
     out = torch.empty(len(keys), m, dtype=torch.float32, device=keys.device)
     if out.numel():
         launch(philox_kernel, (len(keys), cdiv(m, 8 * BLOCK)), keys, out, m, stage, BLOCK=BLOCK, num_warps=4)

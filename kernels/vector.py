@@ -91,6 +91,9 @@ class Value:
     def __or__(self, other):
         return Value(self.code, self.code.at.or_(self.ir, other.ir))
 
+    def __xor__(self, other):
+        return Value(self.code, self.code.at.xor(self.ir, other.ir))
+
 
 class Variable:
     """A value that changes: `get()` and `set(value)`."""

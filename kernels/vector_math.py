@@ -188,11 +188,15 @@ def tanh_by_expm1(code: Code, x: Value) -> Value:
     return above / below
 
 
-def gates_of_lstm(code: Code, o: Value, forget: Value, into: Value, g: Value) -> list[Value]:
-    """σ(o), σ(forget), σ(into), tanh(g), by one division: it takes a CPU longer than ten products.
+def tanh_and_sigmoid(code: Code, a: Value, b: Value) -> tuple[Value, Value]:
+    """tanh(a) and σ(b), by one division: it takes a CPU longer than ten products. They are off by some ulp more."""
+    (above, of_a), (over, of_b) = as_fraction(code, a, True), as_fraction(code, b, False)
+    inverse = 1 / (of_a * of_b)
+    return above * (inverse * of_b), over * (inverse * of_a)
 
-    They are off by some ulp more, which a training does not mind.
-    """
+
+def gates_of_lstm(code: Code, o: Value, forget: Value, into: Value, g: Value) -> list[Value]:
+    """σ(o), σ(forget), σ(into), tanh(g), by one division, as above: a training does not mind some ulp more."""
     parts = [as_fraction(code, x, is_tanh) for x, is_tanh in ((o, False), (forget, False), (into, False), (g, True))]
     (a, of_a), (b, of_b), (c, of_c), (d, of_d) = parts
     of_ab, of_cd = of_a * of_b, of_c * of_d

@@ -277,11 +277,12 @@ OPERATIONS = {
         lambda u, backend: kernels.gate(u, backend=backend),
         gate_reference,
         gate_inputs,
-        small=(2, 3, 8),
+        small=(2, 3, 16),
         tiny=((2,), (6,), (1, 1, 1, 2), (3, 5, 4, 14)),
         torch=((2,), (6,), (1, 1, 1, 2), (3, 5, 4, 14), (0, 4)),
         triton=((2,), (5, 6), (3, 4, 5, 14), (1100, 2), (0, 4)),
         gpu=((999, 64),),
+        cpu=((16,), (3, 2, 5, 32), (1, 7, 48), (300, 512), (0, 16), (5, 6)),
     ),
 }
 

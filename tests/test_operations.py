@@ -16,6 +16,7 @@ from kernels.activations import tanh
 from kernels.cross_entropy import cross_entropy_op
 from kernels.diagonal_lstm import diagonal_lstm_op
 from kernels.gate import gate_op
+from kernels.gate_cpu import gate_cpu_op
 from kernels.jit import jit, tl, triton
 from kernels.lstm_scan import form_of, lstm_scan, lstm_scan_op
 from kernels.lstm_scan_cpu import lstm_cpu_op
@@ -252,11 +253,13 @@ every_backend = pytest.mark.parametrize("backend", ["torch", pytest.param("trito
 
 
 @pytest.mark.filterwarnings("ignore:overflow encountered in exp")
-@every_backend
+@pytest.mark.parametrize("backend", ["torch", "cpu", pytest.param("triton", marks=needs_triton)])
 def test_gate_of_large_numbers(backend):
-    u = torch.tensor([[1e4, -1e4, 0.0, 1e4, -1e4, 0.0]], device=DEVICE)
+    a = torch.tensor([1e4, -1e4, 0.0, -1e4, 1e4, 1.0, -1.0, 0.0])
+    u = torch.cat([a, a.roll(3)])[None].to("cpu" if backend in ON_CPU else DEVICE)
     out, d_u = results(lambda u: kernels.gate(u, backend=backend), {"u": u}).values()
-    assert out.tolist() == [[1.0, 0.0, 0.0]] and d_u.isfinite().all()
+    torch.testing.assert_close(out.cpu()[0], a.tanh() * a.roll(3).sigmoid(), rtol=1e-6, atol=1e-30)
+    assert d_u.isfinite().all()
 
 
 @every_backend
@@ -328,6 +331,14 @@ def test_the_cpus_kernel_is_asked_where_there_is_one():
 
 
 @where_there_is_no_gpu
+def test_the_cpus_gate_computes_whole_vectors_of_features():
+    for f, same in ((8, False), (24, False), (6, True), (12, True)):
+        u = OPERATIONS["gate"].inputs(5, 7, 2 * f)[0]["u"].float()
+        usual, by_torch, by_cpu = (kernels.gate(u, backend=backend) for backend in (None, *ON_CPU))
+        assert torch.equal(usual, by_cpu) and torch.equal(by_torch, by_cpu) == same, f
+
+
+@where_there_is_no_gpu
 @pytest.mark.parametrize("name, few", [("diagonal_lstm", 32), ("row_lstm", 16)])
 @pytest.mark.parametrize("more, dtype, form", [(0, "float32", "cpu"), (1, "float32", "torch"), (0, "float64", "torch")])
 def test_the_cpus_kernel_computes_few_features_in_float32(name, few, more, dtype, form):
@@ -345,6 +356,7 @@ REGISTERED = {
     "masked_conv": (masked_conv_op, [(1, 3, 4, 2), (3, 2, 2, 3), (3,)], (True, 0, 5)),
     "cross_entropy": (cross_entropy_op, [(5, 3)], (torch.tensor([0, 2, 1, 1, 0]),)),
     "gate": (gate_op, [(2, 3, 4)], ()),
+    "gate_cpu": (gate_cpu_op, [(2, 3, 16)], ()),
     "diagonal_lstm": (diagonal_lstm_op, [(1, 2, 3, 2), (2, 4, 2), (2, 4), (2, 4, 2)], ()),
     "row_lstm": (row_lstm_op, [(1, 2, 3, 2), (4, 2), (4,), (4, 1, 3), (4, 1)], ()),
     "lstm_cpu": (lstm_cpu_op, [(1, 2, 3, 2), (1, 4, 2), (1, 4), (1, 4, 3), (1, 4, 1)], (False,)),
@@ -357,18 +369,19 @@ REGISTERED = {
 @pytest.mark.parametrize("name", REGISTERED)
 def test_operation_is_registered_as_torch_wants_it(name):
     operation, shapes, rest = REGISTERED[name]
-    device = "cpu" if name == "lstm_cpu" else DEVICE
+    device = "cpu" if name.endswith("_cpu") else DEVICE
     inputs = [x.float().to(device).requires_grad_() for x in numbers(*shapes)]
     rest = [x.to(device) if isinstance(x, torch.Tensor) else x for x in rest]
     torch.use_deterministic_algorithms(False)  # opcheck compares what is left unwritten in tensors of no use
     opcheck(operation, (*inputs, *rest))
 
 
-def test_the_cpus_scan_refuses_what_is_not_on_the_cpu():
-    """It reads memory by address, and there is none of these tensors that it could read."""
-    operation, shapes, rest = REGISTERED["lstm_cpu"]
+@pytest.mark.parametrize("name", ["lstm_cpu", "gate_cpu"])
+def test_the_cpus_kernels_refuse_what_is_not_on_the_cpu(name):
+    """They read memory by address, and there is none of these tensors that they could read."""
+    operation, shapes, rest = REGISTERED[name]
     inputs = [x.float().to_sparse() for x in numbers(*shapes)]
-    with pytest.raises(NotImplementedError, match="pixelrnn::lstm_cpu"):
+    with pytest.raises(NotImplementedError, match=f"pixelrnn::{name}"):
         operation(*inputs, *rest)
 
 

@@ -1,0 +1,89 @@
+"""The gate on a CPU, compiled: one pass over memory forward, and one backward, which computes tanh and σ again.
+
+Legend: … any dimensions · f features that leave · row: what one place in … has.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kernels import native
+from kernels.jit import cdiv
+from kernels.vector import Code, Value
+from kernels.vector_math import tanh_and_sigmoid
+
+NUMBERS = 1 << 15  # of a call: a thread's share
+
+
+def lanes_of(f: int, dtype: torch.dtype) -> int:
+    """How many numbers a vector has, of which f are a whole number; 0 where there is none such."""
+    double = dtype == torch.float64
+    return next((lanes for lanes in (native.lanes(f, double), 4 if double else 8) if f % lanes == 0), 0)
+
+
+def forward(code: Code, u: Value, out: Value, rows: Value, vectors: Value) -> None:
+    with code.loop(rows) as row, code.loop(vectors) as v:
+        a = row * vectors * 2 + v
+        tanh, sigmoid = tanh_and_sigmoid(code, code.load(u, a), code.load(u, a + vectors))
+        code.store(tanh * sigmoid, out, row * vectors + v)
+
+
+def backward(code: Code, u: Value, d_out: Value, d_u: Value, rows: Value, vectors: Value) -> None:
+    with code.loop(rows) as row, code.loop(vectors) as v:
+        a = row * vectors * 2 + v
+        tanh, sigmoid = tanh_and_sigmoid(code, code.load(u, a), code.load(u, a + vectors))
+        d = code.load(d_out, row * vectors + v) * sigmoid
+        code.store(d * (1 - tanh * tanh), d_u, a)
+        code.store(d * tanh * (1 - sigmoid), d_u, a + vectors)
+
+
+def write(code: Code) -> None:
+    """Write both, functions of where tensors begin, how many rows there are, and how many vectors leave one."""
+    code.function(forward, "ppii", name="forward")
+    code.function(backward, "pppii", name="backward")
+
+
+def run(name: str, *tensors: Tensor) -> None:
+    """Run "forward" or "backward"; of the tensors (… f) or (… 2f), all contiguous, the first has 2f."""
+    f = tensors[0].shape[-1] // 2
+    rows, lanes = tensors[0].numel() // (2 * f), lanes_of(f, tensors[0].dtype)
+    function = native.library(write, {"forward": 4, "backward": 5}, lanes, tensors[0].dtype == torch.float64)[name]
+    of_call = max(1, NUMBERS // f)
+
+    def call(k: int):
+        first, count = k * of_call, min(of_call, rows - k * of_call)
+        places = [x.data_ptr() + first * x.shape[-1] * x.element_size() for x in tensors]
+        yield function(*places, count, f // lanes)
+
+    native.share(call, cdiv(rows, of_call))
+
+
+@torch.library.custom_op("pixelrnn::gate_cpu", mutates_args=(), device_types="cpu")
+def gate_cpu_op(u: Tensor) -> Tensor:
+    out = u.new_empty(*u.shape[:-1], u.shape[-1] // 2)
+    run("forward", u.contiguous(), out)
+    return out
+
+
+@gate_cpu_op.register_fake
+def _(u):
+    return u.new_empty(*u.shape[:-1], u.shape[-1] // 2)
+
+
+@torch.library.custom_op("pixelrnn::gate_cpu_backward", mutates_args=(), device_types="cpu")
+def gate_cpu_backward_op(d_out: Tensor, u: Tensor) -> Tensor:
+    d_u = u.new_empty(u.shape)
+    run("backward", u.contiguous(), d_out.contiguous(), d_u)
+    return d_u
+
+
+@gate_cpu_backward_op.register_fake
+def _(d_out, u):
+    return u.new_empty(u.shape)
+
+
+gate_cpu_op.register_autograd(
+    lambda ctx, d_out: gate_cpu_backward_op(d_out, *ctx.saved_tensors),
+    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
+)
