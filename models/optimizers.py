@@ -12,16 +12,17 @@ from checks import check, check_one_of, unexpected
 class Muon(torch.optim.AdamW):
     """Muon for weights of two dimensions or more, AdamW for the others (biases), both at one learning rate.
 
-    The legend: W a weight (outputs · inputs · taps), as a matrix of m outputs and n inputs and taps; G its gradient;
-    M the mean of gradients, at first 0; lr the learning rate, λ `weight_decay`, μ `momentum`.
+    Legend: W a weight as a matrix of m outputs and n inputs, each with its taps; G its gradient; M the mean of gradients,
+    at first 0; lr the learning rate, λ `weight_decay`, μ `momentum`.
 
         M ← μ M + (1 − μ) G
         W ← (1 − lr λ) W − lr · 0.2 √max(m, n) · orthogonal(μ M + (1 − μ) G)
 
     The factor makes a step as large, in the root mean square of its numbers, as AdamW's usually is.
 
-    All operations are on the weights' device and none waits for it, so that a CUDA graph can hold a step; weights of
-    the same shape, as those of a network's layers, are taken together. Gradients are used up: None afterwards.
+    Weights of the same shape, as a network's layers have them, are taken together. Gradients are used up: None
+    afterwards. torch.optim.Muon takes matrices alone, one after the other, and reads the learning rate on the host, so
+    that no CUDA graph can hold its step.
 
     Source: Jordan et al. 2024, https://kellerjordan.github.io/posts/muon; the factor: Liu et al. 2025, 2502.16982.
     """
