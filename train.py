@@ -89,7 +89,7 @@ class Training:
         self.model = models.build(self.model_config).to(device)
         check_classes(self.model, dataset)
         self.ema = copy.deepcopy(self.model) if cfg.ema else None
-        self.optimizer = build_optimizer(self.config["optimizer"], self.model.parameters())
+        self.optimizer = build_optimizer(self.config["optimizer"], self.model)
         options = {"accumulate": cfg.accumulate, "seed": cfg.seed, "bf16": cfg.bf16, "graph": cfg.cuda_graph}
         self.training_step = TrainingStep(self.model, self.optimizer, self.ema, cfg.clip, **options)
         self.binarizer = torch.Generator().manual_seed(cfg.seed)

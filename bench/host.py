@@ -66,7 +66,7 @@ class Operations(TorchDispatchMode):
 
 def step_of(model: nn.Module, graph: bool):
     """A step as `train.py` takes it, as a function of a clock: two laps, or one as a graph."""
-    optimizer = build_optimizer({"name": "rmsprop", **RMSPROP}, model.parameters())
+    optimizer = build_optimizer({"name": "rmsprop", **RMSPROP}, model)
     x = torch.zeros(1, *model.shape, dtype=torch.long)
     step = TrainingStep(model.train(), optimizer, copy.deepcopy(model), clip=1.0)
     compute, clip = step.compute, nn.utils.clip_grad_norm_

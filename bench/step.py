@@ -141,7 +141,7 @@ def launches_of(step: Step) -> list[Launch]:
     with FakeTensorMode(allow_non_fake_inputs=True):
         sizes = step.side, step.channels, step.levels, step.hidden, step.layers
         model, average = (build(step.name, *sizes, None, step.head_features).train() for _ in range(2))
-        optimizer = build_optimizer({"name": "rmsprop", **RMSPROP}, model.parameters())
+        optimizer = build_optimizer({"name": "rmsprop", **RMSPROP}, model)
         taken = TrainingStep(model, optimizer, average, clip=1.0)
         x = torch.zeros(step.images, *model.shape, dtype=torch.long)
         with kernels.use("triton"), torch.autocast("cpu", torch.bfloat16):

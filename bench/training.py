@@ -62,7 +62,7 @@ def step_of(model: nn.Module, x: Tensor, backend: str | None = None):
 
 def captured_step_of(model: nn.Module, x: Tensor):
     """The same as one CUDA graph, and so one lap."""
-    optimizer = build_optimizer({"name": "rmsprop", **RMSPROP}, model.parameters())
+    optimizer = build_optimizer({"name": "rmsprop", **RMSPROP}, model)
     step = TrainingStep(model.train(), optimizer, bf16=True)
     return whole(lambda: step(x, lr=RMSPROP["lr"]))
 

@@ -80,7 +80,7 @@ def programs(device: torch.device) -> Iterator[str]:
             "torch": "a short step of torch a sub-pixel",
         }[rows]
     )
-    step = TrainingStep(model, build_optimizer({"name": "adamw", "lr": 1e-3}, model.parameters()), bf16=True)
+    step = TrainingStep(model, build_optimizer({"name": "adamw", "lr": 1e-3}, model), bf16=True)
     yield f"training: {'one CUDA graph a step' if step.graph else 'operation by operation'}, matrix products in " + (
         "bfloat16 (bf16=false: float32)" if step.bf16 else "float32"
     )
@@ -90,7 +90,7 @@ def check(device: torch.device, backend: str | None = None) -> tuple[float, torc
     """Train a tiny model for a step, and draw an image by a backend: the nats before the step, and the pixels."""
     model = small_model(device)
     x = (torch.arange(72, device=device).reshape(2, 1, 6, 6) * 7) % 4
-    step = TrainingStep(model, build_optimizer({"name": "adamw", "lr": 1e-3}, model.parameters()), bf16=False)
+    step = TrainingStep(model, build_optimizer({"name": "adamw", "lr": 1e-3}, model), bf16=False)
     return float(step(x, None, lr=1e-3)), sample(small_model(device).eval(), 1, seed=0, backend=backend).cpu()
 
 

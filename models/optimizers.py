@@ -1,7 +1,8 @@
 """The optimizers of a training run, in the form that a CUDA graph can hold where the weights are on a GPU."""
 
+import math
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -10,10 +11,10 @@ from checks import check, check_one_of, unexpected
 
 
 class Muon(torch.optim.AdamW):
-    """Muon for weights of two dimensions or more, AdamW for the others (biases), both at one learning rate.
+    """Muon for weights, AdamW for biases, both at one learning rate.
 
-    Legend: W a weight as a matrix of m outputs and n inputs, each with its taps; G its gradient; M the mean of gradients,
-    at first 0; lr the learning rate, λ `weight_decay`, μ `momentum`.
+    Legend: W a weight as a matrix (m n), see `matrix_of`; G its gradient; M the mean of gradients, at first 0;
+    lr the learning rate, λ `weight_decay`, μ `momentum`.
 
         M ← μ M + (1 − μ) G
         W ← (1 − lr λ) W − lr · 0.2 √max(m, n) · orthogonal(μ M + (1 − μ) G)
@@ -27,12 +28,13 @@ class Muon(torch.optim.AdamW):
     Source: Jordan et al. 2024, https://kellerjordan.github.io/posts/muon; the factor: Liu et al. 2025, 2502.16982.
     """
 
-    def __init__(self, parameters: Iterable[nn.Parameter], momentum: float = 0.95, **adamw):
+    def __init__(self, named: Iterable[tuple[str, nn.Parameter]], momentum: float = 0.95, **adamw):
         if not 0 <= momentum < 1:
             raise unexpected("optimizer.momentum", momentum, "a number from 0 to below 1")
-        parameters = [*parameters]
-        matrices, others = ([p for p in parameters if (p.dim() >= 2) == wanted] for wanted in (True, False))
-        super().__init__([{"params": matrices}, {"params": others}], **adamw)
+        of_kind = {True: [], False: []}
+        for name, parameter in named:
+            of_kind[parameter.dim() < 2 or name.split(".")[-1] == "bias"].append(parameter)
+        super().__init__([{"params": of_kind[False]}, {"params": of_kind[True]}], **adamw)
         self.momentum = momentum
 
     def __setstate__(self, state: dict) -> None:
@@ -48,7 +50,8 @@ class Muon(torch.optim.AdamW):
         for weights in of_shape.values():
             gradients, means = [weight.grad for weight in weights], [self.mean_of(weight) for weight in weights]
             torch._foreach_lerp_(means, gradients, 1 - self.momentum)
-            steps = orthogonal(torch.stack(torch._foreach_lerp(means, gradients, 1 - self.momentum)).flatten(2))
+            of_all = torch.stack(torch._foreach_lerp(means, gradients, 1 - self.momentum))
+            steps = orthogonal(of_all.view(-1, *matrix_of(weights[0].shape)))
             steps = steps * (group["lr"] * 0.2 * max(steps.shape[1:]) ** 0.5)
             torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
             torch._foreach_sub_(weights, [*steps.view(-1, *weights[0].shape)])
@@ -61,6 +64,15 @@ class Muon(torch.optim.AdamW):
         if "mean" not in state:
             state["mean"] = torch.zeros_like(weight)
         return state["mean"]
+
+
+def matrix_of(shape: Sequence[int]) -> tuple[int, int]:
+    """A weight as a matrix (m n): its dimensions cut in two where that is most nearly square.
+
+    So a convolution's is (outputs, inputs · taps), and the Diagonal BiLSTM's both directions' outputs by their inputs.
+    """
+    cuts = ((math.prod(shape[:k]), math.prod(shape[k:])) for k in range(1, len(shape)))
+    return min(cuts, key=lambda cut: max(cut) / min(cut))
 
 
 def orthogonal(matrices: Tensor) -> Tensor:
@@ -79,15 +91,18 @@ def orthogonal(matrices: Tensor) -> Tensor:
 OPTIMIZERS = {"rmsprop": torch.optim.RMSprop, "adamw": torch.optim.AdamW, "muon": Muon}
 
 
-def build_optimizer(config: dict, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
-    """Make the optimizer that `name` names, with the other keys as its arguments; ValueError if they do not fit.
+def build_optimizer(config: dict, model: nn.Module) -> torch.optim.Optimizer:
+    """Make the optimizer of a model's parameters that `name` names, with the other keys as its arguments.
+
+    Raises:
+        ValueError: they do not fit.
 
     Where parameters are on a GPU, so are the learning rate and the count of steps: nothing waits for the host.
     """
     arguments = {"lr": None} | {key: value for key, value in config.items() if key != "name"}
-    parameters = [*parameters]
     check_one_of("optimizer.name", config.get("name"), OPTIMIZERS)
-    kind, device = OPTIMIZERS[config["name"]], parameters[0].device
+    kind, device = OPTIMIZERS[config["name"]], next(model.parameters()).device
+    parameters = model.named_parameters() if kind is Muon else model.parameters()
     for key, value in arguments.items():
         if key == "betas":
             if not (isinstance(value, list) and len(value) == 2 and all(isinstance(x, int | float) for x in value)):

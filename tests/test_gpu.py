@@ -126,7 +126,7 @@ def test_captured_training_steps_are_the_same(name, optimizer):
     eager, averages, steps = copy.deepcopy(captured), [], []
     for model in (captured, eager):
         averages.append(copy.deepcopy(model))
-        made = build_optimizer({"name": optimizer, "lr": 1e-2}, model.parameters())
+        made = build_optimizer({"name": optimizer, "lr": 1e-2}, model)
         steps.append(TrainingStep(model, made, averages[-1], clip=0.1, bf16=True, graph=model is captured))
     for k in range(8):
         x, label = torch.randint(0, 4, (6, 1, 8, 6)), torch.randint(0, 3, (6,)).cuda()

@@ -2,12 +2,14 @@
 
 import copy
 import math
+from functools import partial
+from itertools import product
 
 import pytest
 import torch
 
 import train
-from models.optimizers import build_optimizer, load_state
+from models.optimizers import build_optimizer, load_state, matrix_of
 from models.training_step import TrainingStep, follow
 from tests.cases import CASES, build, given, images
 
@@ -42,62 +44,77 @@ def test_a_step_clips_and_moves_weights_at_its_rate_and_the_average_after_them()
 
 @pytest.mark.parametrize("config", [{"name": "rmsprop", "lr": 0.1, "momentum": 0.9}, {"name": "adamw", "lr": 0.1}])
 def test_an_optimizers_state_goes_on_with_this_runs_arguments(config):
-    weight = torch.nn.Parameter(torch.ones(2))
-    written, going_on = (build_optimizer({**config, "weight_decay": x}, [weight]) for x in (0.1, 0.2))
-    weight.grad = torch.ones(2)
+    model = torch.nn.ParameterDict({"weight": torch.ones(2)})
+    written, going_on = (build_optimizer({**config, "weight_decay": x}, model) for x in (0.1, 0.2))
+    model.weight.grad = torch.ones(2)
     written.step()
     load_state(going_on, written.state_dict())
-    assert going_on.param_groups[0]["weight_decay"] == 0.2 and going_on.state[weight]["step"] == 1
+    assert going_on.param_groups[0]["weight_decay"] == 0.2 and going_on.state[model.weight]["step"] == 1
 
 
-SHAPES = [(4, 3, 2, 3), (4,), (4, 3, 2, 3), (9, 2)]  # two of one shape, a bias, a matrix that is higher than wide
+MUON = {"name": "muon", "lr": 0.1, "weight_decay": 0.3}
+
+
+def parameters_for_muon() -> torch.nn.ParameterDict:
+    """Two weights of one shape, one that is higher than wide, one of two directions, and biases."""
+    torch.manual_seed(0)
+    shapes = {"a": (8, 3, 2, 3), "b": (9, 2), "c": (8, 3, 2, 3), "d": (2, 8, 5), "bias": (2, 8), "e": (7,)}
+    return torch.nn.ParameterDict({name: torch.randn(shape) for name, shape in shapes.items()})
+
+
+def give_gradients(model: torch.nn.ParameterDict, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in model.values():
+        parameter.grad = torch.randn(parameter.shape, generator=generator)
 
 
 def test_muon_is_torchs_for_weights_and_adamw_for_biases():
-    """torch's has no CUDA graph, computes in bfloat16, and takes matrices only, one after the other."""
-    torch.manual_seed(0)
-    ours, theirs = ([torch.nn.Parameter(torch.empty(shape)) for shape in SHAPES] for _ in range(2))
-    for mine, other in zip(ours, theirs, strict=True):
-        mine.data.normal_()
-        other.data = mine.data.flatten(1).clone() if mine.dim() > 1 else mine.data.clone()
-    made = build_optimizer({"name": "muon", "lr": 0.1, "weight_decay": 0.3}, ours)
-    others = [
-        torch.optim.Muon([p for p in theirs if p.dim() > 1], lr=0.1, weight_decay=0.3, adjust_lr_fn="match_rms_adamw"),
-        torch.optim.AdamW([p for p in theirs if p.dim() == 1], lr=0.1, weight_decay=0.3),
-    ]
-    for _ in range(3):
-        for mine, other in zip(ours, theirs, strict=True):
-            mine.grad = torch.randn_like(mine)
-            other.grad = mine.grad.view_as(other).clone()
-        for optimizer in (made, *others):
+    """torch's takes matrices only, one after the other, and computes in bfloat16."""
+    model, others, optimizers = parameters_for_muon(), {}, []
+    for name, parameter in model.items():
+        is_bias = name in ("bias", "e")
+        shape = parameter.shape if is_bias else matrix_of(parameter.shape)
+        others[name] = torch.nn.Parameter(parameter.detach().clone().view(shape))
+        rates = {"lr": 0.1, "weight_decay": 0.3}
+        made = torch.optim.AdamW if is_bias else partial(torch.optim.Muon, adjust_lr_fn="match_rms_adamw")
+        optimizers.append(made([others[name]], **rates))
+    optimizers.append(build_optimizer(MUON, model))
+    for seed in range(3):
+        give_gradients(model, seed)
+        for name, other in others.items():
+            other.grad = model[name].grad.clone().view_as(other)
+        for optimizer in optimizers:
             optimizer.step()
-    for mine, other in zip(ours, theirs, strict=True):
-        tolerance = 2e-2 if mine.dim() > 1 else 1e-6  # bfloat16
-        torch.testing.assert_close(mine.view_as(other), other, rtol=0, atol=tolerance)
+    for name, other in others.items():
+        tolerance = 1e-6 if name in ("bias", "e") else 3e-2
+        torch.testing.assert_close(model[name].view_as(other), other, rtol=0, atol=tolerance)
+
+
+def test_weights_as_matrices():
+    """Of each architecture: outputs by inputs with their taps, and both directions' outputs."""
+    for name, f in product(("pixel_cnn", "gated_pixel_cnn", "row_lstm", "diag_bilstm"), (16, 128)):
+        model = build(CASES[name], channels=3, levels=256, height=4, width=4, hidden=f)
+        for of, parameter in model.named_parameters():
+            if parameter.dim() > 2 and not of.endswith("bias"):
+                both = name == "diag_bilstm" and "lstm" in of
+                assert matrix_of(parameter.shape)[0] == parameter.shape[0] * (parameter.shape[1] if both else 1), of
 
 
 def test_muons_state_goes_on():
     """And a weight without a gradient stays as it is."""
-    torch.manual_seed(0)
-    weights = [torch.nn.Parameter(torch.randn(shape)) for shape in SHAPES]
-    copied = copy.deepcopy(weights)
-    first, second = (build_optimizer({"name": "muon", "lr": 0.1}, these) for these in (weights, copied))
-    gradients = [[torch.randn(shape) for shape in SHAPES] for _ in range(2)]
-    for step in gradients:
-        for weight, gradient in zip(weights, step, strict=True):
-            weight.grad = gradient.clone() if weight is not weights[2] else None
-        first.step()
-        if step is gradients[0]:
-            load_state(second, copy.deepcopy(first.state_dict()))
-            for mine, other in zip(copied, weights, strict=True):
-                mine.data.copy_(other.data)
-    for weight, gradient in zip(copied, gradients[1], strict=True):
-        weight.grad = gradient.clone() if weight is not copied[2] else None
-    second.step()
-    for mine, other, shape in zip(copied, weights, SHAPES, strict=True):
-        assert torch.equal(mine, other), shape
-    torch.manual_seed(0)
-    assert torch.equal(weights[2], [torch.randn(shape) for shape in SHAPES][2])
+    model, copied = parameters_for_muon(), parameters_for_muon()
+    first, second = build_optimizer(MUON, model), build_optimizer(MUON, copied)
+    give_gradients(model, 0)
+    first.step()
+    load_state(second, copy.deepcopy(first.state_dict()))
+    copied.load_state_dict(model.state_dict())
+    before = model["b"].detach().clone()
+    for of, optimizer in ((model, first), (copied, second)):
+        give_gradients(of, 1)
+        of["b"].grad = None
+        optimizer.step()
+    assert all(torch.equal(model[name], copied[name]) for name in model)
+    assert torch.equal(model["b"], before) and not torch.equal(model["a"], parameters_for_muon()["a"])
 
 
 def test_an_average_forgets_its_first_weights():

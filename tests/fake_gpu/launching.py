@@ -86,7 +86,7 @@ MUON = {"name": "muon", "lr": 1e-2, "weight_decay": 0.1}
 def test_a_training_step_is_captured_at_the_third_of_its_kind(name):
     """All of it, on the model's device; so are steps on another number of images."""
     model, x = small(name, dropout=0.5).train(), torch.zeros(3, 1, 4, 3).long()
-    step = TrainingStep(model, build_optimizer(ADAMW, model.parameters()), copy.deepcopy(model), clip=1, bf16=True)
+    step = TrainingStep(model, build_optimizer(ADAMW, model), copy.deepcopy(model), clip=1, bf16=True)
     before, done = dict(state), []
     for n in (3, 3, 3, 3, 2, 2, 2, 2):
         step(x[:n], lr=1e-2, decay=0.9)
@@ -115,7 +115,7 @@ def test_fifty_captured_training_steps_are_those_of_no_graph(name, bf16, optimiz
     with kernels.use("torch"), fake_cuda.replaying():
         for model in (captured, eager):
             averages.append(copy.deepcopy(model))
-            made = build_optimizer(optimizer, model.parameters())
+            made = build_optimizer(optimizer, model)
             step = TrainingStep(model, made, averages[-1], clip, bf16=bf16, graph=model is captured)
             numbers = torch.Generator().manual_seed(0)
             torch.manual_seed(1)
@@ -132,7 +132,7 @@ def test_fifty_captured_training_steps_are_those_of_no_graph(name, bf16, optimiz
 def test_a_state_of_the_cpu_goes_on_on_a_gpu_and_back():
     """There, the rate and the count of steps are tensors: a CUDA graph reads them."""
     model = small()
-    here, there = build_optimizer(ADAMW, model.parameters()), build_optimizer(ADAMW, model.parameters())
+    here, there = build_optimizer(ADAMW, model), build_optimizer(ADAMW, model)
     for group in there.param_groups:
         there.defaults |= {"capturable": False, "lr": 1e-2}
         group |= there.defaults
