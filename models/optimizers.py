@@ -51,7 +51,7 @@ class Muon(torch.optim.AdamW):
             gradients, means = [weight.grad for weight in weights], [self.mean_of(weight) for weight in weights]
             torch._foreach_lerp_(means, gradients, 1 - self.momentum)
             of_all = torch.stack(torch._foreach_lerp(means, gradients, 1 - self.momentum))
-            steps = orthogonal(of_all.view(-1, *matrix_of(weights[0].shape)))
+            steps = orthogonal(of_all.reshape(-1, *matrix_of(weights[0].shape)))
             steps = steps * (group["lr"] * 0.2 * max(steps.shape[1:]) ** 0.5)
             torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
             torch._foreach_sub_(weights, [*steps.view(-1, *weights[0].shape)])
