@@ -12,12 +12,14 @@ from pathlib import Path
 from unittest import mock
 
 import torch
+from hydra import compose, initialize_config_dir
 
 import compress
 import demo
 import evaluate
 import sample
 import train
+from conf import schema
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 COMMANDS = {
@@ -28,6 +30,15 @@ COMMANDS = {
     "demo": (demo.main,),
 }
 TINY = ["model.hidden=4", "model.layers=1", "model.head_features=8", "batch_size=256"]
+
+
+def composed(*overrides: str):
+    """What `python train.py OVERRIDES` runs with."""
+    schema.register()
+    with initialize_config_dir(str(REPOSITORY / "conf"), version_base="1.3"):
+        return compose("train", list(overrides))
+
+
 SHORT = [
     *TINY,
     "steps=12",

@@ -21,7 +21,7 @@ from cli.output import grid
 from data.order import EpochOrder
 from models.base import LATER
 from models.checkpoint import find, load, read
-from tests.commands import COMMANDS, REPOSITORY, SHORT, TINY, Started, process
+from tests.commands import COMMANDS, REPOSITORY, SHORT, TINY, Started, composed, process
 
 LONG = [*TINY, "steps=120", "save_every=7", "evaluate_every=20", "log_every=10", "sample_every=0"]
 
@@ -328,19 +328,13 @@ def test_help_shows_how_to_begin(call, name):
 
 def test_every_config_composes_and_builds():
     """Every model with every data set's shape, from the files in conf/ alone."""
-    from hydra import compose, initialize_config_dir
-
-    from conf import schema
-
-    schema.register()
-    with initialize_config_dir(str(REPOSITORY / "conf"), version_base="1.3"):
-        names = sorted(path.stem for path in (REPOSITORY / "conf" / "model").glob("*.yaml"))
-        for model in names:
-            for dataset in sorted(path.stem for path in (REPOSITORY / "conf" / "dataset").glob("*.yaml")):
-                cfg = compose("train", [f"model={model}", f"dataset={dataset}"])
-                assert cfg.dataset.name == dataset
-                shape = {"channels": 3, "height": 8, "width": 8, "levels": 256}
-                shape |= {"frames": 5} if model == "video" else {}
-                with torch.device("meta"):
-                    assert models.build({**cfg.model, **shape}).shape[-3:] == (3, 8, 8)
+    names = sorted(path.stem for path in (REPOSITORY / "conf" / "model").glob("*.yaml"))
+    for model in names:
+        for dataset in sorted(path.stem for path in (REPOSITORY / "conf" / "dataset").glob("*.yaml")):
+            cfg = composed(f"model={model}", f"dataset={dataset}")
+            assert cfg.dataset.name == dataset
+            shape = {"channels": 3, "height": 8, "width": 8, "levels": 256}
+            shape |= {"frames": 5} if model == "video" else {}
+            with torch.device("meta"):
+                assert models.build({**cfg.model, **shape}).shape[-3:] == (3, 8, 8)
     assert len(names) >= 2

@@ -4,17 +4,14 @@ import inspect
 import itertools
 import re
 import shlex
-from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
 
 import models
-from conf import schema
+from tests.commands import REPOSITORY, composed
 
-REPOSITORY = Path(__file__).resolve().parent.parent
 CONF = REPOSITORY / "conf"
 PAGE = (REPOSITORY / "docs" / "experiments.md").read_text()
 NAMES = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
@@ -64,13 +61,6 @@ OURS = {  # sizes that no paper gives: what the model has beside the defaults of
         "head": "logistic_mixture",
     },
 }
-
-
-def composed(*overrides: str):
-    """What `python train.py OVERRIDES` runs with."""
-    schema.register()
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        return compose("train", list(overrides))
 
 
 def built(cfg) -> models.base.ImageModel:

@@ -6,10 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
 
 import data
-from tests.commands import REPOSITORY
+from tests.commands import REPOSITORY, composed
 
 NAMES = sorted(path.stem for path in (REPOSITORY / "conf/experiment").glob("*.yaml"))
 SHRUNK = [
@@ -32,8 +31,7 @@ def small_images(levels: int, channels: int) -> tuple[np.ndarray, np.ndarray]:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_it_falls(name, call):
-    with initialize_config_dir(str(REPOSITORY / "conf"), version_base=None):
-        cfg = compose("train", [f"experiment={name}"])
+    cfg = composed(f"experiment={name}")
     levels, channels = (2, 1) if cfg.dataset.name == "binary_mnist" else (256, 3)
     x, labels = small_images(levels, channels)
     np.save("x.npy", x)
