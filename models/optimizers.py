@@ -21,9 +21,9 @@ class Muon(torch.optim.AdamW):
 
     The factor makes a step as large, in the root mean square of its numbers, as AdamW's usually is.
 
-    Weights of the same shape, as a network's layers have them, are taken together. Gradients are used up: None
-    afterwards. torch.optim.Muon takes matrices alone, one after the other, and reads the learning rate on the host, so
-    that no CUDA graph can hold its step.
+    Weights of the same shape, as a network's layers have them, are computed together. After a step, weights have no
+    gradients any more. Why not torch.optim.Muon: it accepts only matrices, takes one after the other, and needs the
+    learning rate as a number on the host, which a CUDA graph cannot change.
 
     Source: Jordan et al. 2024, https://kellerjordan.github.io/posts/muon; the factor: Liu et al. 2025, 2502.16982.
     """
@@ -56,7 +56,7 @@ class Muon(torch.optim.AdamW):
             torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
             torch._foreach_sub_(weights, [*steps.view(-1, *weights[0].shape)])
             for weight in weights:
-                weight.grad = None  # AdamW is to leave it alone
+                weight.grad = None  # so that AdamW skips it
         super().step()
 
     def mean_of(self, weight: nn.Parameter) -> Tensor:
