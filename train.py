@@ -31,6 +31,7 @@ from cli.runs import (
     continued,
     count_classes,
     differences,
+    find_model,
     held,
     named_by_what_differs,
     overrides_of,
@@ -148,12 +149,26 @@ class Training:
             largest = torch.stack(torch._foreach_norm(tensors, math.inf)).max().item()
         check_finite(largest, "a weight", f"after step {self.step}", folder)
 
-    def restore(self, path: Path, checkpoint: dict) -> None:
-        """Continue where a checkpoint was written; ValueError if its model or optimizer is another than this run's."""
+    def begin_from(self, path: Path, checkpoint: dict) -> None:
+        """Take the weights of a trained model, averaged ones where it has them; ValueError if this one has others."""
+        try:
+            self.model.load_state_dict(rebuild(checkpoint, path).state_dict())
+        except RuntimeError:
+            self.check_model(path, checkpoint)
+            raise
+        if self.ema:
+            self.ema.load_state_dict(self.model.state_dict())
+
+    def check_model(self, path: Path, checkpoint: dict) -> None:
+        """Raise ValueError, with what differs, if a checkpoint's model is another than this run's."""
         mine, found = ({**LATER, **of} for of in (self.model_config, checkpoint["model"]))
         if found != mine:
             mine, found = ({k: of[k] for k in of if mine.get(k) != found.get(k)} for of in (mine, found))
             raise ValueError(f"{path}: expected this run's model {mine}, found {found}")
+
+    def restore(self, path: Path, checkpoint: dict) -> None:
+        """Continue where a checkpoint was written; ValueError if its model or optimizer is another than this run's."""
+        self.check_model(path, checkpoint)
         if (checkpoint["ema"] is None) != (self.ema is None):
             raise unexpected("ema", self.config["ema"], f"{checkpoint['config']['ema']}, as in {path}")
         name = checkpoint["config"]["optimizer"]["name"]
@@ -291,6 +306,9 @@ def train(cfg, folder: Path) -> float:
             "batch_size", cfg.batch_size, f"at least {parts}, an image for each process and part of a step"
         )
     run, val = Training(cfg, overrides, dataset, device), dataset.val.first(cfg.evaluate_images)
+    if cfg.init_from and not checkpoint:
+        trained = find_model(cfg.init_from)
+        run.begin_from(trained, from_first(lambda: read(trained)))
     if checkpoint:
         run.restore(last, checkpoint)
         for text in differences(checkpoint["config"], run.config):

@@ -25,6 +25,7 @@ class Train:
     bf16: bool = MISSING
     cuda_graph: bool = MISSING
     resume: str | None = None
+    init_from: str | None = None
 
     warmup: int = MISSING
     decay: str = MISSING

@@ -9,11 +9,10 @@ import torch
 from torch import Tensor
 
 from kernels import native
-from kernels.jit import cdiv
 from kernels.vector import Code, Value
 from kernels.vector_math import tanh_and_sigmoid
 
-NUMBERS = 1 << 15  # of a call: a thread's share
+NUMBERS = 1 << 15  # of a job
 
 
 def lanes_of(f: int, dtype: torch.dtype) -> int:
@@ -40,23 +39,19 @@ def backward(code: Code, u: Value, d_out: Value, d_u: Value, rows: Value, vector
 
 def write(code: Code) -> None:
     """Write both, functions of where tensors begin, how many rows there are, and how many vectors leave one."""
-    code.function(forward, "ppii", name="forward")
-    code.function(backward, "pppii", name="backward")
+    code.job(forward, "ppii", "forward")
+    code.job(backward, "pppii", "backward")
 
 
 def run(name: str, *tensors: Tensor) -> None:
     """Run "forward" or "backward"; of the tensors (… f) or (… 2f), all contiguous, the first has 2f."""
     f = tensors[0].shape[-1] // 2
     rows, lanes = tensors[0].numel() // (2 * f), lanes_of(f, tensors[0].dtype)
-    function = native.library(write, {"forward": 4, "backward": 5}, lanes, tensors[0].dtype == torch.float64)[name]
-    of_call = max(1, NUMBERS // f)
-
-    def call(k: int):
-        first, count = k * of_call, min(of_call, rows - k * of_call)
-        places = [x.data_ptr() + first * x.shape[-1] * x.element_size() for x in tensors]
-        yield function(*places, count, f // lanes)
-
-    native.share(call, cdiv(rows, of_call))
+    job = native.library(write, {"forward": 1, "backward": 1}, lanes, tensors[0].dtype == torch.float64)[name]
+    places = [(x.data_ptr(), x.shape[-1] * x.element_size()) for x in tensors]
+    of_job = max(1, NUMBERS // f)
+    parts = ((first, min(of_job, rows - first)) for first in range(0, rows, of_job))
+    native.in_parallel(job, [(*(at + first * size for at, size in places), n, f // lanes) for first, n in parts])
 
 
 @torch.library.custom_op("pixelrnn::gate_cpu", mutates_args=(), device_types="cpu")

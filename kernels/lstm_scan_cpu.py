@@ -47,13 +47,9 @@ def scan(name: str, tensors: list[Tensor], n: int, diagonal: bool, lanes: int) -
     steps = [[0, 1, 1, 0], [0, -1, 1, 0]] if diagonal else [[x for t in range(n) for x in (1, n // 2 - t)]]
     sizes = [h, w, d, n, gates // 4 // lanes, 0 if diagonal else n // 2]
     memory = torch.tensor([*(x.data_ptr() for x in tensors), *sizes, *(x for of_taps in steps for x in of_taps)])
-    functions = native.library(write, {"forward": 4, "backward": 4}, lanes, tensors[0].dtype == torch.float64)
-
-    def call(k: int):
-        first, direction = k // d * IMAGES, k % d
-        yield functions[name](memory.data_ptr(), first, min(IMAGES, b - first), direction)
-
-    native.share(call, cdiv(b, IMAGES) * d)
+    job = native.library(write, {"forward": 1, "backward": 1}, lanes, tensors[0].dtype == torch.float64)[name]
+    parts = [(first, min(IMAGES, b - first)) for first in range(0, b, IMAGES)]
+    native.in_parallel(job, [(memory.data_ptr(), *part, direction) for part in parts for direction in range(d)])
 
 
 @torch.library.custom_op("pixelrnn::lstm_cpu", mutates_args=(), device_types="cpu")

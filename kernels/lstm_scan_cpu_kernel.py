@@ -180,4 +180,4 @@ def write(code: Code) -> None:
             with code.loop(count, whole) as k:
                 single(scan, first + k, direction)
 
-        code.function(run, "piii", name=body.__name__)
+        code.job(run, "piii", body.__name__)

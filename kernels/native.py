@@ -1,7 +1,7 @@
 """Machine code for this computer's CPU, compiled once and kept on the disk.
 
 `library(write, lanes, double)` calls `write(code)`, which writes functions down (`kernels.vector`), and returns them
-ready to be called with integers and addresses. Calls let other threads run.
+ready to be called with integers and addresses. Calls let other threads run. `in_parallel` and `share` are for several.
 
 What is compiled is kept below ~/.cache/pixelrnn/compiled, named by everything that it depends on: these files, the
 compiler's version, and the CPU. It is machine code that will be run, so its digest is checked first; a file that does
@@ -15,10 +15,11 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import itertools
 import os
 import platform
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from functools import lru_cache
 from pathlib import Path
@@ -29,7 +30,7 @@ import torch
 
 from checks import check_one_of
 from files import write_atomically
-from kernels.vector import Code
+from kernels.vector import I64, Code, Value
 
 FOLDER = "~/.cache/pixelrnn/compiled"
 DIGEST = 32  # bytes
@@ -163,6 +164,58 @@ def loaded(
     engines.append(engine)
     kinds = {name: ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * count) for name, count in functions}
     return {name: kind(engine.get_function_address(name)) for name, kind in kinds.items()}
+
+
+# ------------------------------------------------------------------------------------------------------- threads
+
+
+def write_turns(code: Code) -> None:
+    """Write what each of torch's threads does: as long as there are jobs that none has done, the next one.
+
+    In memory: how many were begun, how many there are, the job's function, how many arguments one has, all arguments.
+    """
+
+    def turns(code: Code, at: Value) -> None:
+        count, function, arguments = (code.load_integer(at, k) for k in (1, 2, 3))
+        with code.loop(count):
+            number = code.taken(at)
+            with code.when(number < count):
+                code.call_at(function, code.address(at, number * arguments + 4, I64))
+
+    code.function(turns, "p", name="turns")
+
+
+@lru_cache
+def openmp() -> Callable | None:
+    """What has torch's own threads run a function: of the function, its argument, how many, 0. None: there is none."""
+    start = getattr(ctypes.CDLL(None), "GOMP_parallel", None) if os.name == "posix" else None
+    if start is not None:
+        start.argtypes, start.restype = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint], None
+    return start
+
+
+def in_parallel(job: Callable[[int], None], arguments: Sequence[tuple[int, ...]]) -> None:
+    """Call a compiled `Code.job` with each of these arguments, by as many threads as torch uses: by its own threads.
+
+    For a millisecond and more after each operation of torch, its threads wait awake for the next one. A thread of
+    Python's, as `share` has them, would have to wait until they sleep, longer than such a job takes.
+    """
+    if not arguments:
+        return
+    start, flat = openmp(), [*itertools.chain.from_iterable(arguments)]
+    memory = (ctypes.c_int64 * (4 + len(flat)))(0, len(arguments), address_of(job), len(arguments[0]), *flat)
+    turns, at = library(write_turns, {"turns": 1}, 4)["turns"], ctypes.addressof(memory)
+    threads = min(len(arguments), torch.get_num_threads())
+    if threads == 1 or getattr(within, "shared", False):
+        turns(at)
+    elif start is not None:
+        start(address_of(turns), at, threads, 0)
+    else:
+        share(lambda k: [turns(at)], threads)
+
+
+def address_of(function: Callable) -> int:
+    return ctypes.cast(function, ctypes.c_void_p).value
 
 
 @lru_cache

@@ -55,16 +55,13 @@ def uniforms(code: Code, keys: Value, out: Value, m: Value, stage: Value) -> Non
 
 
 def write(code: Code) -> None:
-    code.function(uniforms, "ppii", name="uniforms")
+    code.job(uniforms, "ppii", "uniforms")
 
 
 def by_cpu(keys: Tensor, m: int, stage: int) -> Tensor:
     """The numbers (n m) of keys (n 2)."""
     out, keys = torch.empty(len(keys), m), keys.contiguous()
-    function = native.library(write, {"uniforms": 4}, BLOCK)["uniforms"]
-
-    def call(k: int):
-        yield function(keys.data_ptr() + 16 * k, out.data_ptr() + 4 * m * k, m, stage)
-
-    native.share(call, len(keys))
+    first, of_key = keys.data_ptr(), keys.element_size() * 2
+    jobs = [(first + of_key * k, out.data_ptr() + out.element_size() * m * k, m, stage) for k in range(len(keys))]
+    native.in_parallel(native.library(write, {"uniforms": 1}, BLOCK)["uniforms"], jobs)
     return out

@@ -154,6 +154,18 @@ class Code:
         self.at = before
         return lambda *values: Value(self, self.at.call(made, [value.ir for value in values]))
 
+    def job(self, body: Callable, arguments: str, name: str) -> None:
+        """Write a function of one pointer, to where its arguments "i" and "p" stand one after the other, as integers.
+
+        `native.in_parallel` calls such functions.
+        """
+
+        def read(code: Code, at: Value) -> None:
+            values = [code.load_integer(at, k) for k in range(len(arguments))]
+            body(code, *(code.pointer(x) if of == "p" else x for x, of in zip(values, arguments, strict=True)))
+
+        self.function(read, "p", name=name)
+
     def intrinsic(self, name: str, count: int) -> ir.Function:
         """One of LLVM's functions of vectors, with `count` arguments."""
         full = f"llvm.{name}.v{self.lanes}f{64 if self.double else 32}"
@@ -248,6 +260,16 @@ class Code:
 
     def load_integer(self, pointer: Value, index: Value | int = 0) -> Value:
         return Value(self, self.at.load(self.address(pointer, index, I64).ir, typ=I64))
+
+    def taken(self, pointer: Value) -> Value:
+        """The integer at a pointer, to which one is added; of several threads, no two get the same."""
+        one = ir.Constant(I64, 1)
+        return Value(self, self.at.atomic_rmw("add", pointer.ir, one, "monotonic"))
+
+    def call_at(self, integer: Value, pointer: Value) -> None:
+        """Call the function of one pointer that is at an address."""
+        signature = ir.FunctionType(ir.VoidType(), [POINTER])
+        self.at.call(self.at.inttoptr(integer.ir, signature.as_pointer()), [pointer.ir])
 
     def pointer(self, integer: Value) -> Value:
         return Value(self, self.at.inttoptr(integer.ir, POINTER))

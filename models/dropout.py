@@ -43,16 +43,16 @@ def masks_of(keys: Tensor) -> Iterator[None]:
 
 
 def kept(n: int, features: int, p: float, device: torch.device) -> Tensor:
-    """Which features of n images to keep, each with probability 1 − p: (n features), true or false."""
+    """Which features of n images to keep, each with probability 1 − p: (n features), 1.0 or 0.0."""
     if masks is None:
-        return torch.rand(n, features, device=device) >= p
+        return torch.rand(n, features, device=device).ge_(p)
     masks.made += 1
-    return uniforms(masks.keys, n // len(masks.keys) * features, masks.made - 1).view(n, features) >= p
+    return uniforms(masks.keys, n // len(masks.keys) * features, masks.made - 1).view(n, features).ge_(p)
 
 
 def drop_labels(label: Tensor, p: float, none: int) -> Tensor:
     """Labels (n,), each with probability p replaced by `none`."""
-    return torch.where(kept(len(label), 1, p, label.device)[:, 0], label, none)
+    return torch.where(kept(len(label), 1, p, label.device)[:, 0] > 0, label, none)
 
 
 def dropout(x: Tensor, p: float) -> Tensor:
@@ -62,4 +62,4 @@ def dropout(x: Tensor, p: float) -> Tensor:
     """
     if masks is None or p == 0:
         return F.dropout(x, p)
-    return torch.where(kept(len(x), x[0].numel(), p, x.device).view(x.shape), x / (1 - p), 0)
+    return x * kept(len(x), x[0].numel(), p, x.device).view(x.shape).to(x.dtype) / (1 - p)

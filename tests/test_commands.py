@@ -4,6 +4,7 @@ import contextlib
 import itertools
 import json
 import os
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -74,6 +75,27 @@ class TestTraining:
         assert status == 0
         assert f"{summary['test_nats']:.4f} ± {summary['test_nats_standard_error']:.4f} nats" in out
         assert f"{summary['test_bits_per_dim']:.4f} ±" in out
+
+    def test_begins_with_a_trained_model_s_averaged_weights(self, call, trained):
+        status, _, err = call("train", *SHORT, f"init_from={trained}", "optimizer.lr=0", "hydra.run.dir=tuned")
+        assert status == 0, err
+        mine, theirs = read("tuned/last.pt"), read(trained / "best.pt")
+        for name, weight in theirs["ema"].items():
+            assert torch.equal(mine["weights"][name], weight)
+            torch.testing.assert_close(mine["ema"][name], weight)  # averages of the same numbers
+        assert mine["best_val"] == pytest.approx(theirs["best_val"], rel=1e-4)
+
+    def test_what_it_began_with_is_not_asked_for_again(self, call, trained):
+        """The run that is continued has its own weights."""
+        copied = shutil.copytree(trained, "copied")
+        assert call("train", *SHORT, f"init_from={copied}", "hydra.run.dir=tuned")[0] == 0
+        shutil.rmtree(copied)
+        status, out, err = call("train", "resume=tuned", "steps=18")
+        assert status == 0 and "steps 12 to 18" in out, err
+
+    def test_of_a_trained_model_of_another_size(self, call, trained):
+        status, _, err = call("train", *SHORT, f"init_from={trained}", "model.hidden=5")
+        assert status == 2 and "expected this run's model {'hidden': 5}, found {'hidden'" in err
 
     def test_sweep_runs_every_combination(self, call):
         arguments = [

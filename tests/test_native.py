@@ -208,6 +208,16 @@ def threads():
     torch.set_num_threads(before)
 
 
+def write_doubled(code: Code) -> None:
+    """x[k] ← 2 · x[k], for vectors k < count."""
+
+    def doubled(code, x, count):
+        with code.loop(count) as k:
+            code.store(code.load(x, k) * 2, x, k)
+
+    code.job(doubled, "pi", "doubled")
+
+
 every_number = pytest.mark.parametrize("count", [1, 2, 3])
 
 
@@ -223,6 +233,38 @@ def test_each_call_is_gone_through_once(count, threads):
 
     native.share(call, 20)
     assert done == list(range(20))
+
+
+@every_number
+@pytest.mark.parametrize("by", ["torch's threads", "others"])
+@pytest.mark.parametrize("jobs", [0, 1, 2, 7, 300])
+def test_each_job_is_done_once(count, by, jobs, threads, monkeypatch):
+    threads(count)
+    if by == "others":
+        monkeypatch.setattr(native, "openmp", lambda: None)
+    job = native.library(write_doubled, {"doubled": 1}, 4)["doubled"]
+    x = torch.arange(jobs * 40.0).view(jobs, 40)
+    expected = x * 2
+    native.in_parallel(job, [(row.data_ptr(), 10) for row in x])
+    assert torch.equal(x, expected)
+
+
+@every_number
+def test_jobs_within_a_call_that_is_one_of_several(count, threads):
+    """Each by its thread alone, as a shared call within another is."""
+    threads(count)
+    job = native.library(write_doubled, {"doubled": 1}, 4)["doubled"]
+    x = torch.arange(80.0).view(4, 5, 4)
+    expected = x * 2
+    native.share(lambda k: [native.in_parallel(job, [(row.data_ptr(), 1) for row in x[k]])], 4)
+    assert torch.equal(x, expected)
+
+
+@pytest.mark.skipif(native.openmp() is None, reason="torch's threads are none of OpenMP's here")
+def test_jobs_are_done_by_torch_s_threads(threads, monkeypatch):
+    threads(2)
+    monkeypatch.setattr(native, "share", None)
+    test_each_job_is_done_once(2, "torch's threads", 7, threads, monkeypatch)
 
 
 @every_number
