@@ -43,6 +43,7 @@ from cli.runs import (
 )
 from data.order import EpochOrder
 from models.base import LATER, ImageModel, bits_per_dim
+from models.begin import begin_with
 from models.checkpoint import in_one_line, read, rebuild, save
 from models.likelihood import EVALUATION_BATCH, label_for, nats_of, summarise
 from models.optimizers import build_optimizer, load_state
@@ -150,10 +151,10 @@ class Training:
         check_finite(largest, "a weight", f"after step {self.step}", folder)
 
     def begin_from(self, path: Path, checkpoint: dict) -> None:
-        """Take the weights of a trained model, averaged ones where it has them; ValueError if this one has others."""
+        """Take the weights of a trained model, averaged ones where it has them; ValueError if they do not fit."""
         try:
-            self.model.load_state_dict(rebuild(checkpoint, path).state_dict())
-        except RuntimeError:
+            begin_with(self.model, rebuild(checkpoint, path))
+        except ValueError:
             self.check_model(path, checkpoint)
             raise
         if self.ema:
