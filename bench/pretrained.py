@@ -7,6 +7,7 @@ that has just been trained, `--training runs/…` puts it there, with its curve.
 
 import argparse
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -60,7 +61,11 @@ def training_of(folder: Path) -> dict:
     summary, metrics = read_json(folder / "summary.json"), metrics_of(folder)
     if summary is None:
         raise SystemExit(f"{folder}: expected the folder of a run that has ended, found no summary.json")
-    return {key: summary[key] for key in KEPT if key in summary} | {"validation": curve(metrics, "val_bits_per_dim")}
+    training = {key: summary[key] for key in KEPT if key in summary}
+    if begun := re.search(r" init_from=pretrained/(\S+)", training["command"]):
+        before = json.loads((RESULTS / f"{begun[1]}.json").read_text())["training"]
+        training["began_with"] = {key: before[key] for key in (*KEPT, "began_with") if key in before}
+    return training | {"validation": curve(metrics, "val_bits_per_dim")}
 
 
 def measure(name: str, training: dict | None) -> dict:
@@ -106,13 +111,26 @@ def likelihood(of: dict) -> str:
     return f"{nats}, {bits}" if of["config"]["dataset"]["name"] == "binary_mnist" else f"{bits}, {nats}"
 
 
+def stages(training: dict) -> list[dict]:
+    """The trainings that a model had, the first one first: each began with the weights of the one before."""
+    return [*(stages(training["began_with"]) if "began_with" in training else []), training]
+
+
+def where(training: dict, what: str) -> str:
+    """What a training ran on, how long and when."""
+    text = f"{training['device']}, {training['cores']} cores"
+    if "train_seconds" in training:
+        text += f", {training['train_seconds'] / 60:.0f} minutes ({training['images_per_second']:.0f} {what}/s)"
+    return f"{text}, {training['date'][:10]}"
+
+
 def card(name: str, of: dict) -> str:
     """The text of a model's card."""
     training, config = of["training"], of["config"]
     size, what = (FOLDER / f"{name}.safetensors").stat().st_size, "clips" if of["model"] == "Video" else "images"
-    trained = f"{training['device']}, {training['cores']} cores"
-    if "train_seconds" in training:
-        trained += f", {training['train_seconds'] / 60:.0f} minutes ({training['images_per_second']:.0f} {what}/s)"
+    row = "| began with | the weights after {best_step:,} steps of the training before, on {} |\n"
+    before = "".join(row.format(where(stage, what), **stage) for stage in stages(training)[:-1])
+    commands = "\n".join(stage["command"] for stage in stages(training))
     return f"""# {name}
 
 ![samples]({name}.png)
@@ -122,13 +140,13 @@ def card(name: str, of: dict) -> str:
 | model | {in_words(of)}; {of["parameters"]:,} parameters, {size / 1e3:,.0f} kB |
 | test split, {of["test"]["images"]:,} {what} | {likelihood(of)} |
 | data | {DATA[config["dataset"]["name"]]} |
-| trained for | {training["best_step"]:,} steps of {config["batch_size"]} {what} |
-| trained on | {trained}, {training["date"][:10]} |
+{before}| trained for | {training["best_step"]:,} steps of {config["batch_size"]} {what} |
+| trained on | {where(training, what)} |
 
 The samples are the first ones of seed 0, not chosen. The model was trained by
 
 ```
-{training["command"]}
+{commands}
 ```
 
 ![bits/dim of the validation split](../bench/results/pretrained/{name}.svg)

@@ -6,7 +6,6 @@ they take a checkpoint.
 """
 
 import argparse
-import copy
 import sys
 from pathlib import Path
 
@@ -32,9 +31,9 @@ def export(path: Path, out: Path) -> str:
     if checkpoint["config"] is None:
         raise unexpected("RUN", str(path), "a run, or a checkpoint of one")
     model = rebuild(checkpoint, path)
-    config = copy.deepcopy(checkpoint["config"])
-    config |= {"resume": None, "dataset": config["dataset"] | {"root": None}}  # no places of this machine
-    run = {"config": config, "step": checkpoint["step"], "best_val": checkpoint["best_val"]}
+    config = checkpoint["config"]
+    elsewhere = {"resume": None, "init_from": None, "dataset": config["dataset"] | {"root": None}}
+    run = {"config": config | elsewhere, "step": checkpoint["step"], "best_val": checkpoint["best_val"]}
     exported.write(out, checkpoint["model"], model.state_dict(), run)
     parameters = sum(p.numel() for p in model.parameters())
     return f"{out}: {type(model).__name__}, {parameters:,} parameters, {out.stat().st_size / 1e6:.2f} MB"

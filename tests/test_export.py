@@ -28,12 +28,9 @@ def file(tmp_path) -> Path:
 
 
 def test_what_a_run_trained_is_the_same_wherever_its_export_is_loaded(call, tmp_path, monkeypatch, capsys):
-    assert (
-        call("train", *SHORT, "model=pixel_cnn", "hydra.run.dir=run", f"dataset.root={tmp_path}", "evaluate_images=40")[
-            0
-        ]
-        == 0
-    )
+    own = *SHORT, "model=pixel_cnn", f"dataset.root={tmp_path}", "evaluate_images=40"
+    assert call("train", *own, "hydra.run.dir=first")[0] == 0
+    assert call("train", *own, f"init_from={tmp_path / 'first'}", "hydra.run.dir=run")[0] == 0
     assert call("evaluate", "checkpoint=run", "out=before.json")[0] == 0
     assert export.main(["run", "out=given.safetensors"]) == 0
     said = capsys.readouterr().out
@@ -51,7 +48,7 @@ def test_what_a_run_trained_is_the_same_wherever_its_export_is_loaded(call, tmp_
     nats = load("../run/best.pt").log_prob(here)
     for model in (load("given.safetensors"), pixelrnn.ImageModel.from_pretrained("given.safetensors")):
         assert torch.equal(model.log_prob(here), nats) and not model.training
-    assert given["config"]["dataset"] == {"name": "digits", "root": None}
+    assert given["config"]["dataset"] == {"name": "digits", "root": None} and given["config"]["init_from"] is None
     assert given["step"] == read("../run/best.pt")["step"] and f"{sum(p.numel() for p in model.parameters()):,}" in said
     with safetensors.safe_open("given.safetensors", "pt") as file:
         assert str(tmp_path) not in str(file.metadata())  # nothing of this machine
