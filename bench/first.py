@@ -2,7 +2,7 @@
 
 Each time is that of a new process, which draws what `python sample.py` draws by default from the model that `python
 train.py` trains by default. One begins with an empty folder of compiled code, one with what that one left, one draws by
-torch. They take turns.
+torch, where only the noise is compiled, and it finds that on the disk. They take turns.
 """
 
 import argparse
@@ -41,7 +41,7 @@ def digits(quick: bool):
 
 
 def draw(folder: str, backend: str, threads: int, quick: bool) -> dict[str, float]:
-    """Draw in a process that has not drawn yet: its milliseconds, and those to get the row's machine code.
+    """Draw in a process that has not drawn yet: its milliseconds, and those to get machine code.
 
     Args:
         folder: where compiled code is kept.

@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 
 from kernels.activations import sigmoid, tanh
 from kernels.backend import backend_for
-from kernels.gate_cpu import gate_cpu_op, lanes_of
+from kernels.gate_cpu import gate_cpu_op, takes
 from kernels.jit import cdiv, jit, launch, tl
 
 
@@ -142,7 +142,7 @@ def gate(u: Tensor, backend: str | None = None) -> Tensor:
 
     Source: 1606.05328, equation 2.
     """
-    computed_by = backend_for(u, backend, compiled=True if lanes_of(u.shape[-1] // 2, u.dtype) else None)
+    computed_by = backend_for(u, backend, compiled=True if takes(u.shape[-1] // 2, u.dtype) else None)
     if computed_by == "torch":
         return Gate.apply(u)
     return (gate_op if computed_by == "triton" else gate_cpu_op)(u)

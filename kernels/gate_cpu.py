@@ -15,10 +15,16 @@ from kernels.vector_math import tanh_and_sigmoid
 NUMBERS = 1 << 15  # of a job
 
 
+def takes(f: int, dtype: torch.dtype) -> bool:
+    """Whether f is a whole number of the least vectors. It does not ask the CPU, so torch.compile can trace it."""
+    return f % (4 if dtype == torch.float64 else 8) == 0
+
+
 def lanes_of(f: int, dtype: torch.dtype) -> int:
-    """How many numbers a vector has, of which f are a whole number; 0 where there is none such."""
+    """How many numbers a vector has: those of the CPU's vectors, if f is a whole number of them."""
     double = dtype == torch.float64
-    return next((lanes for lanes in (native.lanes(f, double), 4 if double else 8) if f % lanes == 0), 0)
+    lanes = native.lanes(f, double)
+    return lanes if f % lanes == 0 else 4 if double else 8
 
 
 def forward(code: Code, u: Value, out: Value, rows: Value, vectors: Value) -> None:

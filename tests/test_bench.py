@@ -76,9 +76,10 @@ def test_sampling_writes_what_it_measured(tmp_path, capsys):
         assert row["images_per_second"] == pytest.approx(row["shape"][0] / row["ms"]["median"] * 1e3)
     compiled, loaded, by_torch = parts.pop("first")
     assert (compiled["code"], loaded["code"], by_torch["backend"]) == ("compiled", "from the disk", "torch")
-    assert compiled["code_ms"]["median"] > 4 * loaded["code_ms"]["median"] and "code_ms" not in by_torch
+    assert compiled["code_ms"]["median"] > 4 * loaded["code_ms"]["median"]
+    assert compiled["code_ms"]["median"] > 4 * by_torch["code_ms"]["median"]  # of the noise
     for row in (compiled, loaded, by_torch):
-        assert row.get("code_ms", row["draw_ms"])["median"] <= row["draw_ms"]["median"] < row["ms"]["median"]
+        assert row["code_ms"]["median"] <= row["draw_ms"]["median"] < row["ms"]["median"]
     (made,) = (r for r in result["rows"] if r["part"] == "noise")
     assert made["shape"] == [2, 1, 4, 4] and made["images_per_second"] == pytest.approx(2e3 / made["ms"]["median"])
     for row in (row for part in parts.values() for row in part):
