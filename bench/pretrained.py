@@ -62,8 +62,10 @@ def training_of(folder: Path) -> dict:
     if summary is None:
         raise SystemExit(f"{folder}: expected the folder of a run that has ended, found no summary.json")
     training = {key: summary[key] for key in KEPT if key in summary}
-    if begun := re.search(r" init_from=pretrained/(\S+)", training["command"]):
-        before = json.loads((RESULTS / f"{begun[1]}.json").read_text())["training"]
+    if begun := re.search(r" init_from=(\S+)", training["command"]):
+        known = RESULTS / f"{Path(begun[1]).name}.json"
+        of_project = Path(begun[1]).parent.name == FOLDER.name
+        before = json.loads(known.read_text())["training"] if of_project else training_of(Path(begun[1]))
         training["began_with"] = {key: before[key] for key in (*KEPT, "began_with") if key in before}
     return training | {"validation": curve(metrics, "val_bits_per_dim")}
 

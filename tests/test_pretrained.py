@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from bench.pretrained import RESULTS
+from bench.pretrained import RESULTS, card, training_of
 from cli.runs import FIRST, PRETRAINED
 from models.checkpoint import read, rebuild
 from models.scores import scores
@@ -49,6 +49,23 @@ def test_their_numbers_repeat(name, tmp_path):
     label = None if not model.classes else torch.tensor(first["labels"])
     assert scores(model, x, label).nats.mean().item() == pytest.approx(first["nats"], rel=1e-5)
     assert f"{said['test']['bits_per_dim']:.4f}" in (PRETRAINED / f"{name}.md").read_text()
+
+
+def test_a_card_names_the_trainings_that_a_model_began_with(tmp_path):
+    name = FIRST.removesuffix(".safetensors")
+    of = json.loads((RESULTS / f"{name}.json").read_text())
+    commands, begun = [of["training"]["command"]], f"pretrained/{name}"
+    for folder in (tmp_path / "one", tmp_path / "two"):
+        commands.append(f"python train.py model=diag_bilstm init_from={begun} steps=7")
+        summary = {"command": commands[-1], "device": "a CPU", "cores": 2, "best_step": 5, "date": "2026-11-30T12:00"}
+        folder.mkdir()
+        (folder / "summary.json").write_text(json.dumps(summary))
+        (folder / "metrics.jsonl").write_text('{"step": 5, "val_bits_per_dim": 1.5}\n')
+        begun = folder
+    of["training"] = training_of(folder)
+    text = card(name, of)
+    assert "```\n" + "\n".join(commands) + "\n```" in text
+    assert text.count("| began with |") == 2 and of["training"]["validation"] == [(5, 1.5)]
 
 
 def test_they_are_small_and_each_is_in_the_list():
