@@ -32,8 +32,8 @@ def export(path: Path, out: Path) -> str:
         raise unexpected("RUN", str(path), "a run, or a checkpoint of one")
     model = rebuild(checkpoint, path)
     config = checkpoint["config"]
-    elsewhere = {"resume": None, "init_from": None, "dataset": config["dataset"] | {"root": None}}
-    run = {"config": config | elsewhere, "step": checkpoint["step"], "best_val": checkpoint["best_val"]}
+    no_places = {"resume": None, "init_from": None, "dataset": config["dataset"] | {"root": None}}
+    run = {"config": config | no_places, "step": checkpoint["step"], "best_val": checkpoint["best_val"]}
     exported.write(out, checkpoint["model"], model.state_dict(), run)
     parameters = sum(p.numel() for p in model.parameters())
     return f"{out}: {type(model).__name__}, {parameters:,} parameters, {out.stat().st_size / 1e6:.2f} MB"

@@ -15,16 +15,20 @@ from kernels.vector_math import tanh_and_sigmoid
 NUMBERS = 1 << 15  # of a job
 
 
+def least_lanes(dtype: torch.dtype) -> int:
+    """How many numbers the shortest vectors have."""
+    return 4 if dtype == torch.float64 else 8
+
+
 def takes(f: int, dtype: torch.dtype) -> bool:
-    """Whether f is a whole number of the least vectors. It does not ask the CPU, so torch.compile can trace it."""
-    return f % (4 if dtype == torch.float64 else 8) == 0
+    """Whether f fills whole vectors. It does not ask the CPU, so torch.compile can trace it."""
+    return f % least_lanes(dtype) == 0
 
 
 def lanes_of(f: int, dtype: torch.dtype) -> int:
-    """How many numbers a vector has: those of the CPU's vectors, if f is a whole number of them."""
-    double = dtype == torch.float64
-    lanes = native.lanes(f, double)
-    return lanes if f % lanes == 0 else 4 if double else 8
+    """How many numbers a vector has: as many as the CPU's have, if f fills whole ones of them."""
+    lanes = native.lanes(f, dtype == torch.float64)
+    return lanes if f % lanes == 0 else least_lanes(dtype)
 
 
 def forward(code: Code, u: Value, out: Value, rows: Value, vectors: Value) -> None:

@@ -155,9 +155,9 @@ class Code:
         return lambda *values: Value(self, self.at.call(made, [value.ir for value in values]))
 
     def job(self, body: Callable, arguments: str, name: str) -> None:
-        """Write a function of one pointer, to where its arguments "i" and "p" stand one after the other, as integers.
+        """Write a function that reads its arguments, "i" and "p", from memory, as integers side by side.
 
-        `native.in_parallel` calls such functions.
+        All it is called with is a pointer to the first one. `native.in_parallel` calls such functions.
         """
 
         def read(code: Code, at: Value) -> None:

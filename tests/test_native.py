@@ -251,7 +251,7 @@ def test_each_job_is_done_once(count, by, jobs, threads, monkeypatch):
 
 @every_number
 def test_jobs_within_a_call_that_is_one_of_several(count, threads):
-    """Each by its thread alone, as a shared call within another is."""
+    """Each call does its own jobs, on its own thread."""
     threads(count)
     job = native.library(write_doubled, {"doubled": 1}, 4)["doubled"]
     x = torch.arange(80.0).view(4, 5, 4)
