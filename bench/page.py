@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 from bench.pretrained import RESULTS as TRAINED
-from bench.pretrained import WRITTEN, in_words, likelihood
+from bench.pretrained import WRITTEN, in_words, likelihood, stages
 from files import write_text
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -52,6 +52,8 @@ def trained() -> str:
     for path in sorted(TRAINED.glob("*.json")):
         of, name = json.loads(path.read_text()), path.stem
         steps = f"{of['training']['best_step']:,} × {of['config']['batch_size']}"
+        trainings = len(stages(of["training"]))
+        steps += f", the last of {trainings} trainings" * (trainings > 1)
         card = f"[`{name}`](../pretrained/{name}.md)"
         rows.append((card, in_words(of), steps, likelihood(of), link(f"pretrained/{path.name}")))
     return table(*rows)
