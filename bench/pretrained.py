@@ -120,7 +120,7 @@ def stages(training: dict) -> list[dict]:
 
 def where(training: dict, what: str) -> str:
     """What a training ran on, how long and when."""
-    text = f"{training['device']}, {training['cores']} cores"
+    text = f"{training['device']}, {training['cores']} core{'s' * (training['cores'] > 1)}"
     if "train_seconds" in training:
         text += f", {training['train_seconds'] / 60:.0f} minutes ({training['images_per_second']:.0f} {what}/s)"
     return f"{text}, {training['date'][:10]}"
