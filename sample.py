@@ -18,8 +18,9 @@ from omegaconf import ListConfig, OmegaConf
 from PIL import Image
 from torch import Tensor
 
-from checks import check, nearest, one_of, unexpected
+from checks import check, one_of, unexpected
 from cli import command
+from cli.images import images_named
 from cli.machine import choose_device, commit, rank_and_world, version
 from cli.moving import MILLISECONDS_OF_CLIPS, halfway_through, write_gif
 from cli.output import (
@@ -37,10 +38,8 @@ from cli.output import (
     upper_rows,
 )
 from cli.progress import Bar
-from cli.runs import dataset_of, find_model
+from cli.runs import find_model
 from data.arrays import open_integers
-from data.given import read_images
-from data.splits import SPLITS
 from models.base import NO_LABEL, ImageModel
 from models.checkpoint import read, rebuild
 from models.sampling import batches, check_arguments, check_guidance
@@ -101,18 +100,11 @@ def labels_asked(cfg, model: ImageModel) -> list[int] | None:
 
 def completion_of(cfg, model: ImageModel, checkpoint: dict, path: Path) -> Request:
     """Build the request that completes images of a split or a file, several times each."""
-    n, label = COMPLETED[len(model.shape)] if cfg.n is None else cfg.n, None
+    n = COMPLETED[len(model.shape)] if cfg.n is None else cfg.n
     check("n", n, int, 1, MOST)
     check("completions", cfg.completions, int, 1, MOST // n)
-    if cfg.complete in SPLITS:
-        split = dataset_of(checkpoint, cfg.root, path).split(cfg.complete)
-        x, label = split.batch(slice(0, n), torch.Generator().manual_seed(cfg.seed))
-        x, label = model.check(x.long()), label if model.classes else None
-    elif Path(cfg.complete).exists():
-        x = read_images(Path(cfg.complete), model.shape, model.levels, n, rounded=True)
-    else:
-        expected = f"{one_of(SPLITS)}, a .npy file, a picture or a folder of pictures"
-        raise unexpected("complete", cfg.complete, expected + nearest(cfg.complete, SPLITS))
+    x, label = images_named(cfg, "complete", n, model, checkpoint, path, rounded=True)
+    x, label = model.check(x.long()), label if model.classes else None
     asked = labels_asked(cfg, model)
     if asked is not None:
         if len(asked) not in (1, len(x)):

@@ -33,6 +33,23 @@ class Images:
         return self.x[some], None if self.labels is None else self.labels[some]
 
 
+def images_named(
+    cfg, key: str, n: int | None, model: ImageModel, checkpoint: dict, path: Path, rounded: bool = False
+) -> tuple[Tensor, Tensor | None]:
+    """Take in the first n images (n c h w) that `cfg[key]` names, and their labels (n,) if the data set has them.
+
+    The arguments and errors are those of `images_of`; n may be None, for all.
+    """
+    given = str(cfg[key])
+    if given in SPLITS:
+        split = dataset_of(checkpoint, cfg.root, path).split(given).first(n)
+        return split.batch(slice(None), torch.Generator().manual_seed(cfg.seed))
+    if Path(given).exists():
+        return read_images(Path(given), model.shape, model.levels, n, rounded), None
+    expected = f"{one_of(SPLITS)}, a .npy file, a picture or a folder of pictures"
+    raise unexpected(key, cfg[key], expected + nearest(given, SPLITS))
+
+
 def images_of(cfg, key: str, model: ImageModel, checkpoint: dict, path: Path, rounded: bool = False) -> Images:
     """Take the images in that `cfg[key]` names, and their labels if the model is conditioned on them.
 
@@ -45,15 +62,9 @@ def images_of(cfg, key: str, model: ImageModel, checkpoint: dict, path: Path, ro
         ValueError, OSError: there are no such images, or they are not the model's.
     """
     given, n, file, names = str(cfg[key]), cfg.get("n"), cfg.labels if key == "images" else None, None
-    if given in SPLITS:
-        split = dataset_of(checkpoint, cfg.root, path).split(given).first(n)
-        x, of_images = split.batch(slice(None), torch.Generator().manual_seed(cfg.seed))
-    elif Path(given).exists():
-        x, of_images = read_images(Path(given), model.shape, model.levels, n, rounded), None
-        names = None if given.lower().endswith(".npy") else [file.name for file in files_of(Path(given), n)]
-    else:
-        expected = f"{one_of(SPLITS)}, a .npy file, a picture or a folder of pictures"
-        raise unexpected(key, cfg[key], expected + nearest(given, SPLITS))
+    x, of_images = images_named(cfg, key, n, model, checkpoint, path, rounded)
+    if given not in SPLITS and not given.lower().endswith(".npy"):
+        names = [file.name for file in files_of(Path(given), n)]
     if file is not None:
         of_images = torch.from_numpy(np.array(open_integers(Path(file), "labels"), dtype=np.int64))[: len(x)]
     if not model.classes or cfg.get("without_label"):
