@@ -50,7 +50,7 @@ PAPER = {  # 1601.06759, section 5
 
 OURS = {  # sizes that no paper gives: what the model has beside the defaults of conf/model/
     "mnist_gated_pixel_cnn": {"layers": 18, "hidden": 32, "head_features": 32, "dropout": 0.1},
-    "mnist_pixel_cnn": {"layers": 20, "hidden": 32, "head_features": 32, "dropout": 0.05},
+    "mnist_pixel_cnn": {"layers": 24, "hidden": 32, "head_features": 32, "dropout": 0.05},
     "mnist_row_lstm": {"layers": 7, "hidden": 16, "head_features": 32},
     "cifar10_gated_pixel_cnn": {"layers": 15, "hidden": 128, "head_features": 1024},
     "cifar10_gated_pixel_cnn_classes": {"layers": 15, "hidden": 128, "head_features": 1024, "classes": 10},
