@@ -55,6 +55,25 @@ def test_what_a_run_trained_is_the_same_wherever_its_export_is_loaded(call, tmp_
     refused(call("sample", "checkpoint=given.safetensors", "label=1"), ["label", "without classes"])
 
 
+def test_half_precision_is_half_the_size_and_nearly_the_same_model(call, tmp_path):
+    own = *SHORT, "model=pixel_cnn", f"dataset.root={tmp_path}", "evaluate_images=40", "hydra.run.dir=run"
+    assert call("train", *own)[0] == 0
+    assert export.main(["run", "out=whole.safetensors"]) == export.main(["run", "out=half.safetensors", "--half"]) == 0
+    whole, half = load("whole.safetensors"), load("half.safetensors")
+    here = pixelrnn.dataset({"name": "digits"}).test.batch(slice(0, 9))[0].long()
+    for (name, weight), rounded in zip(whole.state_dict().items(), half.state_dict().values(), strict=True):
+        assert torch.equal(weight.half().float(), rounded) and rounded.dtype == torch.float32, name
+    assert not torch.equal(whole.log_prob(here), half.log_prob(here))
+    torch.testing.assert_close(whole.log_prob(here), half.log_prob(here), rtol=1e-3, atol=0)
+    headers = sum(len(str(texts(Path(f"{name}.safetensors"))[0])) for name in ("whole", "half"))
+    sizes = [Path(f"{name}.safetensors").stat().st_size for name in ("whole", "half")]
+    assert sizes[1] < 0.5 * sizes[0] + headers
+    status, _, said = call("evaluate", "checkpoint=half.safetensors")
+    assert status == 0, said
+    with pytest.raises(ValueError, match=r"--half: expected weights up to 65,504, found 100,000 in w$"):
+        export.halved("w", torch.tensor([1.0, -1e5]))
+
+
 @every_kind
 def test_a_model_is_saved_and_rebuilt_from_python(case, tmp_path):
     model, folder = build(case), tmp_path / "a/b"
