@@ -66,7 +66,7 @@ def training_of(folder: Path) -> dict:
         known = RESULTS / f"{Path(begun[1]).name}.json"
         of_project = Path(begun[1]).parent.name == FOLDER.name
         before = json.loads(known.read_text())["training"] if of_project else training_of(Path(begun[1]))
-        training["began_with"] = {key: before[key] for key in (*KEPT, "began_with") if key in before}
+        training["began_with"] = {key: before[key] for key in (*KEPT, "validation", "began_with") if key in before}
     return training | {"validation": curve(metrics, "val_bits_per_dim")}
 
 
@@ -116,6 +116,13 @@ def likelihood(of: dict) -> str:
 def stages(training: dict) -> list[dict]:
     """The trainings that a model had, the first one first: each began with the weights of the one before."""
     return [*(stages(training["began_with"]) if "began_with" in training else []), training]
+
+
+def drawn(name: str, training: dict) -> str:
+    """The curves of all trainings that a model had; each counts its own steps."""
+    *before, last = [stage["validation"] for stage in stages(training)]
+    series = {f"training {k}": points for k, points in enumerate(before, 1)}
+    return curves(series | {name: last}, "step", "bits/dim, validation")
 
 
 def where(training: dict, what: str) -> str:
@@ -176,8 +183,7 @@ def main(argv: list[str] | None = None) -> int:
         of = measure(name, training)
         RESULTS.mkdir(exist_ok=True)
         write_text(RESULTS / f"{name}.json", json.dumps(of, indent=2, ensure_ascii=False) + "\n")
-        text = curves({name: of["training"]["validation"]}, "step", "bits/dim, validation")
-        write_text(RESULTS / f"{name}.svg", text)
+        write_text(RESULTS / f"{name}.svg", drawn(name, of["training"]))
         print(f"{name}: {likelihood(of)}", flush=True)
     rows = []
     for name in every:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from bench.pretrained import RESULTS, card, training_of
+from bench.pretrained import RESULTS, card, drawn, stages, training_of
 from cli.runs import FIRST, PRETRAINED
 from models.checkpoint import read, rebuild
 from models.scores import scores
@@ -65,7 +65,11 @@ def test_a_card_names_the_trainings_that_a_model_began_with(tmp_path):
     of["training"] = training_of(folder)
     text = card(name, of)
     assert "```\n" + "\n".join(commands) + "\n```" in text
-    assert text.count("| began with |") == 2 and of["training"]["validation"] == [(5, 1.5)]
+    assert text.count("| began with |") == 2
+    first, *further = [stage["validation"] for stage in stages(of["training"])]
+    assert len(first) > 1 and further == 2 * [[(5, 1.5)]]
+    picture = drawn(name, of["training"])
+    assert all(f">{words}</text>" in picture for words in ("training 1", "training 2", name))
 
 
 def test_they_are_small_and_each_is_in_the_list():
