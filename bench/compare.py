@@ -6,7 +6,7 @@ the mean over the seeds ± its standard error; of one run, the standard error ov
 also written to compare.md in the folder, compare.svg has the curves of the validation split, means over the seeds too.
 
 Any folder will do: the runs in it are found by what they wrote. `--out NAME` keeps the table in NAME.json, with the
-sweep's command and its machine, and the curves in NAME.svg.
+command of the sweep or of each run and the machine, and the curves in NAME.svg.
 """
 
 from __future__ import annotations
@@ -134,14 +134,14 @@ def markdown(rows: list[dict[str, str]]) -> str:
 
 
 def said_of(folder: Path, runs: list[Run]) -> dict:
-    """What a sweep's numbers are of: its command, and the machine of the last run that ended."""
+    """What the numbers are of: a sweep's command or those of the runs; the machine of the last run that ended."""
     import yaml
 
     try:
         task = yaml.safe_load((folder / "multirun.yaml").read_text())["hydra"]["overrides"]["task"]
         command = {"command": shlex.join(["python", "train.py", "-m", *task])}
-    except OSError:  # no sweep of Hydra's
-        command = {}
+    except OSError:  # no sweep of Hydra's: a line for each run that ended
+        command = {"command": "\n".join(run.summary["command"] for run in runs if run.summary)}
     last = max((run.summary for run in runs if run.summary), key=lambda x: x["date"], default={})
     return command | {name: last[name] for name in ENVIRONMENT if name in last}
 

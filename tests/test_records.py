@@ -49,7 +49,8 @@ def test_no_curves_say_so():
 
 def ended(folder: Path, overrides: list[str], val: float) -> None:
     folder.mkdir(parents=True)
-    said = {"overrides": overrides, "parameters": 1234, "train_seconds": 10 * val, "date": "2025"}
+    said = {"overrides": overrides, "command": " ".join(["python train.py", *overrides]), "date": "2025"}
+    said |= {"parameters": 1234, "train_seconds": 10 * val}
     for split, value in (("val", val), ("test", val + 0.1)):
         said |= {f"{split}_bits_per_dim": value, f"{split}_bits_per_dim_standard_error": 0.01}
     (folder / "summary.json").write_text(json.dumps(said))
@@ -103,6 +104,15 @@ def test_what_is_kept_of_a_sweep_says_how_it_was_made(sweep, tmp_path):
     kept = json.loads((tmp_path / "kept.json").read_text())
     assert kept["command"] == "python train.py -m steps=9 model.layers=1,2 seed=0,1" and kept["device"] == "a CPU"
     assert kept["rows"][0]["model.layers"] == "2" and (tmp_path / "kept.svg").read_text().startswith("<svg")
+
+
+def test_what_is_kept_of_runs_that_were_no_sweep_has_the_command_of_each(tmp_path):
+    overrides = (["experiment=mnist_pixel_cnn", "steps=9"], ["experiment=mnist_row_lstm"])
+    for k, arguments in enumerate(overrides):
+        ended(tmp_path / f"runs/{k}", arguments, 2.0)
+    assert compare.main([str(tmp_path / "runs"), "--out", str(tmp_path / "kept")]) == 0
+    kept = json.loads((tmp_path / "kept.json").read_text())
+    assert kept["command"].splitlines() == [" ".join(["python train.py", *arguments]) for arguments in overrides]
 
 
 def test_each_run_by_itself_has_the_error_over_its_images(sweep):
