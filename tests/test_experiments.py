@@ -62,8 +62,6 @@ OURS = {  # sizes that no paper gives: what the model has beside the defaults of
     },
 }
 
-MUON = {"mnist_gated_pixel_cnn", "mnist_pixel_cnn"}
-
 
 def built(cfg) -> models.base.ImageModel:
     """The model of a config, for its data set's shape: only shapes, no numbers."""
@@ -81,6 +79,11 @@ def table(first: str) -> list[list[str]]:
 
 
 ROWS = {row[0]: row for row in table("experiment")}
+TRAINED = {key: value for key, value, _ in table("key")}  # how all of them are trained; and some otherwise:
+OTHERWISE = {
+    name: {key: values[k] for key, *values in table("otherwise")}
+    for k, name in enumerate(("mnist_gated_pixel_cnn", "mnist_pixel_cnn"))
+}
 
 
 def test_the_page_lists_every_experiment_once():
@@ -119,7 +122,7 @@ def test_differs_from_the_models_defaults_as_told(name):
 def test_learns_at_the_rate_of_its_size_or_by_the_papers_optimizer(name):
     cfg, theirs = composed(f"experiment={name}"), composed(f"experiment={name}", "optimizer=rmsprop").optimizer
     lr = 1e-3 if cfg.model.hidden >= 128 else 3e-3
-    assert (cfg.optimizer.name, cfg.optimizer.lr) == ("muon" if name in MUON else "adamw", lr)
+    assert (cfg.optimizer.name, cfg.optimizer.lr) == ("muon" if name in OTHERWISE else "adamw", lr)
     assert (theirs.name, theirs.lr, theirs.momentum) == ("rmsprop", 3e-4, 0.9)
 
 
@@ -138,9 +141,7 @@ def test_multi_scale_is_two_row_lstms_with_copied_pixels():
 @pytest.mark.parametrize("name", NAMES)
 def test_is_trained_as_the_page_says(name):
     cfg = composed(f"experiment={name}")
-    for key, value, _ in table("key"):
-        if key == "optimizer.name" and name in MUON:
-            value = "muon"
+    for key, value in (TRAINED | OTHERWISE.get(name, {})).items():
         section, _, leaf = key.rpartition(".")
         given = (cfg[section] if section else cfg)[leaf]
         assert str(given).lower() == value, key
