@@ -134,7 +134,7 @@ def markdown(rows: list[dict[str, str]]) -> str:
 
 
 def said_of(folder: Path, runs: list[Run]) -> dict:
-    """What the numbers are of: a sweep's command or those of the runs; the machine of the last run that ended."""
+    """Say which commands gave the numbers, and on which machine the last run ended."""
     import yaml
 
     try:
