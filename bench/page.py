@@ -51,7 +51,7 @@ def trained() -> str:
     rows = [("file", "model", "steps × images", "whole test split", "")]
     for path in sorted(TRAINED.glob("*.json")):
         of, name = json.loads(path.read_text()), path.stem
-        steps = f"{of['training']['best_step']:,} × {of['config']['batch_size']}"
+        steps = f"{of['config']['steps']:,} × {of['config']['batch_size']}"
         trainings = len(stages(of["training"]))
         steps += f", the last of {trainings} trainings" * (trainings > 1)
         card = f"[`{name}`](../pretrained/{name}.md)"

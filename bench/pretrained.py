@@ -139,6 +139,8 @@ def card(name: str, of: dict) -> str:
     size, what = (FOLDER / f"{name}.safetensors").stat().st_size, "clips" if of["model"] == "Video" else "images"
     row = "| began with | the weights after {best_step:,} steps of the training before, on {} |\n"
     before = "".join(row.format(where(stage, what), **stage) for stage in stages(training)[:-1])
+    best, steps = training["best_step"], config["steps"]
+    kept = f"; the weights are those after {best:,}, the best on the validation split" * (best < steps)
     half = ", in half precision" * (size < 4 * of["parameters"])
     commands = "\n".join(stage["command"] for stage in stages(training))
     return f"""# {name}
@@ -150,7 +152,7 @@ def card(name: str, of: dict) -> str:
 | model | {in_words(of)}; {of["parameters"]:,} parameters, {size / 1e3:,.0f} kB{half} |
 | test split, {of["test"]["images"]:,} {what} | {likelihood(of)} |
 | data | {DATA[config["dataset"]["name"]]} |
-{before}| trained for | {training["best_step"]:,} steps of {config["batch_size"]} {what} |
+{before}| trained for | {steps:,} steps of {config["batch_size"]} {what}{kept} |
 | trained on | {where(training, what)} |
 
 The samples are the first ones of seed 0, not chosen. The model was trained by

@@ -70,24 +70,23 @@ def built(cfg) -> models.base.ImageModel:
         return models.build({**cfg.model, **shape})
 
 
-def table(first: str) -> list[list[str]]:
-    """The rows of the page's table whose first heading is `first`, without backticks."""
+def table(first: str) -> tuple[list[str], list[list[str]]]:
+    """The headings and the rows of the page's table whose first heading is `first`, without backticks."""
     lines = PAGE.splitlines()
     (start,) = (k for k, line in enumerate(lines) if line.startswith(f"| {first} |"))
-    rows = itertools.takewhile(lambda line: line.startswith("|"), lines[start + 2 :])
-    return [[cell.strip().replace("`", "") for cell in row.strip("|").split("|")] for row in rows]
+    rows = itertools.takewhile(lambda line: line.startswith("|"), lines[start:])
+    headings, _, *rows = ([cell.strip().replace("`", "") for cell in row.strip("|").split("|")] for row in rows)
+    return headings, rows
 
 
-ROWS = {row[0]: row for row in table("experiment")}
-TRAINED = {key: value for key, value, _ in table("key")}  # how all of them are trained; and some otherwise:
-OTHERWISE = {
-    name: {key: values[k] for key, *values in table("otherwise")}
-    for k, name in enumerate(("mnist_gated_pixel_cnn", "mnist_pixel_cnn"))
-}
+ROWS = {row[0]: row for row in table("experiment")[1]}
+TRAINED = {key: value for key, value, _ in table("key")[1]}  # how all of them are trained; and some otherwise:
+_, *KEYS = table("otherwise")[0]
+OTHERWISE = {name: dict(zip(KEYS, values, strict=True)) for name, *values in table("otherwise")[1]}
 
 
 def test_the_page_lists_every_experiment_once():
-    assert sorted(row[0] for row in table("experiment")) == NAMES
+    assert sorted(row[0] for row in table("experiment")[1]) == NAMES
 
 
 @pytest.mark.slow
