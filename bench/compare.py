@@ -31,6 +31,19 @@ class Run(NamedTuple):
     summary: dict | None  # what it measured at its end
     error: str | None  # why it failed
     curve: Points  # bits/dim of the validation split, by step
+    config: dict  # the values of all keys
+
+    def value(self, key: str) -> str:
+        """Return a key's value as it was given, else as the config has it; of a group that was not given, nothing."""
+        value = self.config
+        for name in key.split("."):
+            value = value.get(name, {}) if isinstance(value, dict) else {}
+        known = "" if isinstance(value, dict) else json.dumps(value).strip('"')
+        return self.overrides.get(key, known)
+
+    def command(self) -> str:
+        arguments = (f"{key}={value}" for key, value in self.overrides.items())
+        return self.summary["command"] if self.summary else " ".join(["python train.py", *arguments])
 
 
 def by_key(overrides: list[str]) -> dict[str, str]:
@@ -38,14 +51,14 @@ def by_key(overrides: list[str]) -> dict[str, str]:
     return {key.lstrip("+"): value for key, _, value in (override.partition("=") for override in overrides)}
 
 
-def overrides_of(folder: Path) -> list[str]:
-    """Read the arguments of a run that has not ended."""
+def read_yaml(path: Path) -> list | dict | None:
+    """Read what Hydra wrote of a run; None if it cannot be read."""
     import yaml  # OmegaConf brings it
 
     try:
-        return yaml.safe_load((folder / ".hydra/overrides.yaml").read_text()) or []
+        return yaml.safe_load(path.read_text())
     except (OSError, yaml.YAMLError):
-        return []
+        return None
 
 
 def runs_below(folder: Path) -> Iterator[Run]:
@@ -58,15 +71,18 @@ def runs_below(folder: Path) -> Iterator[Run]:
     found = {path.parent for name in ("metrics.jsonl", "failed.json") for path in folder.rglob(name)}
     for path in sorted(found, key=number):
         summary, failed = read_json(path / "summary.json"), read_json(path / "failed.json")
-        overrides = (summary or failed or {}).get("overrides") or overrides_of(path)
-        error = failed["error"] if failed and not summary else None
-        yield Run(path, by_key(overrides), summary, error, curve(metrics_of(path), "val_bits_per_dim"))
+        overrides = (summary or failed or {}).get("overrides") or read_yaml(path / ".hydra/overrides.yaml") or []
+        error, config = (
+            failed["error"] if failed and not summary else None,
+            read_yaml(path / ".hydra/config.yaml") or {},
+        )
+        yield Run(path, by_key(overrides), summary, error, curve(metrics_of(path), "val_bits_per_dim"), config)
 
 
 def differing(runs: list[Run]) -> list[str]:
     """Return the keys whose values are not the same in all runs, in the order of the arguments."""
     keys = dict.fromkeys(key for run in runs for key in run.overrides)
-    return [key for key in keys if len({run.overrides.get(key) for run in runs}) > 1]
+    return [key for key in keys if len({run.value(key) for run in runs}) > 1]
 
 
 def mean_and_error(values: list[float], single: float) -> tuple[float, float]:
@@ -88,7 +104,7 @@ def grouped(runs: list[Run], keys: list[str]) -> Groups:
     """Return the runs by their values of these keys."""
     groups: Groups = {}
     for run in runs:
-        groups.setdefault(tuple(run.overrides.get(key, "") for key in keys), []).append(run)
+        groups.setdefault(tuple(run.value(key) for key in keys), []).append(run)
     return groups
 
 
@@ -135,15 +151,12 @@ def markdown(rows: list[dict[str, str]]) -> str:
 
 def said_of(folder: Path, runs: list[Run]) -> dict:
     """Say which commands gave the numbers, and on which machine the last run ended."""
-    import yaml
-
-    try:
-        task = yaml.safe_load((folder / "multirun.yaml").read_text())["hydra"]["overrides"]["task"]
-        command = {"command": shlex.join(["python", "train.py", "-m", *task])}
-    except OSError:  # no sweep of Hydra's: a line for each run that ended
-        command = {"command": "\n".join(run.summary["command"] for run in runs if run.summary)}
+    if sweep := read_yaml(folder / "multirun.yaml"):
+        command = shlex.join(["python", "train.py", "-m", *sweep["hydra"]["overrides"]["task"]])
+    else:  # no sweep of Hydra's: a line for each run
+        command = "\n".join(run.command() for run in runs)
     last = max((run.summary for run in runs if run.summary), key=lambda x: x["date"], default={})
-    return command | {name: last[name] for name in ENVIRONMENT if name in last}
+    return {"command": command} | {name: last[name] for name in ENVIRONMENT if name in last}
 
 
 def main(argv: list[str] | None = None) -> int:

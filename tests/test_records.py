@@ -92,7 +92,7 @@ def test_a_sweep_is_a_line_for_all_seeds_the_best_first(sweep, capsys):
 
 
 def test_a_curve_is_the_mean_over_seeds_where_all_have_a_value():
-    runs = [compare.Run(Path(), {}, None, None, points) for points in ([(1, 2.0), (2, 1.0)], [(1, 4.0)], [])]
+    runs = [compare.Run(Path(), {}, None, None, points, {}) for points in ([(1, 2.0), (2, 1.0)], [(1, 4.0)], [])]
     assert compare.mean_curve(runs) == [(1, 3.0)] and compare.mean_curve(runs[2:]) == []
 
 
@@ -106,10 +106,25 @@ def test_what_is_kept_of_a_sweep_says_how_it_was_made(sweep, tmp_path):
     assert kept["rows"][0]["model.layers"] == "2" and (tmp_path / "kept.svg").read_text().startswith("<svg")
 
 
+def test_what_a_run_was_not_given_is_what_its_config_has(tmp_path):
+    for k, (given, clip) in enumerate([(["clip=0.1", "seed=0"], 0.1), (["seed=0"], 1.0), (["clip=0.1"], 0.1)]):
+        ended(tmp_path / f"{k}", ["optimizer.lr=0.1", *given], 2.0 + k * k)
+        (tmp_path / f"{k}/.hydra").mkdir()
+        (tmp_path / f"{k}/.hydra/config.yaml").write_text(f"clip: {clip}\nseed: 0\nmodel: {{layers: 2}}\n")
+    assert compare.main([str(tmp_path)]) == 0
+    header, _, *rows = lines_of((tmp_path / "compare.md").read_text())
+    assert header[:2] == ["clip", "runs"] and [row[:2] for row in rows] == [["1.0", "1"], ["0.1", "2"]]
+    (run, *_) = compare.runs_below(tmp_path)
+    assert [run.value(key) for key in ("model.layers", "model", "steps", "optimizer.lr")] == ["2", "", "", "0.1"]
+
+
 def test_what_is_kept_of_runs_that_were_no_sweep_has_the_command_of_each(tmp_path):
     overrides = (["experiment=mnist_pixel_cnn", "steps=9"], ["experiment=mnist_row_lstm"])
     for k, arguments in enumerate(overrides):
         ended(tmp_path / f"runs/{k}", arguments, 2.0)
+    (tmp_path / "runs/0/summary.json").unlink()
+    (tmp_path / "runs/0/.hydra").mkdir()  # it was stopped
+    (tmp_path / "runs/0/.hydra/overrides.yaml").write_text("".join(f"- {argument}\n" for argument in overrides[0]))
     assert compare.main([str(tmp_path / "runs"), "--out", str(tmp_path / "kept")]) == 0
     kept = json.loads((tmp_path / "kept.json").read_text())
     assert kept["command"].splitlines() == [" ".join(["python train.py", *arguments]) for arguments in overrides]
