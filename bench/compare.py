@@ -42,6 +42,7 @@ class Run(NamedTuple):
         return self.overrides.get(key, known)
 
     def command(self) -> str:
+        """Return the command that started it; of a run that has not ended, from its arguments."""
         arguments = (f"{key}={value}" for key, value in self.overrides.items())
         return self.summary["command"] if self.summary else " ".join(["python train.py", *arguments])
 
@@ -72,10 +73,8 @@ def runs_below(folder: Path) -> Iterator[Run]:
     for path in sorted(found, key=number):
         summary, failed = read_json(path / "summary.json"), read_json(path / "failed.json")
         overrides = (summary or failed or {}).get("overrides") or read_yaml(path / ".hydra/overrides.yaml") or []
-        error, config = (
-            failed["error"] if failed and not summary else None,
-            read_yaml(path / ".hydra/config.yaml") or {},
-        )
+        error = failed["error"] if failed and not summary else None
+        config = read_yaml(path / ".hydra/config.yaml") or {}
         yield Run(path, by_key(overrides), summary, error, curve(metrics_of(path), "val_bits_per_dim"), config)
 
 
